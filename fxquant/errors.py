@@ -1,0 +1,107 @@
+"""Every error that fxquant raises on purpose.
+
+    FxquantError
+    ├── OptionError        an argument is outside what is possible (also a ValueError)
+    ├── WeightError        a weight cannot be quantized: NaN, Inf, a wrong shape
+    ├── TraceError         the arguments given do not run the model
+    ├── CalibrationError   calibration data is empty, has a wrong form or is not finite
+    ├── RuleError          a rule the caller wrote matches nothing
+    ├── BudgetError        no allocation of bits fits the budget
+    ├── AccuracyError      the quantized model is less accurate than what was asked
+    ├── SaveError          a model cannot be written
+    └── LoadError          a file is not a model that can be loaded
+
+Each text says where, what was found, what is needed and what to do.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FxquantError(Exception):
+    """The base of all errors; its text is put together from four parts.
+
+    Args:
+        where: the node, argument or file concerned.
+        found: what is there.
+        needed: what is required instead.
+        remedy: what the caller can do.
+    """
+
+    def __init__(self, where: str, *, found: str, needed: str, remedy: str) -> None:
+        self.where, self.found, self.needed, self.remedy = where, found, needed, remedy
+        super().__init__(f"{where}: found {found}; needed {needed}. {remedy}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        parts = {"found": self.found, "needed": self.needed, "remedy": self.remedy}
+        return _rebuild, (type(self), self.where, parts)
+
+
+def _rebuild(kind: type[FxquantError], where: str, parts: dict[str, str]) -> FxquantError:
+    return kind(where, **parts)
+
+
+class OptionError(FxquantError, ValueError):
+    """An argument is outside what is possible."""
+
+
+class WeightError(FxquantError):
+    """A weight cannot be quantized."""
+
+
+class TraceError(FxquantError):
+    """The arguments given do not run the model."""
+
+
+class CalibrationError(FxquantError):
+    """Calibration data is empty, has a wrong form or is not finite."""
+
+
+class RuleError(FxquantError):
+    """A rule the caller wrote matches nothing."""
+
+
+class BudgetError(FxquantError):
+    """No allocation of bits fits the budget."""
+
+
+class AccuracyError(FxquantError):
+    """The quantized model is less accurate than what was asked."""
+
+
+class SaveError(FxquantError):
+    """A model cannot be written."""
+
+
+class LoadError(FxquantError):
+    """A file is not a model that can be loaded."""
+
+
+def near_misses(name: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """The entries of `names` closest in spelling to `name`, best first."""
+    return difflib.get_close_matches(name, list(names), n=count, cutoff=0.4)
+
+
+def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
+    """Raise an `OptionError` that lists the valid names unless `value` is one of `choices`."""
+    choices = list(choices)
+    if value in choices:
+        return
+    close = near_misses(str(value), choices, count=1)
+    raise OptionError(
+        argument,
+        found=repr(value),
+        needed="one of " + ", ".join(map(repr, choices)),
+        remedy=f"Did you mean {close[0]!r}?" if close else "Choose one of these names.",
+    )
+
+
+def check_positive_int(argument: str, value: object) -> None:
+    """Raise an `OptionError` unless `value` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(
+            argument,
+            found=repr(value),
+            needed="a whole number of at least 1",
+            remedy=f"Pass {argument} as a positive int.",
+        )

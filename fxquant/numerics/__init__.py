@@ -1,0 +1,1 @@
+"""Pure functions on tensors: integer types, grouping, packing, weight quantization, metrics."""

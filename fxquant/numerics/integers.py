@@ -1,0 +1,49 @@
+"""Integer types and the one affine map between floats and integers: x ≈ scale · (q − zero_point)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class IntegerType:
+    """The range of an integer format."""
+
+    name: str
+    bits: int
+    quant_min: int
+    quant_max: int
+
+    @property
+    def levels(self) -> int:
+        """How many integers there are."""
+        return self.quant_max - self.quant_min + 1
+
+
+UINT4 = IntegerType("uint4", 4, 0, 15)
+INT8 = IntegerType("int8", 8, -128, 127)
+UINT8 = IntegerType("uint8", 8, 0, 255)
+
+
+def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, integer: IntegerType) -> Tensor:
+    """Round `x` to the integers of `integer`, kept in the dtype of `x`.
+
+    Args:
+        x: any shape; NaN stays NaN.
+        scale: broadcasts against `x`; may be negative, must not be 0.
+        zero_point: broadcasts against `x`; need not be whole.
+        integer: the range to clamp to.
+    """
+    # Multiplying by a reciprocal rounds differently, so divide.
+    return (x / scale + zero_point).round_().clamp_(integer.quant_min, integer.quant_max)
+
+
+def dequantize_affine(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """The float values of integers `q`: scale · (q − zero_point); shapes broadcast."""
+    return scale * (q.to(scale.dtype) - zero_point)
+
+
+def safe_scale(scale: Tensor) -> Tensor:
+    """`scale` with each 0 replaced by 1, so that a constant or empty range maps to the zero point."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -1,0 +1,60 @@
+"""How far a quantized tensor is from the float one."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class SqnrMeter:
+    """Signal and noise power summed over batches, in float64.
+
+    >>> meter = SqnrMeter()
+    >>> meter.add(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.5]))
+    >>> meter.db
+    20.0
+    """
+
+    def __init__(self) -> None:
+        self._signal = torch.zeros((), dtype=torch.float64)
+        self._noise = torch.zeros((), dtype=torch.float64)
+
+    def add(self, reference: Tensor, approximation: Tensor) -> None:
+        """Add a pair of equally shaped tensors."""
+        reference = reference.detach().float()
+        self._signal += squared_sum(reference)
+        self._noise += squared_sum(approximation.detach().float() - reference)
+
+    @property
+    def db(self) -> float:
+        """The ratio so far, in decibels."""
+        return power_ratio_db(self._signal.item(), self._noise.item())
+
+
+def squared_sum(x: Tensor) -> Tensor:
+    """The sum of squares as a float64 scalar tensor."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64).square()
+
+
+def power_ratio_db(signal: float, noise: float) -> float:
+    """10 · log10(signal / noise); infinite without noise, NaN where either is NaN."""
+    if math.isnan(signal) or math.isnan(noise):
+        return math.nan
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
+    """Signal-to-quantization-noise ratio in dB: 10 · log10(Σ reference² / Σ (approx − reference)²).
+
+    Args:
+        reference: the float tensor, any shape.
+        approximation: the quantized tensor, the same shape.
+
+    Returns:
+        The ratio; infinite where the two are equal.
+    """
+    meter = SqnrMeter()
+    meter.add(reference, approximation)
+    return meter.db

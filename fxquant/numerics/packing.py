@@ -1,0 +1,31 @@
+"""Two 4-bit integers in a byte, low nibble first."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pack_nibbles(q: Tensor) -> Tensor:
+    """Pack `q` uint8 [rows, columns] with values 0..15 into uint8 [rows, ceil(columns / 2)].
+
+    Column 0 goes to the low nibble of byte 0. The high nibble of an odd last column is 0.
+
+    >>> import torch
+    >>> pack_nibbles(torch.tensor([[1, 2, 3]], dtype=torch.uint8)).tolist()
+    [[33, 3]]
+    """
+    if q.shape[1] % 2:
+        q = F.pad(q, (0, 1))
+    return q[:, 0::2] | (q[:, 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
+    """Undo `pack_nibbles`: uint8 [rows, ceil(columns / 2)] back to uint8 [rows, columns].
+
+    >>> import torch
+    >>> unpack_nibbles(torch.tensor([[33, 3]], dtype=torch.uint8), 3).tolist()
+    [[1, 2, 3]]
+    """
+    q = packed.new_empty(packed.shape[0], packed.shape[1] * 2)
+    q[:, 0::2] = packed & 0xF
+    q[:, 1::2] = packed >> 4
+    return q[:, :columns]

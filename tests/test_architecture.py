@@ -1,0 +1,54 @@
+"""The layer table of the README is the architecture: the imports must follow it."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fxquant"
+ROW = re.compile(r"^\| (\d+) \| ([^|]+) \|", re.MULTILINE)
+
+
+def layers() -> dict[str, int]:
+    table = {}
+    for number, rooms in ROW.findall((ROOT / "README.md").read_text()):
+        for room in re.findall(r"`(\w+)(?:\.py|/)`", rooms):
+            table[room] = int(number)
+    return table
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module or ""]
+            if node.module == "fxquant":
+                names = [f"fxquant.{alias.name}" for alias in node.names]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("fxquant.")}
+    return rooms
+
+
+SOURCES = [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_its_own_or_a_lower_layer(path):
+    table = layers()
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert room in table, f"{room} has no row in the README's table"
+    above = {r for r in imported_rooms(path) if table[r] > table[room]}
+    assert not above, f"{path.relative_to(ROOT)} imports from above: {sorted(above)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_import_hides_inside_a_function(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            hidden = [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)]
+            assert not hidden, f"{path}:{hidden[0].lineno}"
