@@ -19,7 +19,6 @@ HIDDEN = 768
 HEADS = 4
 LAYERS = 4
 CONTEXT = 256
-MAX_POSITIONS = 1024
 
 
 class KeyValueCache:
@@ -37,26 +36,26 @@ class KeyValueCache:
 
 
 class Rotary(nn.Module):
-    """Rotates pairs of channels by an angle that grows with the position (RoFormer, section 3.2)."""
+    """Angles that grow with the position, for rotating pairs of channels (RoFormer, 3.2)."""
 
-    cosines: Tensor
-    sines: Tensor
+    frequencies: Tensor
 
     def __init__(self, head_width: int) -> None:
         super().__init__()
         frequencies = 10000.0 ** (-torch.arange(0, head_width, 2).float() / head_width)
-        angles = torch.arange(MAX_POSITIONS).float()[:, None] * frequencies  # [positions, head/2]
-        angles = torch.cat((angles, angles), dim=1)  # [positions, head]
-        self.register_buffer("cosines", angles.cos(), persistent=False)
-        self.register_buffer("sines", angles.sin(), persistent=False)
+        self.register_buffer("frequencies", frequencies, persistent=False)  # [head / 2]
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotate `x` [batch, heads, tokens, head] by `positions` [tokens]."""
-        first, second = x.chunk(2, dim=-1)
-        swapped = torch.cat((-second, first), dim=-1)
-        cosines = F.embedding(positions, self.cosines).to(x.dtype)
-        sines = F.embedding(positions, self.sines).to(x.dtype)
-        return cast(Tensor, x * cosines + swapped * sines)
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each [tokens, head], of `positions` [tokens]."""
+        angles = positions.unsqueeze(1) * self.frequencies
+        angles = torch.cat((angles, angles), dim=1)
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotate `x` [batch, heads, tokens, head]; the pairs are (channel, channel + head / 2)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cosines + torch.cat((-second, first), dim=-1) * sines
 
 
 class Attention(nn.Module):
@@ -68,12 +67,13 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(WIDTH, WIDTH, bias=False)
         self.v_proj = nn.Linear(WIDTH, WIDTH, bias=False)
         self.o_proj = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.rotary = Rotary(WIDTH // HEADS)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cosines: Tensor, sines: Tensor, cache: KeyValueCache | None = None
+    ) -> Tensor:
         """Mix `x` [batch, tokens, width]; with a cache, `x` holds only the newest tokens."""
-        q = self.rotary(_split_heads(self.q_proj(x)), positions)  # [batch, heads, tokens, head]
-        k = self.rotary(_split_heads(self.k_proj(x)), positions)
+        q = rotate(_split_heads(self.q_proj(x)), cosines, sines)  # [batch, heads, tokens, head]
+        k = rotate(_split_heads(self.k_proj(x)), cosines, sines)
         v = _split_heads(self.v_proj(x))
         is_causal = True
         if cache is not None:
@@ -111,9 +111,11 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(WIDTH, eps=1e-5)
         self.feed_forward = FeedForward()
 
-    def forward(self, x: Tensor, positions: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cosines: Tensor, sines: Tensor, cache: KeyValueCache | None = None
+    ) -> Tensor:
         """Map `x` [batch, tokens, width] to the same shape."""
-        x = x + self.attention(self.attention_norm(x), positions, cache)
+        x = x + self.attention(self.attention_norm(x), cosines, sines, cache)
         return cast(Tensor, x + self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -123,6 +125,7 @@ class ByteLanguageModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.rotary = Rotary(WIDTH // HEADS)
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
         self.norm = nn.RMSNorm(WIDTH, eps=1e-5)
         self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
@@ -130,10 +133,10 @@ class ByteLanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [batch, tokens, 256] of the byte that follows each of `tokens` [batch, tokens]."""
-        positions = torch.ones_like(tokens[0]).cumsum(0) - 1
+        cosines, sines = self.rotary(torch.ones_like(tokens[0]).cumsum(0) - 1)
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x, positions)
+            x = block(x, cosines, sines)
         return cast(Tensor, self.lm_head(self.norm(x)))
 
     @torch.inference_mode()
@@ -142,10 +145,10 @@ class ByteLanguageModel(nn.Module):
         caches = [KeyValueCache() for _ in self.blocks]
         newest, seen = tokens, 0
         for _ in range(steps):
-            positions = torch.arange(seen, seen + newest.shape[1])
+            cosines, sines = self.rotary(torch.arange(seen, seen + newest.shape[1]))
             x = self.embedding(newest)
             for block, cache in zip(self.blocks, caches, strict=True):
-                x = block(x, positions, cache)
+                x = block(x, cosines, sines, cache)
             seen += newest.shape[1]
             newest = self.lm_head(self.norm(x[:, -1:])).argmax(-1)
             tokens = torch.cat((tokens, newest), dim=1)

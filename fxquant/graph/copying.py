@@ -1,0 +1,18 @@
+"""Copies of module trees that share their tensors: structure may be changed, memory is not spent."""
+
+import copy
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def copy_sharing_tensors(module: M) -> M:
+    """A deep copy of `module` whose parameters, buffers and tensor attributes are the originals."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for value in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
+            if isinstance(value, Tensor):
+                memo[id(value)] = value
+    return copy.deepcopy(module, memo)

@@ -1,0 +1,322 @@
+"""The second way: `torch.export` with dynamic batch and length, brought back to a plain graph.
+
+An exported program lifts parameters to inputs, flattens arguments and results, and wraps regions
+that ran under `no_grad` or `autocast` into submodules. Here parameters become `get_attr` nodes
+again, arguments and results get back their structure, and those regions are inlined.
+"""
+
+import functools
+import inspect
+import io
+import logging
+import operator
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from fxquant.graph.structures import expect_constant, named_fields, output_dict
+from fxquant.tracing.guards import UnknownGuardError, insert_guards
+from fxquant.tracing.signature import ExampleInputs, graph_arguments, is_variadic, placeholder_order
+from fxquant.tracing.symbolic import Capture, describe_error
+
+aten = torch.ops.aten
+higher_order = torch.ops.higher_order
+
+DYNAMIC_DIMENSIONS = 2  # batch and length
+_DROPPED = (aten._assert_tensor_metadata.default,)
+MODULE_PATH = "fxquant_module_path"  # node.meta: the innermost module the op ran in
+
+
+class _Unsupported(Exception):
+    """The exported program has something that a plain graph cannot express."""
+
+
+def capture_export(module: nn.Module, inputs: ExampleInputs, notes: list[str]) -> Capture | str:
+    """Export `module` on example inputs; return the reason as text if that is not possible.
+
+    Args:
+        module: the prepared module; its parameters stay shared.
+        inputs: one call's arguments.
+        notes: receives a line for each output that a graph cannot hold and so leaves out.
+    """
+    arguments = graph_arguments(module, inputs)
+    if any(is_variadic(argument) for argument in arguments):
+        return "its forward takes a variable number of arguments"
+    example = {a.name: a.value for a in arguments if a.is_input}
+    reason = "nothing was tried"
+    for grown in (True, False):  # a dimension of size 1 would be taken as fixed
+        values = _grow(example) if grown else example
+        try:
+            with _flat_output(module) as output, _quiet_export():
+                program = _export(module, values)
+            gm = _plain_graph(module, program, placeholder_order(arguments), output)
+        except (_Unsupported, UnknownGuardError) as error:
+            return str(error)
+        except Exception as error:  # a user's forward may raise anything at all
+            reason = describe_error(error)
+        else:
+            notes += output.dropped
+            return Capture(gm, {})
+    return reason
+
+
+def _export(module: nn.Module, values: dict[str, Any]) -> ExportedProgram:
+    shapes = pytree.tree_map(_dynamic_dimensions, values)
+    return torch.export.export(module, (), values, dynamic_shapes=shapes, strict=False)
+
+
+def _dynamic_dimensions(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return None
+    return dict.fromkeys(range(min(DYNAMIC_DIMENSIONS, value.ndim)), Dim.AUTO)
+
+
+def _grow(values: dict[str, Any]) -> dict[str, Any]:
+    """Repeat tensors along dynamic dimensions of size 1."""
+
+    def grow(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        repeats = [2 if n == 1 and d < DYNAMIC_DIMENSIONS else 1 for d, n in enumerate(value.shape)]
+        return value.repeat(repeats) if 2 in repeats else value
+
+    return {name: pytree.tree_map(grow, value) for name, value in values.items()}
+
+
+@contextmanager
+def _quiet_export() -> Iterator[None]:
+    """Without the fast path of attention, gradients, export's warnings and log lines."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            with redirect_stderr(io.StringIO()):  # a failing export prints its unfinished graph
+                warnings.simplefilter("ignore")
+                yield
+    finally:
+        logging.disable(disabled)
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+class _FlatOutput:
+    """The shape of a model's result, and its tensors as a flat tuple."""
+
+    def __init__(self) -> None:
+        self.template: Any = None
+        self.dropped: list[str] = []
+
+    def flatten(self, result: Any) -> tuple[Tensor, ...]:
+        """Record the template of `result` and return its tensors."""
+        self.dropped = []
+        tensors: list[Tensor] = []
+        self.template = self._template(result, "output", tensors)
+        if not tensors:
+            raise _Unsupported(f"its output holds no tensor ({type(result).__name__})")
+        return tuple(tensors)
+
+    def _template(self, value: Any, where: str, tensors: list[Tensor]) -> Any:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            return _Slot(len(tensors) - 1)
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        fields = named_fields(value)
+        if fields is not None:
+            fields = {k: v for k, v in fields.items() if v is not None}
+        if fields is not None or type(value) is dict:
+            items = (fields if fields is not None else value).items()
+            parts = {k: self._template(v, f"{where}.{k}", tensors) for k, v in items}
+            kept = {k: v for k, v in parts.items() if not isinstance(v, _Dropped)}
+            return OutputTemplate(kept) if fields is not None else kept
+        if type(value) in (tuple, list):
+            parts = [self._template(v, f"{where}[{i}]", tensors) for i, v in enumerate(value)]
+            return type(value)(p for p in parts if not isinstance(p, _Dropped))
+        self.dropped.append(f"{where} is left out: a {type(value).__name__} cannot be in a graph")
+        return _Dropped()
+
+
+class _Slot(int):
+    """The place of a tensor in the flat output."""
+
+
+class _Dropped:
+    """A part of the output that a graph cannot hold."""
+
+
+class OutputTemplate(dict[str, Any]):
+    """Named outputs, to become an `OutputDict`."""
+
+
+@contextmanager
+def _flat_output(module: nn.Module) -> Iterator[_FlatOutput]:
+    """Let `module` return a flat tuple of tensors, whatever class its outputs have."""
+    output = _FlatOutput()
+    original = module.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        return output.flatten(original(*args, **kwargs))
+
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    module.forward = forward
+    try:
+        yield output
+    finally:
+        del module.forward
+
+
+def _plain_graph(
+    module: nn.Module, program: ExportedProgram, arguments: list[Any], output: _FlatOutput
+) -> GraphModule:
+    graph = Graph()
+    values: dict[str, Any] = {}
+    for argument in arguments:
+        default = argument.value if argument.is_constant else inspect.Parameter.empty
+        values[argument.name] = graph.placeholder(argument.name, default_value=default)
+    for argument in arguments:
+        if argument.is_constant:
+            value = values[argument.name]
+            graph.call_function(expect_constant, (value, argument.value, argument.name))
+    example: dict[str, Any] = program.example_inputs[1]  # type: ignore[index]
+    leaves = iter(_input_leaves(graph, values, example))
+    environment: dict[Node, Any] = {}
+    attributes: dict[str, Node] = {}
+    constants: dict[str, Any] = {}
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+        if spec.kind == InputKind.USER_INPUT:
+            environment[node] = next(leaves)
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            target = str(spec.target)
+            if spec.kind == InputKind.CONSTANT_TENSOR:
+                constants[target] = program.constants[target]
+            if target not in attributes:
+                attributes[target] = graph.get_attr(target)
+            environment[node] = attributes[target]
+        else:
+            raise _Unsupported(f"an input of kind {spec.kind.name} cannot be in a plain graph")
+    _copy_nodes(graph, program.graph_module, environment)
+    specs = program.graph_signature.output_specs
+    results = next(n for n in program.graph.nodes if n.op == "output").args[0]
+    tensors = [
+        environment.get(result, result) if isinstance(result, Node) else result
+        for result, spec in zip(results, specs, strict=True)
+        if spec.kind == OutputKind.USER_OUTPUT
+    ]
+    graph.output(_build_output(graph, output.template, tensors))
+    first = next((n for n in graph.nodes if n.op != "placeholder"), None)
+    assert first is not None  # there is an output node
+    insert_guards(graph, program._guards_code, values, first)
+    root = _AttributeRoot(module, constants)
+    gm = GraphModule(root.collect(graph), graph, type(module).__name__)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.delete_all_unused_submodules()
+    gm.recompile()
+    return gm
+
+
+class _AttributeRoot:
+    """Finds the tensors that `get_attr` nodes read, in the module or among lifted constants."""
+
+    def __init__(self, module: nn.Module, constants: dict[str, Any]) -> None:
+        self.module, self.constants = module, constants
+
+    def collect(self, graph: Graph) -> dict[str, Any]:
+        """The attributes that `graph` needs, by target."""
+        found = {}
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                target = str(node.target)
+                found[target] = self.constants.get(target)
+                if found[target] is None:
+                    owner, _, name = target.rpartition(".")
+                    found[target] = getattr(self.module.get_submodule(owner), name)
+        return found
+
+
+def _input_leaves(graph: Graph, values: dict[str, Any], example: Any) -> list[Any]:
+    """A node for each leaf of the flattened example, in `torch.export`'s order."""
+    leaves = []
+    for path, leaf in pytree.tree_flatten_with_path(example)[0]:
+        node: Any = values[path[0].key]
+        for step in path[1:]:
+            key = getattr(step, "key", getattr(step, "idx", None))
+            if key is None:
+                raise _Unsupported(f"an input of type {type(leaf).__name__} inside an object")
+            node = graph.call_function(operator.getitem, (node, key))
+        leaves.append(node)
+    return leaves
+
+
+def _copy_nodes(graph: Graph, gm: GraphModule, environment: dict[Node, Any]) -> Any:
+    """Copy the nodes of `gm` into `graph`, inlining regions; return what it outputs."""
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or node in environment:
+            continue
+        if node.op == "output":
+            return torch.fx.node.map_arg(node.args[0], lambda n: environment[n])
+        if node.op == "get_attr":
+            value = getattr(gm, str(node.target), None)
+            environment[node] = value if isinstance(value, GraphModule) else graph.node_copy(node)
+        elif node.op == "call_function" and node.target in _DROPPED:
+            continue
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            environment[node] = _inline(graph, node, environment)
+        elif node.target is operator.getitem and isinstance(
+            environment.get(node.args[0]), tuple | list
+        ):  # of an inlined region
+            environment[node] = environment[node.args[0]][node.args[1]]
+        elif node.target in (aten.dropout.default, aten.alias.default) and not node.args[2:3] == (
+            True,
+        ):
+            environment[node] = environment[node.args[0]]
+        else:
+            copied = graph.node_copy(node, lambda n: environment[n])
+            copied.meta = {MODULE_PATH: _module_path(node)}
+            environment[node] = copied
+    return None
+
+
+def _inline(graph: Graph, node: Node, environment: dict[Node, Any]) -> Any:
+    """Copy the body of a `no_grad` or disabled `autocast` region."""
+    args = [environment[a] if isinstance(a, Node) else a for a in node.args]
+    if node.target is higher_order.wrap_with_set_grad_enabled:
+        _, body, *operands = args
+    elif node.target is higher_order.wrap_with_autocast and args[2] is False:
+        _, _, _, _, body, *operands = args
+    else:
+        raise _Unsupported(f"a region of kind {node.target} cannot be in a plain graph")
+    inner = [n for n in body.graph.nodes if n.op == "placeholder"]
+    return _copy_nodes(graph, body, dict(zip(inner, operands, strict=True)))
+
+
+def _module_path(node: Node) -> str:
+    """The path of the innermost module in which the op ran; a repeated call has the same path."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    return "" if path.startswith("_empty") else ".".join(p.split("@")[0] for p in path.split("."))
+
+
+def _build_output(graph: Graph, template: Any, tensors: list[Any]) -> Any:
+    if isinstance(template, _Slot):
+        return tensors[template]
+    if isinstance(template, OutputTemplate):
+        fields = {k: _build_output(graph, v, tensors) for k, v in template.items()}
+        return graph.call_function(output_dict, (), fields)
+    if isinstance(template, dict):
+        return {k: _build_output(graph, v, tensors) for k, v in template.items()}
+    if isinstance(template, tuple | list):
+        return type(template)(_build_output(graph, v, tensors) for v in template)
+    return template
