@@ -1,1 +1,1 @@
-"""TODO"""
+"""Algorithms: a weight (and statistics of its input) in, integers out."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""What quantization costs, node by node."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Integer matrix products: one interface, several backends, a reference."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Modules of a quantized graph: Linear layers with packed weights, activation quantization."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""The passes, one verb a file. Each leaves a legal graph and never changes the graph it was given."""

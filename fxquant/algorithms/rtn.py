@@ -1,0 +1,133 @@
+"""Rounding to nearest, with a clip search: the range that minimises each group's squared error.
+
+A few shrunken ranges are tried for every group; then the scale (and zero point) of the best one is
+refitted by least squares to the integers it gave, as long as that helps. Never worse than the full
+range, because that is the first candidate.
+"""
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import check_positive_int
+from fxquant.numerics.grouping import from_groups, to_groups
+from fxquant.numerics.integers import UINT4, dequantize_affine, quantize_affine, safe_scale
+from fxquant.numerics.weights import (
+    SCALE_DTYPE,
+    SYMMETRIC_ZERO_POINT,
+    ZERO_POINT_DTYPE,
+    Int4Weight,
+    check_weight,
+    scales_from_extreme,
+    scales_from_range,
+)
+
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
+REFITS = 4
+BLOCK_ELEMENTS = 1 << 17  # of a block of rows: its temporaries stay in the cache
+
+
+def round_to_nearest(
+    weight: Tensor,
+    *,
+    group_size: int = 128,
+    symmetric: bool = True,
+    importance: Tensor | None = None,
+) -> Int4Weight:
+    """Quantize a weight to INT4 by rounding, with the best range for each group.
+
+    Args:
+        weight: floating point [out, in].
+        group_size: columns a group; the last group may be short.
+        symmetric: one fixed zero point (8), or one for each group.
+        importance: [in], how much a column's squared error counts: the mean square of the layer's
+            input. All columns count alike without it.
+
+    Returns:
+        The integers with their scales and zero points.
+
+    Raises:
+        WeightError: the weight is not a finite matrix.
+        OptionError: `group_size` is not positive.
+    """
+    check_positive_int("group_size", group_size)
+    check_weight(weight)
+    rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
+    blocks = [
+        _round_block(block.float(), group_size, symmetric, importance)
+        for block in weight.split(rows)
+    ]
+    q, scales, zero_points = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return Int4Weight.from_integers(q, scales, zero_points, group_size, symmetric)
+
+
+def _round_block(
+    block: Tensor, group_size: int, symmetric: bool, importance: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = to_groups(block, group_size)  # [rows, groups, group_size]
+    weights = _column_weights(block, group_size, importance)  # [1, groups, group_size]
+    fit = _Fit(groups, weights)
+    low, high = groups.amin(-1), groups.amax(-1)
+    for shrink in SHRINKS:
+        if symmetric:
+            fit.offer(*scales_from_extreme(torch.where(high > -low, high, low) * shrink))
+        else:
+            fit.offer(*scales_from_range(low * shrink, high * shrink))
+    for _ in range(REFITS):
+        fit.offer(*_refit(groups, fit.q, weights, fit.scale, symmetric))
+    return from_groups(fit.q, block.shape[1]).to(torch.uint8), fit.scale, fit.zero_point
+
+
+class _Fit:
+    """The best integers so far for each group."""
+
+    def __init__(self, groups: Tensor, weights: Tensor) -> None:
+        self.groups, self.weights = groups, weights
+        self.error: Tensor | None = None
+        self.scale = self.zero_point = self.q = torch.empty(0)
+
+    def offer(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Keep this grid where it has the smaller error."""
+        grid = scale[..., None], zero_point[..., None]
+        q = quantize_affine(self.groups, *grid, UINT4)
+        difference = dequantize_affine(q, *grid).sub_(self.groups)
+        error = difference.square_().mul_(self.weights).sum(-1)
+        if self.error is None:
+            self.error, self.scale, self.zero_point, self.q = error, scale, zero_point, q
+            return
+        better = error < self.error
+        self.error = torch.where(better, error, self.error)
+        self.scale = torch.where(better, scale, self.scale)
+        self.zero_point = torch.where(better, zero_point, self.zero_point)
+        self.q = torch.where(better[..., None], q, self.q)
+
+
+def _refit(
+    groups: Tensor, q: Tensor, weights: Tensor, scale: Tensor, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """The least-squares scale and zero point for given integers; `scale` where it is undefined."""
+    if symmetric:
+        levels = q - SYMMETRIC_ZERO_POINT
+        fitted = (weights * levels * groups).sum(-1) / (weights * levels * levels).sum(-1)
+        fitted = torch.where(torch.isfinite(fitted), fitted, scale)
+        fitted = safe_scale(fitted.to(SCALE_DTYPE).float())
+        return fitted, torch.full_like(fitted, SYMMETRIC_ZERO_POINT)
+    total = weights.sum(-1)
+    mean_q = (weights * q).sum(-1) / total
+    mean_x = (weights * groups).sum(-1) / total
+    centred = weights * (q - mean_q[..., None])
+    fitted = (centred * groups).sum(-1) / (centred * q).sum(-1)
+    fitted = torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, scale)
+    fitted = safe_scale(fitted.to(SCALE_DTYPE).float())
+    zero_point = (mean_q - mean_x / fitted).clamp(-1024, 1024)
+    return fitted, zero_point.to(ZERO_POINT_DTYPE).float()
+
+
+def _column_weights(block: Tensor, group_size: int, importance: Tensor | None) -> Tensor:
+    columns = torch.ones_like(block[:1]) if importance is None else importance[None].float()
+    # A layer no token reached, or a dead group: every column counts alike.
+    weights = to_groups(columns, group_size).clone()  # [1, groups, group_size]
+    short = block.shape[1] % group_size
+    if short:
+        weights[:, -1, short:] = 0  # the filled-up part of a short group is no weight
+    dead = weights.sum(-1, keepdim=True) <= 0
+    return torch.where(dead, torch.ones_like(weights), weights)

@@ -1,0 +1,37 @@
+"""Which backend a layer uses, and why."""
+
+import os
+
+import torch
+
+from fxquant.errors import OptionError, check_choice
+from fxquant.kernels.aten import AtenBackend
+from fxquant.kernels.interface import Int4Backend, LinearSpec
+from fxquant.kernels.reference import ReferenceBackend
+
+BACKENDS: dict[str, Int4Backend] = {b.name: b for b in (AtenBackend(), ReferenceBackend())}
+FORCE = "FXQUANT_BACKEND"  # the environment variable that forces one
+
+
+def choose_backend(
+    spec: LinearSpec, device: torch.device
+) -> tuple[Int4Backend, dict[str, str | None]]:
+    """The first backend that serves a layer, and for each backend why it does not (or None).
+
+    Raises:
+        OptionError: the environment variable FXQUANT_BACKEND names no backend that serves it.
+    """
+    reasons = {name: backend.unsupported(spec, device) for name, backend in BACKENDS.items()}
+    forced = os.environ.get(FORCE)
+    if forced is not None:
+        check_choice(FORCE, forced, BACKENDS)
+        if reasons[forced] is not None:
+            raise OptionError(
+                FORCE,
+                found=f"{forced!r}, which cannot serve a layer: {reasons[forced]}",
+                needed="a backend that serves every layer",
+                remedy=f"Unset {FORCE}, or set it to 'reference'.",
+            )
+        return BACKENDS[forced], reasons
+    name = next(name for name, reason in reasons.items() if reason is None)
+    return BACKENDS[name], reasons

@@ -1,0 +1,23 @@
+"""The INT8 matrix product with one scale a row, on torch's own op where that applies."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def matmul_int8(x: Tensor, q: Tensor, scales: Tensor) -> Tensor:
+    """Compute x · (scale · q)ᵀ.
+
+    Args:
+        x: [..., in] float32, bfloat16 or float16.
+        q: int8 [out, in].
+        scales: bfloat16 [out].
+
+    Returns:
+        [..., out] in the dtype of `x`. On a CPU the activations go through bfloat16.
+    """
+    if x.device.type != "cpu":
+        return F.linear(x, (q * scales[:, None]).to(x.dtype))
+    rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
+    y = torch.ops.aten._weight_int8pack_mm(rows, q, scales)
+    return y.reshape(*x.shape[:-1], q.shape[0]).to(x.dtype)

@@ -1,0 +1,243 @@
+"""Decide: rules over the weighted nodes of a graph make the ledger. No weight is touched.
+
+The first rule of this list that applies decides:
+
+1. an opaque module, or an op without an integer kernel, stays float
+2. `modules_to_not_convert`, `skip_layer_names`
+3. `skip_layer_types`; `layer_types` that leave it out
+4. `bits`, where it is a mapping
+5. a weight tied to a layer that stays float (by default only)
+6. `skip_param_threshold`
+7. fewer inputs than `group_size`: INT8 instead of INT4
+8. all others are quantized
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from fxquant.errors import OptionError, check_positive_int
+from fxquant.graph.weighted import WeightedNode, weighted_nodes
+from fxquant.passes.rules import (
+    DEFAULT_INT4_SKIP,
+    NameRule,
+    check_names_match,
+    check_types_match,
+    is_type_match,
+    type_name,
+)
+
+FLOAT_BITS = 16  # how a bits mapping says "leave it float"
+BITS = (4, 8)
+ACTIONS = {4: "int4", 8: "int8", FLOAT_BITS: "float"}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A row of the ledger.
+
+    Attributes:
+        module: the qualified name in the user's model.
+        kind: the module's class or the op.
+        shape: of the weight, [out, in] for a linear layer.
+        parameters: elements of all parameters of the node.
+        action: `"int4"`, `"int8"` or `"float"`.
+        rule: which rule decided.
+        reason: why, in words.
+    """
+
+    module: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    action: str
+    rule: str
+    reason: str
+
+    @property
+    def bits(self) -> int | None:
+        """4 or 8; None for float."""
+        return {"int4": 4, "int8": 8}.get(self.action)
+
+
+@dataclass(frozen=True)
+class DecisionOptions:
+    """What the caller asked for; None stands for the entry of `DEFAULT_INT4_SKIP`."""
+
+    bits: int | Mapping[str, int] = 4
+    group_size: int = 128
+    layer_types: Sequence[Any] | None = None
+    modules_to_not_convert: Sequence[str] | None = None
+    skip_layer_types: Sequence[Any] | None = None
+    skip_layer_names: Sequence[str] | None = None
+    skip_param_threshold: int | None = None
+    quantizable: tuple[type[nn.Module], ...] = field(default=(nn.Linear,))
+
+    def __post_init__(self) -> None:
+        check_positive_int("group_size", self.group_size)
+        bits = self.bits.items() if isinstance(self.bits, Mapping) else [("bits", self.bits)]
+        for where, value in bits:
+            allowed = (*BITS, FLOAT_BITS) if isinstance(self.bits, Mapping) else BITS
+            if isinstance(value, bool) or value not in allowed:
+                raise OptionError(
+                    "bits" if where == "bits" else f"bits[{where!r}]",
+                    found=repr(value),
+                    needed=" or ".join(map(str, allowed)),
+                    remedy="Choose one of these widths (in a mapping, 16 leaves a module float).",
+                )
+        threshold = self.skip_param_threshold
+        if threshold is not None and (
+            isinstance(threshold, bool) or not isinstance(threshold, int) or threshold < 0
+        ):
+            raise OptionError(
+                "skip_param_threshold",
+                found=repr(threshold),
+                needed="a whole number of at least 0",
+                remedy="Pass 0 to quantize layers of every size.",
+            )
+        for kind in self.layer_types or ():
+            if not any(is_type_match(kind, q) for q in self.quantizable):
+                names = ", ".join(q.__name__ for q in self.quantizable)
+                raise OptionError(
+                    "layer_types",
+                    found=type_name(kind),
+                    needed=f"types that have an integer kernel: {names}",
+                    remedy="Leave layer_types out to quantize all of them.",
+                )
+        for argument in ("modules_to_not_convert", "skip_layer_names"):
+            if isinstance(getattr(self, argument), str):
+                raise OptionError(
+                    argument,
+                    found=f"the text {getattr(self, argument)!r}",
+                    needed="a list of names",
+                    remedy=f"Write {argument}=[{getattr(self, argument)!r}].",
+                )
+
+
+def decide(gm: GraphModule, options: DecisionOptions) -> list[Decision]:
+    """Make the ledger of a traced model.
+
+    Args:
+        gm: a graph from `trace`.
+        options: the caller's rules.
+
+    Returns:
+        One row for each node with parameters, in the order of the graph.
+
+    Raises:
+        RuleError: a rule that the caller wrote selects nothing.
+    """
+    nodes = weighted_nodes(gm)
+    _check_rules(nodes, options)
+    float_weights = {
+        id(p): node.name
+        for node in nodes
+        if not _is_quantizable(node, options) or _skipped_type(node, options)
+        for p in node.parameters
+    }
+    return [_decide_node(node, options, float_weights) for node in nodes]
+
+
+def _check_rules(nodes: list[WeightedNode], options: DecisionOptions) -> None:
+    names = [node.name for node in nodes]
+    kinds = [node.kind for node in nodes]
+    check_names_match("modules_to_not_convert", options.modules_to_not_convert or (), names)
+    check_names_match("skip_layer_names", options.skip_layer_names or (), names)
+    check_types_match("skip_layer_types", options.skip_layer_types or (), kinds)
+    check_types_match("layer_types", options.layer_types or (), kinds)
+    if isinstance(options.bits, Mapping):
+        check_names_match("bits", options.bits, names)
+
+
+def _decide_node(
+    node: WeightedNode, options: DecisionOptions, float_weights: dict[int, str]
+) -> Decision:
+    action, rule, reason = _first_rule(node, options, float_weights)
+    kind = type_name(node.kind)
+    return Decision(node.name, kind, node.shape, node.parameter_count, action, rule, reason)
+
+
+def _first_rule(
+    node: WeightedNode, options: DecisionOptions, float_weights: dict[int, str]
+) -> tuple[str, str, str]:
+    if node.is_opaque:
+        return "float", "opaque", "it runs inside a module that could not be traced"
+    pattern = _matching_name(options.modules_to_not_convert or (), node.name)
+    if pattern is not None:
+        return "float", f"modules_to_not_convert: {pattern}", "the caller keeps it float"
+    names, origin = _with_origin(options.skip_layer_names, "skip_names")
+    pattern = _matching_name(names, node.name)
+    if pattern is not None:
+        return "float", f"{origin}: {pattern}", "its name is skipped"
+    kind = _skipped_type(node, options)
+    if kind is not None:
+        _, origin = _with_origin(options.skip_layer_types, "skip_types")
+        return "float", f"{origin}: {type_name(kind)}", "its type is skipped"
+    if not _is_quantizable(node, options):
+        return "float", "op table", f"no integer kernel for {type_name(node.kind)}"
+    if options.layer_types is not None and not any(
+        is_type_match(kind, node.kind) for kind in options.layer_types
+    ):
+        return "float", "layer_types", "its type is not among the chosen ones"
+    bits, rule, reason = _bits_of(node, options)
+    if bits == FLOAT_BITS:
+        return "float", rule, reason
+    is_explicit = isinstance(options.bits, Mapping) or options.skip_layer_names is not None
+    tied = float_weights.get(id(node.parameters[0]))
+    if tied is not None and not is_explicit:
+        return "float", "default: tied weight", f"its weight is shared with {tied}, which is float"
+    return _by_size(node, options, bits, rule, reason)
+
+
+def _by_size(
+    node: WeightedNode, options: DecisionOptions, bits: int, rule: str, reason: str
+) -> tuple[str, str, str]:
+    threshold = options.skip_param_threshold
+    origin = "skip_param_threshold"
+    if threshold is None:
+        threshold, origin = DEFAULT_INT4_SKIP.skip_param_threshold, f"default: {origin}"
+    if node.parameter_count < threshold and not isinstance(options.bits, Mapping):
+        why = f"{node.parameter_count} parameters are fewer than {threshold}"
+        return "float", origin, why
+    if bits == 4 and node.shape[-1] < options.group_size:
+        why = f"{node.shape[-1]} inputs are fewer than a group of {options.group_size}"
+        return "int8", "group_size", f"{why}: INT8 per channel instead"
+    return ACTIONS[bits], rule, reason
+
+
+def _bits_of(node: WeightedNode, options: DecisionOptions) -> tuple[int, str, str]:
+    if not isinstance(options.bits, Mapping):
+        return options.bits, "default", f"{type_name(node.kind)} with enough parameters"
+    if node.name in options.bits:
+        return options.bits[node.name], "bits", f"the mapping gives it {options.bits[node.name]}"
+    pattern = _matching_name(options.bits, node.name)
+    if pattern is None:
+        return FLOAT_BITS, "bits", "the mapping does not name it"
+    return (
+        options.bits[pattern],
+        f"bits: {pattern}",
+        f"the mapping gives it {options.bits[pattern]}",
+    )
+
+
+def _is_quantizable(node: WeightedNode, options: DecisionOptions) -> bool:
+    return isinstance(node.module, options.quantizable) and not node.is_opaque
+
+
+def _skipped_type(node: WeightedNode, options: DecisionOptions) -> Any:
+    types, _ = _with_origin(options.skip_layer_types, "skip_types")
+    return next((kind for kind in types if is_type_match(kind, node.kind)), None)
+
+
+def _with_origin(given: Sequence[Any] | None, entry: str) -> tuple[Sequence[Any], str]:
+    """The caller's list, or the default's entry, and how the ledger names the rule."""
+    if given is None:
+        return DEFAULT_INT4_SKIP[entry], f"default: {entry}"
+    return given, entry
+
+
+def _matching_name(patterns: Iterable[str], name: str) -> str | None:
+    return next((p for p in patterns if NameRule(p).is_match(name)), None)
