@@ -18,9 +18,11 @@ class SqnrMeter:
     def __init__(self) -> None:
         self._signal = torch.zeros((), dtype=torch.float64)
         self._noise = torch.zeros((), dtype=torch.float64)
+        self._count = 0
 
     def add(self, reference: Tensor, approximation: Tensor) -> None:
         """Add a pair of equally shaped tensors."""
+        self._count += 1
         reference = reference.detach().float()
         self._signal += squared_sum(reference)
         self._noise += squared_sum(approximation.detach().float() - reference)
@@ -29,6 +31,11 @@ class SqnrMeter:
     def db(self) -> float:
         """The ratio so far, in decibels."""
         return power_ratio_db(self._signal.item(), self._noise.item())
+
+    @property
+    def db_or_none(self) -> float | None:
+        """The ratio, or None if nothing was added."""
+        return self.db if self._count else None
 
 
 def squared_sum(x: Tensor) -> Tensor:

@@ -60,9 +60,7 @@ class HistogramObserver(Observer):
 
     def _range(self) -> tuple[Tensor, Tensor]:
         centres = (torch.arange(self.bins, device=self.width.device) + self.first + 0.5).double()
-        return best_range(
-            self.histogram.double(), centres * self.width, self.minimum, self.maximum
-        )
+        return best_range(self.histogram.double(), centres * self.width, self.minimum, self.maximum)
 
     def reset(self) -> None:
         """Forget everything."""

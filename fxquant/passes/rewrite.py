@@ -75,5 +75,3 @@ def dequantize_model(qmodel: GraphModule) -> GraphModule:
             made.setdefault(site.module, site.module.to_linear())
             site.scope.gm.set_submodule(str(site.node.target), made[site.module])
     return rewritten
-
-

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Plain data in; tables, files and drawings out."""

@@ -1,0 +1,187 @@
+"""The record of a quantization: what was decided, what it cost, what to worry about."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fxquant.analysis.sensitivity_report import SensitivityRow
+from fxquant.errors import AccuracyError, check_choice
+from fxquant.passes.decide import Decision
+from fxquant.report.tables import format_db, format_shape, text_table
+
+FEW_SAMPLES = 50
+HEADERS = (
+    "module", "type", "shape", "params", "action",
+    "weight dB", "introduced dB", "cumulative dB", "warning", "rule", "reason",
+)  # fmt: skip
+
+
+class AccuracyWarning(UserWarning):
+    """The quantized model may be less accurate than wanted."""
+
+
+@dataclass
+class QuantizationInfo:
+    """What a quantization did.
+
+    Attributes:
+        decisions: the ledger: one row for each node with parameters.
+        rows: what each quantized layer costs.
+        calibration_samples_used: rows of the first dimension; 0 without data.
+        sqnr_db: output SQNR, float against quantized, on calibration data; None without data.
+        original_size_mb: true bytes of the traced float model in 10⁶, tied tensors counted once.
+        quantized_size_mb: the same of the quantized model.
+        bits: 4, 8, or a mapping by module name.
+        group_size: columns a group.
+        symmetric: whether zero points are fixed.
+        method: the algorithm that chose the integers.
+        observer: the name of the observer of activations.
+        activation_bits: 8 if activations are quantized in the graph, else None.
+        trace: what tracing did, as plain data.
+        warnings: what `check_accuracy_warnings` found.
+    """
+
+    decisions: list[Decision]
+    rows: list[SensitivityRow] = field(default_factory=list)
+    calibration_samples_used: int = 0
+    sqnr_db: float | None = None
+    original_size_mb: float = 0.0
+    quantized_size_mb: float = 0.0
+    bits: int | Mapping[str, int] = 4
+    group_size: int = 128
+    symmetric: bool = True
+    method: str = "rtn"
+    observer: str = "minmax"
+    activation_bits: int | None = None
+    trace: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    warning_threshold: float = 20.0
+    error_threshold: float = 10.0
+
+    @property
+    def selected_layers(self) -> list[str]:
+        """Names of the layers that were quantized."""
+        return [d.module for d in self.decisions if d.action != "float"]
+
+    @property
+    def skipped_layers(self) -> list[str]:
+        """Names of the nodes with parameters that stayed float."""
+        return [d.module for d in self.decisions if d.action == "float"]
+
+    @property
+    def compression_ratio(self) -> float:
+        """Bytes before divided by bytes after."""
+        return self.original_size_mb / self.quantized_size_mb if self.quantized_size_mb else 1.0
+
+    def table(self) -> str:
+        """The ledger as text: one line for each node with parameters."""
+        measured = {row.module: row for row in self.rows}
+        return text_table(
+            HEADERS, [_cells(d, measured.get(d.module), self) for d in self.decisions]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        data = asdict(self)
+        data["bits"] = self.bits if isinstance(self.bits, int) else dict(self.bits)
+        return {**data, "compression_ratio": self.compression_ratio}
+
+
+def _cells(
+    decision: Decision, row: SensitivityRow | None, info: QuantizationInfo
+) -> tuple[object, ...]:
+    head = (
+        decision.module,
+        decision.kind,
+        format_shape(decision.shape),
+        decision.parameters,
+        decision.action,
+    )
+    costs: tuple[str, ...] = ("", "", "", "")
+    if row is not None:
+        costs = (
+            format_db(row.weight_sqnr_db),
+            format_db(row.introduced_sqnr_db),
+            format_db(row.cumulative_sqnr_db),
+            row.severity(info.warning_threshold, info.error_threshold),
+        )
+    return (*head, *costs, decision.rule, decision.reason)
+
+
+def check_accuracy_warnings(
+    info: QuantizationInfo,
+    sqnr_warning_threshold: float = 20.0,
+    sqnr_error_threshold: float = 10.0,
+    on_failure: str = "warn",
+) -> QuantizationInfo:
+    """Fill `info.warnings`.
+
+    Args:
+        info: the record to check.
+        sqnr_warning_threshold: SQNR below it, in dB, is `low`.
+        sqnr_error_threshold: SQNR below it is `critical`.
+        on_failure: `"warn"` shows the findings as one `AccuracyWarning`, `"error"` raises if the
+            output or a layer is critical, `"ignore"` only fills the list.
+
+    Returns:
+        The same `info`.
+
+    Raises:
+        AccuracyError: something is critical and `on_failure` is `"error"`.
+    """
+    check_choice("on_failure", on_failure, ("error", "warn", "ignore"))
+    info.warning_threshold = sqnr_warning_threshold
+    info.error_threshold = sqnr_error_threshold
+    critical = list(_layer_warnings(info, "critical", sqnr_error_threshold))
+    low = list(_layer_warnings(info, "low", sqnr_warning_threshold))
+    if info.sqnr_db is not None and not info.sqnr_db >= sqnr_error_threshold:
+        text = f"critical: output SQNR is {info.sqnr_db:.1f} dB, below {sqnr_error_threshold:g} dB"
+        critical.insert(0, text)
+    elif info.sqnr_db is not None and info.sqnr_db < sqnr_warning_threshold:
+        text = f"low: output SQNR is {info.sqnr_db:.1f} dB, below {sqnr_warning_threshold:g} dB"
+        low.insert(0, text)
+    info.warnings = [*critical, *low, *_general_warnings(info)]
+    if on_failure == "error" and critical:
+        raise AccuracyError(
+            "quantized model",
+            found="; ".join(critical[:5]),
+            needed=f"at least {sqnr_error_threshold:g} dB everywhere",
+            remedy="Keep these layers float or at 8 bits, use a smaller group_size, or lower "
+            "sqnr_error_threshold.",
+        )
+    if on_failure == "warn" and info.warnings:
+        shown = info.warnings[:5]
+        more = len(info.warnings) - len(shown)
+        text = "\n  ".join(shown) + (f"\n  and {more} more in info.warnings" if more else "")
+        warnings.warn(f"quantization accuracy:\n  {text}", AccuracyWarning, stacklevel=3)
+    return info
+
+
+def _layer_warnings(info: QuantizationInfo, severity: str, threshold: float) -> list[str]:
+    found = []
+    for row in info.rows:
+        if row.severity(info.warning_threshold, info.error_threshold) == severity:
+            measured = row.introduced_sqnr_db
+            what = "weight" if measured is None else "introduced"
+            value = row.weight_sqnr_db if measured is None else measured
+            found.append(
+                f"{severity}: {row.module}: {what} SQNR {value:.1f} dB, below {threshold:g}"
+            )
+    return found
+
+
+def _general_warnings(info: QuantizationInfo) -> list[str]:
+    found = []
+    if not info.selected_layers:
+        found.append("nothing was quantized: the ledger tells why for each layer")
+    elif not info.skipped_layers:
+        found.append("nothing was skipped: no layer with parameters stayed float")
+    if info.sqnr_db is not None and info.calibration_samples_used < FEW_SAMPLES:
+        found.append(
+            f"only {info.calibration_samples_used} calibration samples; use at least {FEW_SAMPLES}"
+        )
+    coverage = info.trace.get("coverage", 1.0)
+    if coverage < 1:
+        found.append(f"only {coverage:.0%} of the linear weight is in traced graphs")
+    return found

@@ -1,0 +1,115 @@
+"""The per-node table of what quantization costs."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fxquant.report.tables import format_db, format_shape, text_table, write_csv, write_json
+
+HEADERS = (
+    "module", "type", "shape", "params", "bits",
+    "weight dB", "introduced dB", "cumulative dB", "warning",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SensitivityRow:
+    """One quantizable node.
+
+    Attributes:
+        module: the qualified name in the user's model.
+        kind: the module's class.
+        shape: of the weight, [out, in].
+        params: elements of all its parameters.
+        bits: of a weight element.
+        weight_sqnr_db: of the weight itself.
+        introduced_sqnr_db: this node's own error, on the input it sees in the quantized model;
+            None where it was not measured or the node did not run.
+        cumulative_sqnr_db: all error that has arrived at its output.
+        arrived_sqnr_db: the part of it that came with its input.
+        output_sqnr_db: the model's output when only this node is quantized; None where the method
+            does not measure it.
+        input_low: the smallest input value, if it was observed.
+        input_high: the largest.
+        input_outlier_ratio: the largest magnitude divided by the rms.
+    """
+
+    module: str
+    kind: str
+    shape: tuple[int, ...]
+    params: int
+    bits: int
+    weight_sqnr_db: float
+    introduced_sqnr_db: float | None = None
+    cumulative_sqnr_db: float | None = None
+    arrived_sqnr_db: float | None = None
+    output_sqnr_db: float | None = None
+    input_low: float | None = None
+    input_high: float | None = None
+    input_outlier_ratio: float | None = None
+
+    def severity(self, warning_threshold: float, error_threshold: float) -> str:
+        """`"critical"`, `"low"` or nothing, by the error this node introduces (or its weight's)."""
+        measured = self.introduced_sqnr_db
+        worst = self.weight_sqnr_db if measured is None else measured
+        if not worst >= error_threshold:  # NaN is critical
+            return "critical"
+        return "" if worst >= warning_threshold else "low"
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """What quantizing each node costs.
+
+    Attributes:
+        rows: one for each quantizable node, in the order of the graph.
+        method: how it was measured.
+        output_sqnr_db: of the model's output with all nodes quantized.
+        warning_threshold: below it, in dB, a node is `low`.
+        error_threshold: below it, a node is `critical`.
+    """
+
+    rows: Sequence[SensitivityRow]
+    method: str
+    output_sqnr_db: float | None
+    warning_threshold: float = 20.0
+    error_threshold: float = 10.0
+
+    def table(self) -> str:
+        """The rows as text."""
+        return sensitivity_table(self.rows, self.warning_threshold, self.error_threshold)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        head = {"method": self.method, "output_sqnr_db": self.output_sqnr_db}
+        return {**head, "rows": [asdict(row) for row in self.rows]}
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        write_json(path, self.to_dict())
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the rows as CSV."""
+        write_csv(path, [{**asdict(r), "shape": format_shape(r.shape)} for r in self.rows])
+
+
+def sensitivity_table(
+    rows: Sequence[SensitivityRow], warning_threshold: float, error_threshold: float
+) -> str:
+    """Rows as a text table."""
+    cells = [
+        (
+            row.module,
+            row.kind,
+            format_shape(row.shape),
+            row.params,
+            row.bits,
+            format_db(row.weight_sqnr_db),
+            format_db(row.introduced_sqnr_db),
+            format_db(row.cumulative_sqnr_db),
+            row.severity(warning_threshold, error_threshold),
+        )
+        for row in rows
+    ]
+    return text_table(HEADERS, cells)

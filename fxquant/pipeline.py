@@ -1,0 +1,262 @@
+"""The pipeline: trace, observe, calibrate, decide, rewrite, report."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from fxquant.algorithms.rtn import round_to_nearest
+from fxquant.analysis.quantization_info import QuantizationInfo, check_accuracy_warnings
+from fxquant.analysis.sensitivity import measure_rows
+from fxquant.analysis.sensitivity_report import SensitivityReport
+from fxquant.analysis.sizes import MEGABYTE, model_bytes
+from fxquant.errors import OptionError, check_choice, check_positive_int
+from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.linear_int4 import QuantizedLinearInt4
+from fxquant.modules.linear_int8 import QuantizedLinearInt8
+from fxquant.observers import Observer
+from fxquant.passes.calibrate import calibrate
+from fxquant.passes.calibration_data import Call, calls
+from fxquant.passes.decide import DecisionOptions, decide
+from fxquant.passes.insert_observers import insert_observers, observed_inputs
+from fxquant.passes.quantize_activations import quantize_activations
+from fxquant.passes.rewrite import rewrite
+from fxquant.tracing.signature import ExampleInputs
+from fxquant.tracing.trace import trace
+from fxquant.tracing.trace_report import REPORT_KEY, trace_report
+
+METHODS = ("rtn", "auto")
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """How weights become integers."""
+
+    group_size: int
+    symmetric: bool
+
+    def quantize(self, name: str, linear: nn.Linear, bits: int) -> QuantizedLinear:
+        """Quantize one layer."""
+        if bits == QuantizedLinearInt8.bits:
+            return QuantizedLinearInt8.from_float(linear)
+        weight = round_to_nearest(
+            linear.weight.detach(), group_size=self.group_size, symmetric=self.symmetric
+        )
+        return QuantizedLinearInt4(weight, linear.bias)
+
+
+def static_quantize(
+    model: nn.Module,
+    calibration_data: Iterable[object],
+    *,
+    bits: int | Mapping[str, int] = 4,
+    group_size: int = 128,
+    symmetric: bool = True,
+    method: str = "auto",
+    observer: str = "minmax",
+    activation_bits: int | None = None,
+    layer_types: Sequence[Any] | None = None,
+    modules_to_not_convert: Sequence[str] | None = None,
+    skip_layer_types: Sequence[Any] | None = None,
+    skip_layer_names: Sequence[str] | None = None,
+    skip_param_threshold: int | None = None,
+    num_calibration_samples: int = 150,
+    accuracy_warning: str = "warn",
+    sqnr_warning_threshold: float = 20.0,
+    sqnr_error_threshold: float = 10.0,
+) -> tuple[GraphModule, QuantizationInfo]:
+    """Quantize a model with calibration data.
+
+    Args:
+        model: any module, or a graph from `trace`; it is not changed.
+        calibration_data: an iterable of items: a tensor (one argument), a tuple or list
+            (positional arguments) or a mapping (keyword arguments). The first item also serves as
+            example inputs for tracing.
+        bits: 4, 8, or a mapping from module name to bits (16 leaves it float).
+        group_size: weights along `in_features` that share a scale.
+        symmetric: one fixed zero point, or one for each group.
+        method: `"rtn"` or `"auto"`.
+        observer: the observer of activations, a name that `create_observer` knows.
+        activation_bits: 8 puts static quantize/dequantize nodes in the graph; None leaves
+            activations float.
+        layer_types: quantize only these classes.
+        modules_to_not_convert: names that stay float, on top of the skip rules.
+        skip_layer_types: replaces `DEFAULT_INT4_SKIP.skip_types`.
+        skip_layer_names: replaces `DEFAULT_INT4_SKIP.skip_names`.
+        skip_param_threshold: replaces `DEFAULT_INT4_SKIP.skip_param_threshold`.
+        num_calibration_samples: rows of the first dimension that are used at most.
+        accuracy_warning: `"warn"`, `"error"` or `"ignore"`.
+        sqnr_warning_threshold: in dB.
+        sqnr_error_threshold: in dB.
+
+    Returns:
+        The quantized graph, and the record of what was done.
+
+    Raises:
+        FxquantError: an option, the model or the data is not usable; nothing is half done.
+    """
+    options = DecisionOptions(
+        bits,
+        group_size,
+        layer_types,
+        modules_to_not_convert,
+        skip_layer_types,
+        skip_layer_names,
+        skip_param_threshold,
+    )
+    _check_options(method, accuracy_warning, activation_bits)
+    check_positive_int("num_calibration_samples", num_calibration_samples)
+    batches = list(calls(calibration_data, model, num_calibration_samples))
+    gm = _graph_of(model, batches[0] if batches else None)
+    observed = insert_observers(gm, observer)
+    used = calibrate(observed, [_as_item(call) for call in batches])
+    info = _plan(gm, options, symmetric, method)
+    info.observer, info.activation_bits = observer, activation_bits
+    info.calibration_samples_used = used
+    qmodel = rewrite(gm, info.decisions, _Weights(group_size, symmetric).quantize)
+    observers = observed_inputs(observed)
+    if activation_bits is not None:
+        qmodel = quantize_activations(qmodel, observers)
+    _measure(gm, qmodel, info, batches, observers)
+    check_accuracy_warnings(info, sqnr_warning_threshold, sqnr_error_threshold, accuracy_warning)
+    return qmodel, info
+
+
+def quantize(
+    model: nn.Module,
+    *,
+    example_inputs: object = None,
+    bits: int | Mapping[str, int] = 4,
+    group_size: int = 128,
+    symmetric: bool = True,
+    method: str = "auto",
+    layer_types: Sequence[Any] | None = None,
+    modules_to_not_convert: Sequence[str] | None = None,
+    skip_layer_types: Sequence[Any] | None = None,
+    skip_layer_names: Sequence[str] | None = None,
+    skip_param_threshold: int | None = None,
+    accuracy_warning: str = "warn",
+    sqnr_warning_threshold: float = 20.0,
+    sqnr_error_threshold: float = 10.0,
+) -> tuple[GraphModule, QuantizationInfo]:
+    """Quantize a model's weights without calibration data.
+
+    The options are those of `static_quantize`. With `example_inputs` (one call's arguments),
+    models that `torch.fx` cannot trace symbolically are exported instead.
+
+    Returns:
+        The quantized graph, and the record of what was done; its `sqnr_db` is None.
+    """
+    options = DecisionOptions(
+        bits,
+        group_size,
+        layer_types,
+        modules_to_not_convert,
+        skip_layer_types,
+        skip_layer_names,
+        skip_param_threshold,
+    )
+    _check_options(method, accuracy_warning, None)
+    example = None if example_inputs is None else ExampleInputs.of(example_inputs)
+    gm = _graph_of(model, None if example is None else (example.args, example.kwargs))
+    info = _plan(gm, options, symmetric, method)
+    qmodel = rewrite(gm, info.decisions, _Weights(group_size, symmetric).quantize)
+    _measure(gm, qmodel, info, [], {})
+    check_accuracy_warnings(info, sqnr_warning_threshold, sqnr_error_threshold, accuracy_warning)
+    return qmodel, info
+
+
+def plan(model: nn.Module, example_inputs: object = None, **rules: Any) -> QuantizationInfo:
+    """A dry run: the ledger, without touching a weight.
+
+    Args:
+        model: any module, or a graph from `trace`.
+        example_inputs: one call's arguments, for models that need `torch.export`.
+        **rules: `bits`, `group_size` and the skip rules of `static_quantize`.
+
+    Returns:
+        A record whose `.table()` prints the decisions.
+    """
+    example = None if example_inputs is None else ExampleInputs.of(example_inputs)
+    gm = _graph_of(model, None if example is None else (example.args, example.kwargs))
+    return _plan(gm, DecisionOptions(**rules), symmetric=True, method="auto")
+
+
+def sensitivity(
+    model: nn.Module,
+    data: Iterable[object],
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    method: str = "local",
+) -> SensitivityReport:
+    """Measure what quantizing each Linear layer costs.
+
+    Args:
+        model: any module, or a graph from `trace`; it is not changed.
+        data: calibration data in any of the forms of `static_quantize`.
+        bits: 4 or 8.
+        group_size: weights along `in_features` that share a scale.
+        method: `"local"`: one paired pass over the float and the quantized graph splits each
+            node's error into what it introduced and what arrived.
+
+    Returns:
+        One row for each layer that `static_quantize` would quantize.
+    """
+    check_choice("method", method, ("local",))
+    _, info = static_quantize(
+        model, data, bits=bits, group_size=group_size, accuracy_warning="ignore"
+    )
+    return SensitivityReport(info.rows, method, info.sqnr_db)
+
+
+def _check_options(method: str, accuracy_warning: str, activation_bits: int | None) -> None:
+    check_choice("method", method, METHODS)
+    check_choice("accuracy_warning", accuracy_warning, ("error", "warn", "ignore"))
+    if activation_bits not in (None, 8):
+        raise OptionError(
+            "activation_bits",
+            found=repr(activation_bits),
+            needed="8 or None",
+            remedy="Leave it None for float activations.",
+        )
+
+
+def _graph_of(model: nn.Module, example: Call | None) -> GraphModule:
+    """The model's graph; one that `trace` made is taken as it is."""
+    if isinstance(model, GraphModule) and REPORT_KEY in model.meta:
+        return model
+    return trace(model, None if example is None else ExampleInputs(*example))
+
+
+def _plan(
+    gm: GraphModule, options: DecisionOptions, symmetric: bool, method: str
+) -> QuantizationInfo:
+    return QuantizationInfo(
+        decide(gm, options),
+        bits=options.bits,
+        group_size=options.group_size,
+        symmetric=symmetric,
+        method="rtn" if method == "auto" else method,
+        trace=trace_report(gm).to_dict(),
+    )
+
+
+def _measure(
+    gm: GraphModule,
+    qmodel: GraphModule,
+    info: QuantizationInfo,
+    batches: list[Call],
+    observers: Mapping[str, Observer],
+) -> None:
+    info.rows, run = measure_rows(gm, qmodel, info.decisions, batches, observers)
+    info.sqnr_db = run.output.db_or_none
+    info.original_size_mb = model_bytes(gm) / MEGABYTE
+    info.quantized_size_mb = model_bytes(qmodel) / MEGABYTE
+
+
+def _as_item(call: Call) -> object:
+    args, kwargs = call
+    return kwargs if kwargs else args
