@@ -1,6 +1,6 @@
 """Train the embedded byte-level language model again from plain text files.
 
-    python examples/train_language_model.py kjv.txt devil.txt jargon.txt --minutes 40
+    python examples/train_language_model.py kjv.txt devil.txt jargon.txt --minutes 45
 
 The shipped weights were trained on three public-domain texts (see fxquant/demo/README.md): Debian
 packages them as `bible-kjv-text`, `dict-devil` and `jargon-text`. Every 32nd piece of 8 KiB is held
@@ -65,7 +65,7 @@ def main() -> None:
     """Train for a given time and write the weights and the two excerpts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("texts", nargs="+", type=Path)
-    parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--minutes", type=float, default=45)
     parser.add_argument("--out", type=Path, default=Path("fxquant/demo"))
     arguments = parser.parse_args()
 

@@ -53,6 +53,13 @@ class TraceReport:
         """Plain data for JSON."""
         return {**asdict(self), "coverage": self.coverage}
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "TraceReport":
+        """Undo `to_dict`."""
+        values = {key: value for key, value in data.items() if key != "coverage"}
+        opaque = [OpaqueModule(**entry) for entry in values.pop("opaque")]
+        return cls(**values, opaque=opaque)
+
     def __str__(self) -> str:
         lines = [f"traced by: {self.way}", f"linear weight in graphs: {self.coverage:.1%}"]
         lines += [f"not taken: {line}" for line in self.attempts]
