@@ -29,14 +29,14 @@ def rewrite(
         quantize_linear: makes a quantized layer from `(name, linear, bits)`.
 
     Returns:
-        A new graph whose nodes have the same names. One Linear called from several nodes stays one
-        module.
+        A new graph whose nodes have the same names and whose parameters need no gradient. One
+        Linear called from several nodes stays one module.
 
     Raises:
         WeightError: a weight cannot be quantized; the layer is named.
     """
     bits = {d.module: d.bits for d in decisions if d.bits is not None}
-    rewritten = copy_sharing_tensors(gm)
+    rewritten = copy_sharing_tensors(gm, frozen=True)
     made: dict[nn.Module, QuantizedLinear] = {}
     for site in list(sites(rewritten)):
         linear = site.module

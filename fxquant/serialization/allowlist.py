@@ -19,6 +19,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.errors import LoadError, SaveError, near_misses
+from fxquant.graph.grouped_matmul import grouped_matmul
 from fxquant.graph.structures import expect_constant, output_dict
 from fxquant.modules.activation import dequantize_activation, quantize_activation
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
@@ -31,11 +32,11 @@ from fxquant.tracing.replacements import (
     TraceableTransformerEncoderLayer,
     merge_attention_masks,
 )
-from fxquant.tracing.trace import StandInGraph
 
 FXQUANT_FUNCTIONS: tuple[Callable[..., Any], ...] = (
     expect_constant,
     output_dict,
+    grouped_matmul,
     merge_attention_masks,
     quantize_activation,
     dequantize_activation,
@@ -47,7 +48,6 @@ FXQUANT_MODULES: tuple[type[nn.Module], ...] = (
     TraceableTransformerDecoder,
     TraceableTransformerEncoder,
     TraceableTransformerEncoderLayer,
-    StandInGraph,
     *dict.fromkeys(OBSERVERS.values()),
 )
 BUILTINS = ("getattr", "len", "abs", "min", "max", "int", "float", "bool", "round", "sum", "pow")

@@ -8,6 +8,7 @@ from torch.fx.graph import CodeGen
 
 from fxquant.errors import SaveError
 from fxquant.graph.scopes import tensor_attribute
+from fxquant.graph.stand_in import KEY, StandInGraph
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
 from fxquant.serialization.allowlist import (
@@ -87,7 +88,7 @@ class Describer:
 
     def _describe(self, module: nn.Module, path: str) -> dict[str, Any]:
         if isinstance(module, GraphModule):
-            return {"graph": self.graph(module, path)}
+            return {"graph": self.graph(module, path), **self._stand_in(module, path)}
         name = class_name(type(module))
         is_known = name in module_classes() or type(module) in self.allowed_modules
         if not is_known:
@@ -107,6 +108,24 @@ class Describer:
             }
         return self._generic(module, name, path)
 
+    def _stand_in(self, module: GraphModule, path: str) -> dict[str, Any]:
+        if not isinstance(module, StandInGraph):
+            return {}
+        original, attributes = module.meta[KEY]
+        encoded = {
+            k: self._encode_attribute(v, f"{path}.{k}", module) for k, v in attributes.items()
+        }
+        return {"stands_for": class_name(original), "attributes": encoded}
+
+    def _encode_attribute(self, value: Any, where: str, owner: nn.Module) -> Any:
+        """An attribute; what an opaque module holds beside plain data is left out by name."""
+        try:
+            return encode(value, where, self.allowed)
+        except SaveError:
+            if type(owner) in self.allowed_modules or isinstance(owner, StandInGraph):
+                return {"left_out": f"{where} ({class_name(type(value))})"}
+            raise
+
     def _generic(self, module: nn.Module, name: str, path: str) -> dict[str, Any]:
         if module._forward_hooks or module._forward_pre_hooks:
             raise SaveError(
@@ -123,7 +142,7 @@ class Describer:
             if isinstance(value, Tensor):
                 tensors[key] = self.writer.reference(value, f"{path}.{key}")
             else:
-                attributes[key] = encode(value, f"{path}.{key}", self.allowed)
+                attributes[key] = self._encode_attribute(value, f"{path}.{key}", module)
         buffers = {k: v for k, v in module._buffers.items() if v is not None}
         parameters = {k: v for k, v in module._parameters.items() if v is not None}
         return {

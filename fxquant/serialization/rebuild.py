@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxquant.errors import LoadError
+from fxquant.graph.stand_in import make_stand_in
 from fxquant.serialization.allowlist import (
     ATTRIBUTES,
     check_method,
@@ -97,7 +98,14 @@ class Rebuilder:
 
     def _module(self, data: dict[str, Any]) -> nn.Module:
         if "graph" in data:
-            return self.graph(data["graph"])
+            gm = self.graph(data["graph"])
+            if "stands_for" not in data:
+                return gm
+            original = resolve_class(data["stands_for"], self.allowed_modules)
+            attributes = {
+                checked_name(k): decode(v, {}, self.allowed) for k, v in data["attributes"].items()
+            }
+            return make_stand_in(gm, original, attributes)
         cls = resolve_class(data["class"], self.allowed_modules)
         if cls in DESCRIBED:
             tensors = {k: self.reader.tensor(r) for k, r in data["tensors"].items()}

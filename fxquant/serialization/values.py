@@ -1,7 +1,7 @@
 """Arguments of nodes and attributes of modules as tagged JSON, and back."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -70,7 +70,19 @@ def encode(value: Any, where: str, allowed: tuple[str, ...] = ()) -> Any:
     )
 
 
-Decoder = Callable[[Any], Any]
+class LeftOut:
+    """An attribute of an opaque module that could not be saved: reading from it is an error."""
+
+    def __init__(self, what: str) -> None:
+        self.__what = what
+
+    def __getattr__(self, name: str) -> Any:
+        raise LoadError(
+            self.__what,
+            found=f"that the module's code reads {name!r} of it",
+            needed="an attribute that was saved",
+            remedy="Let the module keep the number or text it needs as an attribute of its own.",
+        )
 
 
 def decode(
@@ -127,6 +139,8 @@ def decode(
             return MEMORY_FORMATS[content]
         case "ellipsis":
             return ...
+        case "left_out":
+            return LeftOut(str(content))
         case "function":
             return resolve_function(content, allowed)
     raise _malformed(repr(data)[:80])

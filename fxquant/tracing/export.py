@@ -23,6 +23,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from fxquant.graph.grouped_matmul import LIBRARY_OPS
 from fxquant.graph.structures import expect_constant, named_fields, output_dict
 from fxquant.tracing.guards import UnknownGuardError, insert_guards
 from fxquant.tracing.signature import ExampleInputs, graph_arguments, is_variadic, placeholder_order
@@ -33,6 +34,7 @@ higher_order = torch.ops.higher_order
 
 DYNAMIC_DIMENSIONS = 2  # batch and length
 _DROPPED = (aten._assert_tensor_metadata.default,)
+_IDENTITIES = (aten.dropout.default, aten.alias.default)  # a third argument True means training
 MODULE_PATH = "fxquant_module_path"  # node.meta: the innermost module the op ran in
 
 
@@ -278,12 +280,11 @@ def _copy_nodes(graph: Graph, gm: GraphModule, environment: dict[Node, Any]) -> 
             environment.get(node.args[0]), tuple | list
         ):  # of an inlined region
             environment[node] = environment[node.args[0]][node.args[1]]
-        elif node.target in (aten.dropout.default, aten.alias.default) and not node.args[2:3] == (
-            True,
-        ):
+        elif node.target in _IDENTITIES and node.args[2:3] != (True,):
             environment[node] = environment[node.args[0]]
         else:
             copied = graph.node_copy(node, lambda n: environment[n])
+            copied.target = LIBRARY_OPS.get(str(copied.target), copied.target)
             copied.meta = {MODULE_PATH: _module_path(node)}
             environment[node] = copied
     return None

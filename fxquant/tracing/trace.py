@@ -12,7 +12,6 @@ For each module, from the root down:
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch.fx import Graph, GraphModule
 
 from fxquant.errors import OptionError, TraceError
 from fxquant.graph.scopes import WRAPPED, user_name
+from fxquant.graph.stand_in import stand_in
 from fxquant.tracing.canonical import canonicalize
 from fxquant.tracing.export import capture_export
 from fxquant.tracing.prepare import prepare
@@ -178,39 +178,9 @@ def _child_graph(
             return child  # a norm, an embedding: nothing inside to reach
         graph = Graph()
         graph.output(graph.call_module(WRAPPED, (graph.placeholder("input"),)))
-        return _stand_in(GraphModule({WRAPPED: child}, graph), child)
+        return stand_in(GraphModule({WRAPPED: child}, graph), child)
     traced = _trace_module(child, inputs, path, findings)
-    return _stand_in(traced, child) if isinstance(traced, GraphModule) else traced
-
-
-class StandInGraph(GraphModule):
-    """A graph in the place of an opaque parent's child.
-
-    The parent's code may read the child's plain attributes, its weight, or call its methods: they
-    are answered as the child would. What they need lies in `meta`, which copies of a graph keep.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            original, attributes = vars(self)["meta"].get("fxquant_original", (object, {}))
-            wrapped = self._modules.get(WRAPPED)
-            method = getattr(original, name, None)
-            if name in attributes:
-                return attributes[name]
-            if wrapped is not None and name in ("weight", "bias"):
-                return getattr(wrapped, name)
-            if isinstance(method, FunctionType):
-                return MethodType(method, self)
-            raise
-
-
-def _stand_in(gm: GraphModule, original: nn.Module) -> GraphModule:
-    stand_in = StandInGraph(gm, gm.graph, type(original).__name__)
-    plain = {k: v for k, v in vars(original).items() if not k.startswith("_") and k != "training"}
-    stand_in.meta = {**gm.meta, "fxquant_original": (type(original), plain)}
-    return stand_in.eval()
+    return stand_in(traced, child) if isinstance(traced, GraphModule) else traced
 
 
 def _inputs_of(
