@@ -32,7 +32,7 @@ MODULE_OPS: dict[Any, tuple[int, tuple[type[nn.Module], ...]]] = {
 
 
 def canonicalize(gm: GraphModule, module: nn.Module) -> GraphModule:
-    """Rewrite the layers of `gm`, in place, and return it.
+    """Rewrite the layers of `gm`, and return a graph that holds only what it uses.
 
     Args:
         gm: a plain graph of `module`.
@@ -43,10 +43,8 @@ def canonicalize(gm: GraphModule, module: nn.Module) -> GraphModule:
         if node.op in ("call_function", "call_method"):
             _restore_module(gm, module, node) or _make_linear(gm, names, node)
     gm.graph.eliminate_dead_code()
-    gm.delete_all_unused_submodules()
     gm.graph.lint()
-    gm.recompile()
-    return gm
+    return GraphModule(gm, gm.graph, type(module).__name__)
 
 
 def _restore_module(gm: GraphModule, module: nn.Module, node: Node) -> bool:

@@ -106,7 +106,7 @@ def _trace_module(
     where = user_name(path)
     symbolic = capture_symbolic(module, inputs)
     if isinstance(symbolic, Capture):
-        canonicalize(symbolic.gm, module)
+        symbolic = replace(symbolic, gm=canonicalize(symbolic.gm, module))
         wrong = mismatch(symbolic.gm, module, inputs) if inputs is not None else None
         if wrong is None and not symbolic.opaque:
             return _taken(symbolic.gm, "symbolic", path, findings)
@@ -119,11 +119,11 @@ def _trace_module(
         notes: list[str] = []
         exported = capture_export(module, inputs, notes)
         if isinstance(exported, Capture):
-            canonicalize(exported.gm, module)
-            exported_wrong = mismatch(exported.gm, module, inputs)
+            gm = canonicalize(exported.gm, module)
+            exported_wrong = mismatch(gm, module, inputs)
             if exported_wrong is None:
                 findings.left_out += [f"{where}: {note}" for note in notes]
-                return _taken(exported.gm, "export", path, findings)
+                return _taken(gm, "export", path, findings)
             exported = exported_wrong
         findings.attempts.append(f"{where}: export: {exported}")
     if isinstance(symbolic, Capture) and wrong is None:
