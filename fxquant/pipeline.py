@@ -8,6 +8,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.algorithms.rtn import round_to_nearest
+from fxquant.analysis.graph_view import INFO_KEY
 from fxquant.analysis.quantization_info import QuantizationInfo, check_accuracy_warnings
 from fxquant.analysis.sensitivity import measure_rows
 from fxquant.analysis.sensitivity_report import SensitivityReport
@@ -120,8 +121,7 @@ def static_quantize(
     if activation_bits is not None:
         qmodel = quantize_activations(qmodel, observers)
     _measure(gm, qmodel, info, batches, observers)
-    check_accuracy_warnings(info, sqnr_warning_threshold, sqnr_error_threshold, accuracy_warning)
-    return qmodel, info
+    return _finish(qmodel, info, sqnr_warning_threshold, sqnr_error_threshold, accuracy_warning)
 
 
 def quantize(
@@ -164,8 +164,7 @@ def quantize(
     info = _plan(gm, options, symmetric, method)
     qmodel = rewrite(gm, info.decisions, _Weights(group_size, symmetric).quantize)
     _measure(gm, qmodel, info, [], {})
-    check_accuracy_warnings(info, sqnr_warning_threshold, sqnr_error_threshold, accuracy_warning)
-    return qmodel, info
+    return _finish(qmodel, info, sqnr_warning_threshold, sqnr_error_threshold, accuracy_warning)
 
 
 def plan(model: nn.Module, example_inputs: object = None, **rules: Any) -> QuantizationInfo:
@@ -255,6 +254,19 @@ def _measure(
     info.sqnr_db = run.output.db_or_none
     info.original_size_mb = model_bytes(gm) / MEGABYTE
     info.quantized_size_mb = model_bytes(qmodel) / MEGABYTE
+
+
+def _finish(
+    qmodel: GraphModule,
+    info: QuantizationInfo,
+    warning_threshold: float,
+    error_threshold: float,
+    accuracy_warning: str,
+) -> tuple[GraphModule, QuantizationInfo]:
+    """Check the accuracy and let the graph carry the record."""
+    check_accuracy_warnings(info, warning_threshold, error_threshold, accuracy_warning)
+    qmodel.meta[INFO_KEY] = info.to_dict()
+    return qmodel, info
 
 
 def _as_item(call: Call) -> object:

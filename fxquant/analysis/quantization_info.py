@@ -13,7 +13,7 @@ from fxquant.report.tables import format_db, format_shape, text_table
 FEW_SAMPLES = 50
 HEADERS = (
     "module", "type", "shape", "params", "action",
-    "weight dB", "introduced dB", "cumulative dB", "warning", "rule", "reason",
+    "weight\ndB", "introduced\ndB", "cumulative\ndB", "warning", "why",
 )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def _cells(
             format_db(row.cumulative_sqnr_db),
             row.severity(info.warning_threshold, info.error_threshold),
         )
-    return (*head, *costs, decision.rule, decision.reason)
+    return (*head, *costs, f"{decision.reason} ({decision.rule})")
 
 
 def check_accuracy_warnings(
@@ -154,7 +154,7 @@ def check_accuracy_warnings(
         shown = info.warnings[:5]
         more = len(info.warnings) - len(shown)
         text = "\n  ".join(shown) + (f"\n  and {more} more in info.warnings" if more else "")
-        warnings.warn(f"quantization accuracy:\n  {text}", AccuracyWarning, stacklevel=3)
+        warnings.warn(f"quantization accuracy:\n  {text}", AccuracyWarning, stacklevel=4)
     return info
 
 

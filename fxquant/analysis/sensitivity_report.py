@@ -9,7 +9,7 @@ from fxquant.report.tables import format_db, format_shape, text_table, write_csv
 
 HEADERS = (
     "module", "type", "shape", "params", "bits",
-    "weight dB", "introduced dB", "cumulative dB", "warning",
+    "weight\ndB", "introduced\ndB", "cumulative\ndB", "warning",
 )  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""The embedded model and what `fxquant demo` does with it."""

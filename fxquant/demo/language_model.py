@@ -22,7 +22,7 @@ CONTEXT = 256
 
 
 class KeyValueCache:
-    """Keys and values of the tokens already seen, one pair a layer, each [batch, heads, past, head]."""
+    """Keys and values of the tokens seen, for one layer, each [batch, heads, past, head]."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
@@ -141,7 +141,7 @@ class ByteLanguageModel(nn.Module):
 
     @torch.inference_mode()
     def generate(self, tokens: Tensor, steps: int) -> Tensor:
-        """Append the `steps` likeliest bytes to `tokens` [1, tokens], one at a time, with a cache."""
+        """Append the `steps` likeliest bytes to `tokens` [1, tokens], using a cache."""
         caches = [KeyValueCache() for _ in self.blocks]
         newest, seen = tokens, 0
         for _ in range(steps):

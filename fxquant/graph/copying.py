@@ -1,4 +1,4 @@
-"""Copies of module trees that share their tensors: structure may be changed, memory is not spent."""
+"""Copies of module trees that share their tensors: structure may change, memory is not spent."""
 
 import copy
 from typing import Any, TypeVar

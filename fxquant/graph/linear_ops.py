@@ -82,7 +82,8 @@ def transposed_source(node: Any) -> Node | None:
     """The node that `node` transposes (its last two dimensions of two), or None."""
     if not isinstance(node, Node) or not node.args:
         return None
-    source, *rest = node.args
+    source: Any = node.args[0]
+    rest: list[Any] = list(node.args[1:])
     if not isinstance(source, Node):
         return None
     if node.op == "call_function" and node.target is getattr:

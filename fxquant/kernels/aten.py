@@ -34,7 +34,7 @@ class AtenBackend:
         return None
 
     def pack(self, weight: Int4Weight, spec: LinearSpec) -> tuple[Tensor, ...]:
-        """`(packed, scales and zeros [groups, rows, 2], what their rounding left [rows, groups])`."""
+        """Packed integers, scales and zeros [groups, rows, 2], rounded-off zeros [rows, groups]."""
         rows = -(-spec.out_features // ROWS) * ROWS - spec.out_features
         columns = _padded_columns(spec) - spec.in_features
         q = unpack_nibbles(weight.packed, spec.in_features)

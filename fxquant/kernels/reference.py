@@ -25,7 +25,10 @@ class ReferenceBackend:
 
     def matmul(self, x: Tensor, tensors: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
         """Multiply in float32 with the dequantized weight."""
-        weight = dequantize_weight_int4(*tensors, spec.group_size, spec.in_features)
+        packed, scales, zero_points = tensors
+        weight = dequantize_weight_int4(
+            packed, scales, zero_points, spec.group_size, spec.in_features
+        )
         values = x.float()
         if spec.activation == "int8":
             values = quantize_tokens(values, spec.group_size)

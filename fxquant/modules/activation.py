@@ -1,7 +1,8 @@
-"""Static activation quantization: two functions that a graph calls, as in
+"""Static activation quantization: two functions that a graph calls.
 
 before: `fc = self.fc(x)`
-after:  `q = quantize_activation(x, scale, zero_point); fc = self.fc(dequantize_activation(q, …, x))`
+after:  `q = quantize_activation(x, scale, zero_point)`
+        `fc = self.fc(dequantize_activation(q, scale, zero_point, x))`
 """
 
 import torch

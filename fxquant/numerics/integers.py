@@ -1,4 +1,4 @@
-"""Integer types and the one affine map between floats and integers: x ≈ scale · (q − zero_point)."""
+"""Integer types and the one affine map to them: x ≈ scale · (q − zero_point)."""
 
 from dataclasses import dataclass
 
@@ -45,5 +45,5 @@ def dequantize_affine(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def safe_scale(scale: Tensor) -> Tensor:
-    """`scale` with each 0 replaced by 1, so that a constant or empty range maps to the zero point."""
+    """`scale` with each 0 replaced by 1: a range without extent maps to the zero point."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)

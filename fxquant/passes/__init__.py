@@ -1,1 +1,1 @@
-"""The passes, one verb a file. Each leaves a legal graph and never changes the graph it was given."""
+"""The passes, one verb a file. Each leaves a legal graph and never changes its input."""

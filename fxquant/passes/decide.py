@@ -171,11 +171,11 @@ def _first_rule(
     names, origin = _with_origin(options.skip_layer_names, "skip_names")
     pattern = _matching_name(names, node.name)
     if pattern is not None:
-        return "float", f"{origin}: {pattern}", "its name is skipped"
+        return "float", f"{origin}: {pattern}", "name is skipped"
     kind = _skipped_type(node, options)
     if kind is not None:
         _, origin = _with_origin(options.skip_layer_types, "skip_types")
-        return "float", f"{origin}: {type_name(kind)}", "its type is skipped"
+        return "float", f"{origin}: {type_name(kind)}", "type is skipped"
     if not _is_quantizable(node, options):
         return "float", "op table", f"no integer kernel for {type_name(node.kind)}"
     if options.layer_types is not None and not any(
@@ -210,7 +210,7 @@ def _by_size(
 
 def _bits_of(node: WeightedNode, options: DecisionOptions) -> tuple[int, str, str]:
     if not isinstance(options.bits, Mapping):
-        return options.bits, "default", f"{type_name(node.kind)} with enough parameters"
+        return options.bits, "default", "a linear layer"
     if node.name in options.bits:
         return options.bits[node.name], "bits", f"the mapping gives it {options.bits[node.name]}"
     pattern = _matching_name(options.bits, node.name)

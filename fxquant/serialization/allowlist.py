@@ -63,7 +63,7 @@ REFUSED_METHODS = frozenset(
      "module_load", "retain_grad", "requires_grad_", "backward", "to_mkldnn", "__array__",
      "__dlpack__", "__reduce_ex__", "__setstate__", "__deepcopy__")
 )  # fmt: skip
-EXTRA_METHODS = frozenset(("size", "dim", "to", "float", "half", "bfloat16", "long", "int", "bool"))
+EXTRA_METHODS = frozenset(("unflatten", "new_tensor", "tolist", "eq_", "ne_"))
 ATTRIBUTES = frozenset(
     ("shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "itemsize", "layout")
 )

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.fx import GraphModule
 
+from fxquant.analysis.graph_view import INFO_KEY
 from fxquant.errors import FxquantError, LoadError, SaveError
 from fxquant.report.tables import plain
 from fxquant.serialization.describe import Describer
@@ -21,7 +22,6 @@ from fxquant.tracing.trace_report import REPORT_KEY, TraceReport
 
 FORMAT = "fxquant"
 VERSION = 1
-INFO_KEY = "fxquant_info"
 LENGTH_BYTES = 8  # of the header's length, at the start of a safetensors file
 LARGEST_HEADER = 100_000_000  # safetensors' own limit
 # What damaged data makes Python raise while it is taken apart.
@@ -44,7 +44,7 @@ def save_model(
     Args:
         qmodel: a quantized, traced or dequantized graph.
         path: where to; an existing file is replaced at once or not at all.
-        info: a `QuantizationInfo`, kept in the file.
+        info: a `QuantizationInfo`; by default the record that the graph carries.
         allow: names of further functions the graph may call, as `"package.module.function"`.
         allow_modules: classes of opaque modules to save; loading needs them again.
 
@@ -61,7 +61,8 @@ def save_model(
     describer = Describer(allow, allow_modules)
     description: dict[str, Any] = {"version": VERSION, "graph": describer.graph(qmodel)}
     description["modules"] = describer.modules
-    description["info"] = plain(info.to_dict()) if info is not None else None
+    record = info.to_dict() if info is not None else qmodel.meta.get(INFO_KEY)
+    description["info"] = plain(record)
     report = qmodel.meta.get(REPORT_KEY)
     description["trace"] = report.to_dict() if isinstance(report, TraceReport) else None
     metadata = {"format": FORMAT, "description": json.dumps(description)}

@@ -22,7 +22,7 @@ class TensorWriter:
         dense = tensor.detach()
         dense = dense.permute(order) if order else dense.contiguous()
         source = tensor if order else dense
-        key = (source.data_ptr(), tensor.dtype, tuple(dense.shape), tensor.device)
+        key: tuple[Any, ...] = (source.data_ptr(), tensor.dtype, tuple(dense.shape), tensor.device)
         if not tensor.numel():
             key = (name,)
         if key not in self._names:
@@ -78,7 +78,8 @@ class TensorReader:
 
 def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
     """The order of dimensions in which `tensor` is contiguous, or None if there is none."""
-    order = tuple(sorted(range(tensor.ndim), key=lambda d: (-tensor.stride(d), d)))
+    strides = tensor.stride()
+    order = tuple(sorted(range(tensor.ndim), key=lambda d: (-strides[d], d)))
     return order if tensor.permute(order).is_contiguous() else None
 
 

@@ -9,6 +9,6 @@
 | `export.py`, `guards.py` | the second way: `torch.export`, its graph brought back to plain form |
 | `canonical.py` | every linear with a parameter becomes a node named after its module |
 | `verify.py` | a graph counts only if it computes what the model computes |
-| `trace.py` | tries the ways in order; what cannot be traced stays opaque, its children are traced |
+| `trace.py` | tries the ways in order; the untraceable stays opaque, its children are traced |
 | `trace_report.py` | which way was taken, what is opaque and why, how much weight is in graphs |
 """

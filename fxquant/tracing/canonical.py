@@ -133,7 +133,8 @@ def _constant_chunk(node: Node) -> tuple[Any, int, int] | None:
     """`(source, chunks, index)` if `node` is one of the chunks of a tensor along its rows."""
     if node.op != "call_function" or len(node.args) != 2 or not isinstance(node.args[1], int):
         return None
-    source, index = node.args[0], node.args[1]
+    source: Any = node.args[0]
+    index = node.args[1]
     is_chunk = isinstance(source, Node) and source.target in (
         "chunk",
         torch.chunk,

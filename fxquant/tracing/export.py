@@ -38,7 +38,7 @@ _IDENTITIES = (aten.dropout.default, aten.alias.default)  # a third argument Tru
 MODULE_PATH = "fxquant_module_path"  # node.meta: the innermost module the op ran in
 
 
-class _Unsupported(Exception):
+class _UnsupportedError(Exception):
     """The exported program has something that a plain graph cannot express."""
 
 
@@ -61,7 +61,7 @@ def capture_export(module: nn.Module, inputs: ExampleInputs, notes: list[str]) -
             with _flat_output(module) as output, _quiet_export():
                 program = _export(module, values)
             gm = _plain_graph(module, program, placeholder_order(arguments), output)
-        except (_Unsupported, UnknownGuardError) as error:
+        except (_UnsupportedError, UnknownGuardError) as error:
             return str(error)
         except Exception as error:  # a user's forward may raise anything at all
             reason = describe_error(error)
@@ -102,10 +102,14 @@ def _quiet_export() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            with redirect_stderr(io.StringIO()):  # a failing export prints its unfinished graph
-                warnings.simplefilter("ignore")
-                yield
+        unheard = io.StringIO()  # a failing export prints its unfinished graph
+        with (
+            torch.no_grad(),
+            redirect_stdout(unheard),
+            redirect_stderr(unheard),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            yield
     finally:
         logging.disable(disabled)
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -124,7 +128,7 @@ class _FlatOutput:
         tensors: list[Tensor] = []
         self.template = self._template(result, "output", tensors)
         if not tensors:
-            raise _Unsupported(f"its output holds no tensor ({type(result).__name__})")
+            raise _UnsupportedError(f"its output holds no tensor ({type(result).__name__})")
         return tuple(tensors)
 
     def _template(self, value: Any, where: str, tensors: list[Tensor]) -> Any:
@@ -142,8 +146,8 @@ class _FlatOutput:
             kept = {k: v for k, v in parts.items() if not isinstance(v, _Dropped)}
             return OutputTemplate(kept) if fields is not None else kept
         if type(value) in (tuple, list):
-            parts = [self._template(v, f"{where}[{i}]", tensors) for i, v in enumerate(value)]
-            return type(value)(p for p in parts if not isinstance(p, _Dropped))
+            listed = [self._template(v, f"{where}[{i}]", tensors) for i, v in enumerate(value)]
+            return type(value)(p for p in listed if not isinstance(p, _Dropped))
         self.dropped.append(f"{where} is left out: a {type(value).__name__} cannot be in a graph")
         return _Dropped()
 
@@ -190,7 +194,7 @@ def _plain_graph(
         if argument.is_constant:
             value = values[argument.name]
             graph.call_function(expect_constant, (value, argument.value, argument.name))
-    example: dict[str, Any] = program.example_inputs[1]  # type: ignore[index]
+    example: dict[str, Any] = program.example_inputs[1]
     leaves = iter(_input_leaves(graph, values, example))
     environment: dict[Node, Any] = {}
     attributes: dict[str, Node] = {}
@@ -207,7 +211,7 @@ def _plain_graph(
                 attributes[target] = graph.get_attr(target)
             environment[node] = attributes[target]
         else:
-            raise _Unsupported(f"an input of kind {spec.kind.name} cannot be in a plain graph")
+            raise _UnsupportedError(f"an input of kind {spec.kind.name} cannot be in a plain graph")
     _copy_nodes(graph, program.graph_module, environment)
     specs = program.graph_signature.output_specs
     results = next(n for n in program.graph.nodes if n.op == "output").args[0]
@@ -252,11 +256,11 @@ def _input_leaves(graph: Graph, values: dict[str, Any], example: Any) -> list[An
     """A node for each leaf of the flattened example, in `torch.export`'s order."""
     leaves = []
     for path, leaf in pytree.tree_flatten_with_path(example)[0]:
-        node: Any = values[path[0].key]
+        node: Any = values[getattr(path[0], "key", "")]
         for step in path[1:]:
             key = getattr(step, "key", getattr(step, "idx", None))
             if key is None:
-                raise _Unsupported(f"an input of type {type(leaf).__name__} inside an object")
+                raise _UnsupportedError(f"an input of type {type(leaf).__name__} inside an object")
             node = graph.call_function(operator.getitem, (node, key))
         leaves.append(node)
     return leaves
@@ -292,13 +296,13 @@ def _copy_nodes(graph: Graph, gm: GraphModule, environment: dict[Node, Any]) -> 
 
 def _inline(graph: Graph, node: Node, environment: dict[Node, Any]) -> Any:
     """Copy the body of a `no_grad` or disabled `autocast` region."""
-    args = [environment[a] if isinstance(a, Node) else a for a in node.args]
+    args: list[Any] = [environment[a] if isinstance(a, Node) else a for a in node.args]
     if node.target is higher_order.wrap_with_set_grad_enabled:
         _, body, *operands = args
     elif node.target is higher_order.wrap_with_autocast and args[2] is False:
         _, _, _, _, body, *operands = args
     else:
-        raise _Unsupported(f"a region of kind {node.target} cannot be in a plain graph")
+        raise _UnsupportedError(f"a region of kind {node.target} cannot be in a plain graph")
     inner = [n for n in body.graph.nodes if n.op == "placeholder"]
     return _copy_nodes(graph, body, dict(zip(inner, operands, strict=True)))
 

@@ -85,8 +85,8 @@ def _build(
             return apply(kind, build(left), build(right))
         case ast.BoolOp(op=kind, values=[first, *rest]):
             result = build(first)
-            for value in rest:
-                result = apply(kind, result, build(value))
+            for part in rest:
+                result = apply(kind, result, build(part))
             return result
         case ast.Compare(left=left, ops=[kind], comparators=[right]):
             return apply(kind, build(left), build(right))
@@ -98,15 +98,15 @@ def _build(
             return graph.call_function(_FUNCTIONS[name], tuple(map(build, arguments)))
         case ast.Subscript(
             value=ast.Call(func=ast.Attribute(value=source, attr="size"), args=[]),
-            slice=ast.Constant(value=dim),
+            slice=ast.Constant(value=int(dim)),
         ):
             node = build(source)
             if (node, dim) not in sizes:
                 sizes[node, dim] = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
             return sizes[node, dim]
-        case ast.Subscript(value=ast.Name(id="L"), slice=ast.Constant(value=name)):
+        case ast.Subscript(value=ast.Name(id="L"), slice=ast.Constant(value=str(name))):
             return inputs[name]
-        case ast.Subscript(value=source, slice=ast.Constant(value=key)):
+        case ast.Subscript(value=source, slice=ast.Constant(value=str(key) | int(key))):
             container = build(source)
             if isinstance(container, Node):
                 return graph.call_function(operator.getitem, (container, key))

@@ -1,5 +1,7 @@
 """A working copy of the user's model: same tensors, own structure, eval mode."""
 
+from typing import cast
+
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -16,6 +18,6 @@ def prepare(model: nn.Module) -> nn.Module:
             # a parametrization deletes a property of it.
             own = type(module)
             module.__class__ = type(own.__name__, own.__bases__, dict(own.__dict__))
-            for name in list(module.parametrizations):
+            for name in list(cast(nn.ModuleDict, module.parametrizations)):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return replace_untraceable_layers(prepared)

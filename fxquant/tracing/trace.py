@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule
 
 from fxquant.errors import OptionError, TraceError
 from fxquant.graph.scopes import WRAPPED, user_name
+from fxquant.graph.shapes import record_shapes
 from fxquant.graph.stand_in import stand_in
 from fxquant.tracing.canonical import canonicalize
 from fxquant.tracing.export import capture_export
@@ -65,6 +66,8 @@ def trace(model: nn.Module, example_inputs: object = None) -> GraphModule:
     root = _trace_module(prepared, inputs, "", findings)
     if not isinstance(root, GraphModule):
         root = _graph_around(root, inputs)
+    if inputs is not None:
+        record_shapes(root, clone(inputs.args), clone(inputs.kwargs))
     total, traced, unreached = weigh(root, prepared)
     root.meta[REPORT_KEY] = replace(
         findings.report(), linear_elements=total, traced_elements=traced, unreached=unreached

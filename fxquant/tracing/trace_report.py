@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.errors import OptionError
@@ -112,8 +112,8 @@ def weigh(gm: GraphModule, prepared: nn.Module) -> tuple[int, int, list[str]]:
     return total + sum(count for _, count in traced - owned), traced_elements, unreached
 
 
-def _linear_weights(prepared: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    found = []
+def _linear_weights(prepared: nn.Module) -> list[tuple[str, Tensor]]:
+    found: list[tuple[str, Tensor]] = []
     for name, module in prepared.named_modules():
         if isinstance(module, nn.Linear):
             found.append((name, module.weight))

@@ -1,0 +1,176 @@
+"""What changed between two graphs of a model, node by node."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxquant.analysis.graph_view import INFO_KEY, measured_rows
+from fxquant.analysis.sizes import model_bytes
+from fxquant.graph.scopes import Scope, scopes
+from fxquant.modules.linear import QuantizedLinear
+from fxquant.numerics.metrics import sqnr_db
+from fxquant.passes.rules import type_name
+from fxquant.report.tables import format_db, text_table
+
+STATUSES = ("unchanged", "rewritten", "added", "removed")
+
+
+@dataclass(frozen=True)
+class NodeChange:
+    """One node in one or both graphs.
+
+    Attributes:
+        node: its name; with the path of a nested graph in front.
+        module: the qualified name of the module it calls, or None.
+        status: `"unchanged"`, `"rewritten"`, `"added"` or `"removed"`.
+        before: the kind of op before, or None.
+        after: the kind of op after, or None.
+        rule: the ledger's rule, where the second graph carries a record.
+        bytes_before: of the module's tensors.
+        bytes_after: the same after.
+        weight_sqnr_db: of the weights after against before; None where they are equal or absent.
+        introduced_sqnr_db: from the record of the second graph.
+    """
+
+    node: str
+    module: str | None
+    status: str
+    before: str | None
+    after: str | None
+    rule: str | None = None
+    bytes_before: int = 0
+    bytes_after: int = 0
+    weight_sqnr_db: float | None = None
+    introduced_sqnr_db: float | None = None
+
+
+@dataclass(frozen=True)
+class GraphDiff:
+    """All nodes of two graphs with what happened to them."""
+
+    changes: Sequence[NodeChange]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many nodes have each status."""
+        return {s: sum(c.status == s for c in self.changes) for s in STATUSES}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"counts": self.counts, "changes": [asdict(c) for c in self.changes]}
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                c.status,
+                c.module or c.node,
+                c.before or "",
+                c.after or "",
+                c.bytes_before or "",
+                c.bytes_after or "",
+                format_db(c.weight_sqnr_db),
+                c.rule or "",
+            )
+            for c in self.changes
+            if c.status != "unchanged"
+        ]
+        head = ", ".join(f"{count} {status}" for status, count in self.counts.items())
+        headers = ("status", "node", "before", "after", "bytes", "bytes after", "weight dB", "rule")
+        return f"{head}\n{text_table(headers, rows)}" if rows else head
+
+
+def diff(before: GraphModule, after: GraphModule) -> GraphDiff:
+    """Compare two graphs of a model: float against quantized, or two runs.
+
+    Nodes are matched by name, which every pass keeps. A node counts as rewritten when it calls
+    another kind of module or function, or a module with other weights or format.
+    """
+    old, new = _nodes(before), _nodes(after)
+    record = after.meta.get(INFO_KEY) or {}
+    rules = {d["module"]: d["rule"] for d in record.get("decisions", [])}
+    rows = measured_rows(after)
+    changes = [_change(name, old.get(name), new.get(name), rules, rows) for name in [*new]]
+    changes += [_change(name, old[name], None, rules, rows) for name in old if name not in new]
+    return GraphDiff(changes)
+
+
+Place = tuple[Scope, Node]
+
+
+def _nodes(gm: GraphModule) -> dict[str, Place]:
+    return {
+        f"{scope.path}.{node.name}" if scope.path else node.name: (scope, node)
+        for scope in scopes(gm)
+        for node in scope.gm.graph.nodes
+    }
+
+
+def _change(
+    name: str,
+    old: Place | None,
+    new: Place | None,
+    rules: dict[str, str],
+    rows: dict[str, Any],
+) -> NodeChange:
+    place = new or old
+    assert place is not None  # every name is in one of the graphs
+    scope, node = place
+    module = scope.name_of(str(node.target)) if node.op == "call_module" else None
+    before, after = _module(old), _module(new)
+    status = "added" if old is None else "removed" if new is None else "unchanged"
+    if old is not None and new is not None and not _is_same(old, new, before, after):
+        status = "rewritten"
+    is_rewritten = status == "rewritten"
+    return NodeChange(
+        node=name,
+        module=module,
+        status=status,
+        before=_kind(old),
+        after=_kind(new),
+        rule=rules.get(module or "") if is_rewritten else None,
+        bytes_before=model_bytes(before) if before is not None else 0,
+        bytes_after=model_bytes(after) if after is not None else 0,
+        weight_sqnr_db=_weight_sqnr(before, after) if is_rewritten else None,
+        introduced_sqnr_db=rows.get(module or "", {}).get("introduced_sqnr_db"),
+    )
+
+
+def _module(place: Place | None) -> nn.Module | None:
+    if place is None or place[1].op != "call_module":
+        return None
+    return place[0].gm.get_submodule(str(place[1].target))
+
+
+def _kind(place: Place | None) -> str | None:
+    if place is None:
+        return None
+    module = _module(place)
+    if isinstance(module, QuantizedLinear):
+        return f"{type(module).__name__}({module.extra_repr()})"
+    return type(module).__name__ if module is not None else type_name(place[1].target)
+
+
+def _is_same(old: Place, new: Place, before: nn.Module | None, after: nn.Module | None) -> bool:
+    if _kind(old) != _kind(new):
+        return False
+    if before is not None and after is not None and before is not after:
+        return _has_same_tensors(before, after)
+    return str(old[1].args) == str(new[1].args) and str(old[1].kwargs) == str(new[1].kwargs)
+
+
+def _has_same_tensors(before: nn.Module, after: nn.Module) -> bool:
+    one, two = before.state_dict(), after.state_dict()
+    return one.keys() == two.keys() and all(
+        one[k].shape == two[k].shape and torch.equal(one[k], two[k]) for k in one
+    )
+
+
+def _weight_sqnr(before: nn.Module | None, after: nn.Module | None) -> float | None:
+    one, two = getattr(before, "weight", None), getattr(after, "weight", None)
+    if one is None or two is None or one.shape != two.shape:
+        return None
+    return sqnr_db(one, two)

@@ -1,0 +1,93 @@
+"""A traced, observed or rewritten graph as a `networkx.MultiDiGraph`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import networkx as nx
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxquant.graph.scopes import Scope, scopes
+from fxquant.graph.shapes import DTYPE, SHAPE
+from fxquant.modules.linear import QuantizedLinear
+from fxquant.passes.rules import type_name
+
+INFO_KEY = "fxquant_info"  # gm.meta: the record of the quantization, as plain data
+
+
+def to_networkx(gm: GraphModule) -> "nx.MultiDiGraph[str]":
+    """The graph, and graphs nested in it, for inspection.
+
+    Args:
+        gm: any graph of fxquant.
+
+    Returns:
+        A node for each node of each graph, called by its name (with the path of a nested graph in
+        front), with `op`, `target`, `kind`, `module`, `shape`, `dtype`, `bits`, `parameters` and
+        `sqnr_db` (the error it introduced; None where unknown), and an edge for each argument with
+        its position or name as `argument`.
+    """
+    rows = measured_rows(gm)
+    graph: nx.MultiDiGraph[str] = nx.MultiDiGraph(name=type(gm).__name__)
+    for scope in scopes(gm):
+        for node in scope.gm.graph.nodes:
+            graph.add_node(_name(scope, node), **describe_node(scope, node, rows))
+        for node in scope.gm.graph.nodes:
+            for argument, source in _arguments(node):
+                graph.add_edge(_name(scope, source), _name(scope, node), argument=argument)
+    return graph
+
+
+def describe_node(scope: Scope, node: Node, rows: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of one node, as plain data."""
+    module = scope.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    name = scope.name_of(str(node.target)) if node.op in ("call_module", "get_attr") else None
+    row = rows.get(name or "", {})
+    return {
+        "op": node.op,
+        "target": str(node.target) if module or name else type_name(node.target),
+        "kind": type(module).__name__ if module is not None else type_name(node.target),
+        "module": name,
+        "shape": node.meta.get(SHAPE),
+        "dtype": node.meta.get(DTYPE),
+        "bits": module.bits if isinstance(module, QuantizedLinear) else None,
+        "parameters": parameter_count(module),
+        "sqnr_db": row.get("introduced_sqnr_db"),
+    }
+
+
+def measured_rows(gm: GraphModule) -> dict[str, Any]:
+    """The rows of the quantization record that `gm` carries, by module name."""
+    info = gm.meta.get(INFO_KEY) or {}
+    return {row["module"]: row for row in info.get("rows", [])}
+
+
+def parameter_count(module: nn.Module | None) -> int:
+    """Elements of a module's weights and biases; packed ones count each."""
+    if isinstance(module, QuantizedLinear):
+        bias = 0 if module.bias is None else module.bias.numel()
+        return module.in_features * module.out_features + bias
+    return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+
+def _arguments(node: Node) -> Iterator[tuple[str, Node]]:
+    for position, value in (*enumerate(node.args), *node.kwargs.items()):
+        yield from _nodes_in(str(position), value)
+
+
+def _nodes_in(path: str, value: Any) -> Iterator[tuple[str, Node]]:
+    if isinstance(value, Node):
+        yield path, value
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from _nodes_in(f"{path}[{index}]", part)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _nodes_in(f"{path}.{key}", part)
+    elif isinstance(value, slice):
+        for part_name in ("start", "stop", "step"):
+            yield from _nodes_in(f"{path}.{part_name}", getattr(value, part_name))
+
+
+def _name(scope: Scope, node: Node) -> str:
+    return f"{scope.path}.{node.name}" if scope.path else node.name

@@ -1,0 +1,254 @@
+"""The commands and their options."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fxquant import __version__
+from fxquant.analysis.gate import check_report, read_report
+from fxquant.analysis.graph_diff import diff as diff_graphs
+from fxquant.analysis.graph_view import INFO_KEY
+from fxquant.cli.output import CHECK_FAILED, Output, exit_statuses
+from fxquant.cli.sources import load_data, load_graph, load_source
+from fxquant.demo.run import run_demo
+from fxquant.errors import OptionError
+from fxquant.passes.calibration_data import as_call
+from fxquant.pipeline import METHODS, plan, quantize, sensitivity, static_quantize
+from fxquant.report.tables import format_db, format_shape, text_table
+from fxquant.serialization.files import load_model, save_model
+from fxquant.tracing.signature import ExampleInputs
+from fxquant.tracing.trace_report import trace_report
+
+MODEL_HELP = """
+MODEL is package.module:function, a function without arguments that returns the model, or a
+.safetensors file that fxquant saved."""
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+data_option = click.option(
+    "--data",
+    metavar="PACKAGE.MODULE:FUNCTION",
+    help="A function that returns calibration batches: tensors, tuples or dicts of arguments.",
+)
+bits_option = click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
+group_option = click.option("--group-size", type=int, default=128, show_default=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__)
+def cli() -> None:
+    r"""Quantize PyTorch models to INT4 and see what it costs.
+
+    \b
+    Start here:
+      fxquant demo                                     the whole story on an embedded model
+      fxquant quantize mymodels:build --dry-run        what would be quantized, and why
+      fxquant quantize mymodels:build --data mymodels:batches --output model.safetensors
+      fxquant sensitivity mymodels:build --data mymodels:batches
+      fxquant inspect model.safetensors
+
+    Exit status: 0 done, 1 a check failed (accuracy below what was asked), 2 wrong use.
+    """
+
+
+@cli.command()
+@click.option("--output", type=click.Path(path_type=Path), help="Where to save the model.")
+@json_option
+def demo(output: Path | None, as_json: bool) -> None:
+    """Quantize the embedded language model and print what happened, in under a minute."""
+    out = Output(as_json)
+    with exit_statuses():
+        out.result(run_demo(out, output))
+
+
+def rule_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that decide what is quantized and how."""
+    options = (
+        bits_option,
+        group_option,
+        click.option("--asymmetric", is_flag=True, help="A zero point for each group."),
+        click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True),
+        click.option("--observer", default="minmax", show_default=True),
+        click.option("--activation-bits", type=click.Choice(["8"]), help="Quantize activations."),
+        click.option("--keep-float", multiple=True, metavar="NAME",
+                     help="A name, parent, glob or re:… that stays float; may be repeated."),
+        click.option("--skip-param-threshold", type=int, help="Smaller layers stay float."),
+        click.option("--samples", type=int, default=150, show_default=True,
+                     help="Calibration samples used at most."),
+        click.option("--min-sqnr", type=float, help="Fail (status 1) below this output SQNR, dB."),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command("quantize", help=f"Quantize MODEL and save it.\n{MODEL_HELP}")
+@click.argument("model")
+@data_option
+@click.option("--output", type=click.Path(path_type=Path), help="Where to save the model.")
+@click.option("--dry-run", is_flag=True, help="Print the decisions without touching a weight.")
+@rule_options
+@json_option
+def quantize_command(
+    model: str, data: str | None, output: Path | None, dry_run: bool, as_json: bool, **rules: Any
+) -> None:
+    """Quantize MODEL and save it."""
+    out = Output(as_json)
+    with exit_statuses():
+        source, batches = load_source(model), load_data(data)
+        min_sqnr = rules.pop("min_sqnr")
+        options = _options(rules)
+        if dry_run:
+            keys = ("bits", "group_size", "modules_to_not_convert", "skip_param_threshold")
+            example = None if batches is None else _example(batches, source)
+            info = plan(source, example, **{key: options[key] for key in keys})
+        elif batches is None:
+            for key in ("observer", "activation_bits", "num_calibration_samples"):
+                options.pop(key)
+            qmodel, info = quantize(source, accuracy_warning="ignore", **options)
+        else:
+            qmodel, info = static_quantize(source, batches, accuracy_warning="ignore", **options)
+        out.text(info.table())
+        for warning in info.warnings:
+            out.text(f"warning: {warning}")
+        if not dry_run:
+            out.text(
+                f"{info.original_size_mb:.2f} MB -> {info.quantized_size_mb:.2f} MB "
+                f"({info.compression_ratio:.2f}x), output SQNR {format_db(info.sqnr_db) or '?'} dB"
+            )
+        if output is not None and not dry_run:
+            save_model(qmodel, output, info)
+            out.text(f"saved to {output}")
+        out.result(info.to_dict())
+        if min_sqnr is not None:
+            _require(info.sqnr_db, min_sqnr)
+
+
+@cli.command("sensitivity", help=f"Print what quantizing each layer costs.\n{MODEL_HELP}")
+@click.argument("model")
+@data_option
+@bits_option
+@group_option
+@click.option("--csv", type=click.Path(path_type=Path), help="Write the rows as CSV.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the report as JSON.")
+@json_option
+def sensitivity_command(
+    model: str, data: str | None, bits: str, group_size: int,
+    csv: Path | None, output: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Print what quantizing each layer costs."""
+    out = Output(as_json)
+    with exit_statuses():
+        batches = load_data(data)
+        if batches is None:
+            raise OptionError(
+                "sensitivity",
+                found="no --data",
+                needed="calibration data",
+                remedy="Pass --data package.module:function.",
+            )
+        report = sensitivity(load_source(model), batches, bits=int(bits), group_size=group_size)
+        out.text(report.table())
+        out.text(f"output SQNR {format_db(report.output_sqnr_db)} dB with all of them quantized")
+        if csv is not None:
+            report.to_csv(csv)
+        if output is not None:
+            report.to_json(output)
+        out.result(report.to_dict())
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+def inspect(file: Path, as_json: bool) -> None:
+    """Print what a saved FILE holds: the ledger, the sizes, how it was traced."""
+    out = Output(as_json)
+    with exit_statuses():
+        gm = load_model(file)
+        record = gm.meta[INFO_KEY]
+        out.text(trace_report(gm))
+        if record is not None:
+            headers = ("module", "type", "shape", "params", "action", "rule", "reason")
+            rows = [
+                (d["module"], d["kind"], format_shape(d["shape"]), d["parameters"],
+                 d["action"], d["rule"], d["reason"])
+                for d in record["decisions"]
+            ]  # fmt: skip
+            out.text(text_table(headers, rows))
+            sizes = f"{record['original_size_mb']:.2f} MB -> {record['quantized_size_mb']:.2f} MB"
+            out.text(f"{sizes}, output SQNR {format_db(record['sqnr_db']) or '?'} dB")
+        out.result({"trace": trace_report(gm).to_dict(), "info": record})
+
+
+@cli.command()
+@click.argument("before")
+@click.argument("after")
+@json_option
+def diff(before: str, after: str, as_json: bool) -> None:
+    """Print what changed from BEFORE to AFTER, two saved files."""
+    out = Output(as_json)
+    with exit_statuses():
+        changes = diff_graphs(load_graph(before), load_graph(after))
+        out.text(changes)
+        out.result(changes.to_dict())
+
+
+@cli.command()
+@click.argument("report", type=click.Path(path_type=Path))
+@click.option("--min-sqnr", type=float, help="The least output SQNR, in dB.")
+@click.option("--max-drop", type=float, help="How far any figure may fall below the baseline, dB.")
+@click.option("--baseline", type=click.Path(path_type=Path), help="An older report.")
+@json_option
+def check(
+    report: Path, min_sqnr: float | None, max_drop: float | None, baseline: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Hold a JSON REPORT against a bar; status 1 and the nodes' names if it breaks it."""
+    out = Output(as_json)
+    with exit_statuses():
+        failures = check_report(
+            read_report(report),
+            min_sqnr_db=min_sqnr,
+            max_drop_db=max_drop,
+            baseline=None if baseline is None else read_report(baseline),
+        )
+        for failure in failures:
+            out.text(f"failed: {failure}")
+        out.text("the bar holds" if not failures else f"{len(failures)} figures broke the bar")
+        out.result({"failures": [vars(failure) for failure in failures]})
+    if failures:
+        raise SystemExit(CHECK_FAILED)
+
+
+def main() -> None:
+    """Run the command line."""
+    cli()
+
+
+def _options(rules: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `static_quantize` from the command line's."""
+    activation_bits = rules["activation_bits"]
+    return {
+        "bits": int(rules["bits"]),
+        "group_size": rules["group_size"],
+        "symmetric": not rules["asymmetric"],
+        "method": rules["method"],
+        "observer": rules["observer"],
+        "activation_bits": None if activation_bits is None else int(activation_bits),
+        "modules_to_not_convert": list(rules["keep_float"]),
+        "skip_param_threshold": rules["skip_param_threshold"],
+        "num_calibration_samples": rules["samples"],
+    }
+
+
+def _example(batches: Any, model: Any) -> ExampleInputs | None:
+    first = next(iter(batches), None)
+    return None if first is None else ExampleInputs(*as_call(first, model))
+
+
+def _require(found: float | None, needed: float) -> None:
+    if found is None or not found >= needed:
+        shown = "not measured: pass --data" if found is None else f"{found:.2f} dB"
+        click.echo(f"fxquant: output SQNR is {shown}, needs {needed:g} dB", err=True)
+        raise SystemExit(CHECK_FAILED)
