@@ -59,7 +59,7 @@ class AtenBackend:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, spec.group_size, grid)
         y = y[:, : spec.out_features]
         if rest:
-            sums = rows.view(len(rows), -1, spec.group_size).sum(-1)
+            sums = rows.unflatten(1, (-1, spec.group_size)).sum(-1)
             y = y + F.linear(sums, rest[0])
         return y.reshape(*x.shape[:-1], spec.out_features).to(x.dtype)
 

@@ -127,7 +127,9 @@ class QuantizedLinearInt4(QuantizedLinear):
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._zero_points = self._zero_points.contiguous()  # an expanded one cannot be written to
         super()._load_from_state_dict(*args, **kwargs)
+        self._zero_points = _compact_zero_points(self.int4_weight)
         self._prepare()
 
     def describe(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import OptionError
-from fxquant.kernels.int8 import matmul_int8
+from fxquant.kernels.int8 import matmul_int8, pad_int8
 from fxquant.modules.linear import QuantizedLinear, add_bias, check_linear, detached
 from fxquant.numerics.int8_weight import Int8Weight, quantize_weight_int8
 from fxquant.numerics.weights import SCALE_DTYPE
@@ -23,11 +23,21 @@ class QuantizedLinearInt8(QuantizedLinear):
     bits = 8
     _weight_int8: Tensor
     _scales: Tensor
+    _kernel_weight: Tensor
 
     def __init__(self, weight: Int8Weight, bias: Tensor | None) -> None:
         super().__init__(weight.q.shape[1], weight.q.shape[0], bias)
         self.register_buffer("_weight_int8", weight.q.contiguous())
         self.register_buffer("_scales", detached(weight.scales, SCALE_DTYPE))
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Derive the kernel's layout; it is never saved."""
+        self.register_buffer("_kernel_weight", pad_int8(self._weight_int8), persistent=False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._prepare()
 
     @classmethod
     def from_float(cls, linear: nn.Linear) -> "QuantizedLinearInt8":
@@ -46,7 +56,7 @@ class QuantizedLinearInt8(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [..., in], float32, bfloat16 or float16, to [..., out] of the same dtype."""
-        return add_bias(matmul_int8(x, self._weight_int8, self._scales), self.bias)
+        return add_bias(matmul_int8(x, self._kernel_weight, self._scales), self.bias)
 
     def describe(self) -> dict[str, Any]:
         """Nothing: the tensors say it all."""

@@ -16,11 +16,12 @@ def to_groups(matrix: Tensor, group_size: int) -> Tensor:
     maximum as they are.
     """
     rows, columns = matrix.shape
-    missing = group_count(columns, group_size) * group_size - columns
+    groups = group_count(columns, group_size)
+    missing = groups * group_size - columns
     if missing:
         filled = F.pad(matrix[None], (0, missing), mode="replicate")[0]
-        return filled.view(rows, -1, group_size)
-    return matrix.reshape(rows, -1, group_size)
+        return filled.view(rows, groups, group_size)
+    return matrix.reshape(rows, groups, group_size)
 
 
 def from_groups(groups: Tensor, columns: int) -> Tensor:

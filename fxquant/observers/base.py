@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError, OptionError
 from fxquant.numerics.integers import UINT8
+from fxquant.numerics.metrics import squared_sum
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Observer(nn.Module):
         if x.numel():
             values = x.detach().float()
             low, high = values.aminmax()
-            self.square_sum += torch.linalg.vector_norm(values).double().square()
+            self.square_sum += squared_sum(values)
             self.count += values.numel()
             self._observe(values, low, high)
         return x
@@ -74,7 +75,7 @@ class Observer(nn.Module):
 
     def check(self) -> None:
         """Raise a `CalibrationError` that names the node if NaN or Inf was seen."""
-        if self.has_seen_values and not torch.isfinite(self.square_sum + self.minimum):
+        if self.has_seen_values and not torch.isfinite(self.maximum - self.minimum):
             raise CalibrationError(
                 self.node_name,
                 found="NaN or Inf in its activation",
