@@ -41,25 +41,41 @@ def canonicalize(gm: GraphModule, module: nn.Module) -> GraphModule:
     names = _Names(gm, module)
     for node in list(gm.graph.nodes):
         if node.op in ("call_function", "call_method"):
-            _restore_module(gm, module, node) or _make_linear(gm, names, node)
-    gm.graph.eliminate_dead_code()
-    gm.graph.lint()
-    return GraphModule(gm, gm.graph, type(module).__name__)
+            _restore_module(gm, names, node) or _make_linear(gm, names, node)
+    for node in reversed(gm.graph.nodes):  # parameters, and their transposes, that went into layers
+        if node.op in ("get_attr", "call_function", "call_method") and not node.users:
+            if not node.is_impure():
+                gm.graph.erase_node(node)
+    made = GraphModule(_used(gm, names.made), gm.graph, type(module).__name__)
+    made.graph.lint()
+    return made
 
 
-def _restore_module(gm: GraphModule, module: nn.Module, node: Node) -> bool:
+def _used(gm: GraphModule, made: dict[str, nn.Module]) -> dict[str, Any]:
+    """The modules and tensors that the nodes of `gm` name."""
+    found: dict[str, Any] = {}
+    for node in gm.graph.nodes:
+        target = str(node.target)
+        if node.op == "call_module":
+            found[target] = made[target] if target in made else gm.get_submodule(target)
+        elif node.op == "get_attr":
+            found[target] = tensor_attribute(gm, node)
+    return found
+
+
+def _restore_module(gm: GraphModule, names: "_Names", node: Node) -> bool:
     row = MODULE_OPS.get(node.target)
     path = node.meta.get(MODULE_PATH)
     if row is None or not path:
         return False
     position, classes = row
-    owner = module.get_submodule(path)
+    owner = names.module.get_submodule(path)
     weight = node.args[position]
     if type(owner) not in classes or not _is_parameter(gm, weight, owner.weight):
         return False
     if getattr(owner, "padding_mode", "zeros") != "zeros" or getattr(owner, "max_norm", None):
         return False  # their forward does more than this op
-    gm.add_submodule(path, owner)
+    names.made[path] = owner
     source = node.args[1 if node.target is aten.embedding.default else 0]
     _replace_by_call(gm.graph, node, path, source)
     return True
@@ -94,7 +110,7 @@ def _make_linear(gm: GraphModule, names: "_Names", node: Node) -> bool:
         if addition is not None:
             last, bias = addition
     target = names.of(source, weight, bias, node.meta.get(MODULE_PATH))
-    gm.add_submodule(target, linear_of(weight, bias))
+    names.made.setdefault(target, linear_of(weight, bias))
     _replace_by_call(gm.graph, last, target, operands.input)
     return True
 
@@ -161,7 +177,7 @@ def _bias_addition(gm: GraphModule, node: Node, out_features: int) -> tuple[Node
 
 def _replace_by_call(graph: Graph, node: Node, target: str, source: Any) -> None:
     with graph.inserting_before(node):
-        call = graph.call_module(target, (source,))
+        call = graph.create_node("call_module", target, (source,))
     call.meta = {key: value for key, value in node.meta.items() if key == MODULE_PATH}
     node.replace_all_uses_with(call)
     graph.erase_node(node)
@@ -172,7 +188,12 @@ class _Names:
 
     def __init__(self, gm: GraphModule, module: nn.Module) -> None:
         self.module = module
-        self.taken = {str(n.target): None for n in gm.graph.nodes if n.op == "call_module"}
+        self.made: dict[str, nn.Module] = {}
+        self.taken = {
+            str(n.target)
+            for n in gm.graph.nodes
+            if n.op == "call_module" or (n.op == "get_attr" and len(n.users) > 1)
+        }
         self.given: dict[tuple[int, int, int], str] = {}
 
     def of(self, source: Node, weight: Tensor, bias: Any, path: str | None) -> str:
@@ -184,7 +205,7 @@ class _Names:
             while free in self.taken:
                 number += 1
                 free = f"{name}_{number}"
-            self.taken[free] = None
+            self.taken.add(free)
             self.given[key] = free
         return self.given[key]
 

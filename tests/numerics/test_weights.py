@@ -47,7 +47,7 @@ def test_values_inside_the_range_are_off_by_half_a_step_at_most(shape, symmetric
     inside = (weight >= ends.amin(0)) & (weight <= ends.amax(0))
     slack = 1 + 1e-3  # of float rounding
     assert ((weight - found).abs()[inside] <= expand.abs()[inside] / 2 * slack).all()
-    assert inside.any() or group_size == 1  # bfloat16 scales may fall short of a lone element
+    assert inside.any() or columns * rows < 5  # a rounded scale may fall short of the extremes
 
 
 @given(shapes, st.booleans())
