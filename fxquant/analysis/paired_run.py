@@ -80,7 +80,7 @@ def _layer_pairs(
     linears = {s.name: s.module for s in sites(float_gm) if isinstance(s.module, nn.Linear)}
     found = {}
     for site in sites(quantized_gm):
-        if isinstance(site.module, QuantizedLinear):
+        if isinstance(site.module, QuantizedLinear) and site.name in linears:
             found[site.name] = (site.name, linears[site.name], site.module)
     return list(found.values())
 

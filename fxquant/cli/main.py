@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from fxquant import __version__
 from fxquant.analysis.gate import check_report, read_report
 from fxquant.analysis.graph_diff import diff as diff_graphs
 from fxquant.analysis.graph_view import INFO_KEY
@@ -36,7 +35,7 @@ group_option = click.option("--group-size", type=int, default=128, show_default=
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__)
+@click.version_option(package_name="fxquant")
 def cli() -> None:
     r"""Quantize PyTorch models to INT4 and see what it costs.
 

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 COLUMNS = 16  # torch 2.13's op reads beyond its input where columns are no multiple of this
 
 

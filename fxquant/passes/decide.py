@@ -236,7 +236,7 @@ def _with_origin(given: Sequence[Any] | None, entry: str) -> tuple[Sequence[Any]
     """The caller's list, or the default's entry, and how the ledger names the rule."""
     if given is None:
         return DEFAULT_INT4_SKIP[entry], f"default: {entry}"
-    return given, entry
+    return given, entry.replace("skip_", "skip_layer_")
 
 
 def _matching_name(patterns: Iterable[str], name: str) -> str | None:

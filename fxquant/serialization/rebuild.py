@@ -64,7 +64,8 @@ class Rebuilder:
         if used != set(root):
             raise damaged("a graph that uses other modules than it has")
         gm = GraphModule(root, graph, checked_name(data["class_name"]))
-        return gm.train(bool(data["training"]))
+        gm.training = bool(data["training"])  # each module has its own
+        return gm
 
     def module(self, number: Any) -> nn.Module:
         """Rebuild the module of that number; the same number is the same object."""

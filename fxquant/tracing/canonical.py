@@ -40,6 +40,7 @@ def canonicalize(gm: GraphModule, module: nn.Module) -> GraphModule:
     """
     names = _Names(gm, module)
     for node in list(gm.graph.nodes):
+        node.type = None  # annotations of the user's code, which a saved graph does not keep
         if node.op in ("call_function", "call_method"):
             _restore_module(gm, names, node) or _make_linear(gm, names, node)
     for node in reversed(gm.graph.nodes):  # parameters, and their transposes, that went into layers
@@ -48,7 +49,7 @@ def canonicalize(gm: GraphModule, module: nn.Module) -> GraphModule:
                 gm.graph.erase_node(node)
     made = GraphModule(_used(gm, names.made), gm.graph, type(module).__name__)
     made.graph.lint()
-    return made
+    return made.eval()  # a new graph module is in train mode, whatever its modules are
 
 
 def _used(gm: GraphModule, made: dict[str, nn.Module]) -> dict[str, Any]:

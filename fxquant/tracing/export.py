@@ -26,7 +26,13 @@ from torch.utils import _pytree as pytree
 from fxquant.graph.grouped_matmul import LIBRARY_OPS
 from fxquant.graph.structures import expect_constant, named_fields, output_dict
 from fxquant.tracing.guards import UnknownGuardError, insert_guards
-from fxquant.tracing.signature import ExampleInputs, graph_arguments, is_variadic, placeholder_order
+from fxquant.tracing.signature import (
+    ExampleInputs,
+    clone,
+    graph_arguments,
+    is_variadic,
+    placeholder_order,
+)
 from fxquant.tracing.symbolic import Capture, describe_error
 
 aten = torch.ops.aten
@@ -53,7 +59,8 @@ def capture_export(module: nn.Module, inputs: ExampleInputs, notes: list[str]) -
     arguments = graph_arguments(module, inputs)
     if any(is_variadic(argument) for argument in arguments):
         return "its forward takes a variable number of arguments"
-    example = {a.name: a.value for a in arguments if a.is_input}
+    # One tensor passed twice would be taken as one input, so each argument is a tensor of its own.
+    example = {a.name: clone(a.value) for a in arguments if a.is_input}
     reason = "nothing was tried"
     for grown in (True, False):  # a dimension of size 1 would be taken as fixed
         values = _grow(example) if grown else example

@@ -85,9 +85,10 @@ class TraceableMultiheadAttention(nn.Module):
         """Attend as `nn.MultiheadAttention.forward` does; shapes and arguments are the same."""
         is_shared = query is key and key is value
         if not self.batch_first:
+            is_memory = key is value
             query = query.transpose(0, 1)
             key = query if is_shared else key.transpose(0, 1)
-            value = query if is_shared else value.transpose(0, 1)
+            value = key if is_memory else value.transpose(0, 1)
         q, k, v = self._project(query, key, value, is_shared)  # [..., tokens, width]
         mask = None
         if attn_mask is not None or key_padding_mask is not None:
@@ -120,7 +121,8 @@ class TraceableMultiheadAttention(nn.Module):
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         inputs = (query, key, value)
-        return tuple(F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
+        # A traced chunk can be indexed, not iterated.
+        return tuple(F.linear(inputs[i], weights[i], biases[i]) for i in range(3))
 
 
 class TraceableTransformerEncoderLayer(nn.TransformerEncoderLayer):

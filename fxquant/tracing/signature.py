@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxquant.errors import TraceError
 from fxquant.graph.structures import tensors_in
@@ -101,3 +102,8 @@ def call(forward: Any, arguments: list[Argument], values: dict[str, Any]) -> Any
         else:
             positional.append(value)
     return forward(*positional, **keyword)
+
+
+def clone(values: Any) -> Any:
+    """`values` with every tensor cloned: a forward may change its arguments."""
+    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, values)

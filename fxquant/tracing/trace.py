@@ -27,13 +27,14 @@ from fxquant.tracing.export import capture_export
 from fxquant.tracing.prepare import prepare
 from fxquant.tracing.signature import (
     ExampleInputs,
+    clone,
     graph_arguments,
     is_variadic,
     placeholder_order,
 )
 from fxquant.tracing.symbolic import Capture, capture_symbolic, describe_error
 from fxquant.tracing.trace_report import REPORT_KEY, OpaqueModule, TraceReport, weigh
-from fxquant.tracing.verify import clone, mismatch
+from fxquant.tracing.verify import mismatch
 
 
 def trace(model: nn.Module, example_inputs: object = None) -> GraphModule:
@@ -235,4 +236,4 @@ def _graph_around(module: nn.Module, inputs: ExampleInputs | None) -> GraphModul
         else:
             nodes[argument.name] = graph.placeholder(argument.name)
     graph.output(graph.call_module(WRAPPED, (), nodes))
-    return GraphModule({WRAPPED: module}, graph, type(module).__name__)
+    return GraphModule({WRAPPED: module}, graph, type(module).__name__).eval()

@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fxquant.graph.structures import tensors_in
-from fxquant.tracing.signature import ExampleInputs
+from fxquant.tracing.signature import ExampleInputs, clone
 from fxquant.tracing.symbolic import describe_error
 
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-8}
@@ -67,11 +67,6 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
 def _run(module: nn.Module, inputs: ExampleInputs) -> Any:
     with torch.no_grad():
         return module(*clone(inputs.args), **clone(inputs.kwargs))
-
-
-def clone(values: Any) -> Any:
-    """`values` with every tensor cloned: a forward may change its arguments."""
-    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, values)
 
 
 def _double(values: Any, dimension: int) -> Any:

@@ -186,7 +186,7 @@ def test_a_graph_that_holds_for_some_lengths_only_says_so():
     try:
         found = gm(X)
     except AssertionError as error:
-        assert "x.size()[1] > 8" in str(error)  # noqa: PT017
+        assert "x.size()[1] > 8" in str(error)
     else:
         assert torch.allclose(found, model(X))
 
@@ -223,3 +223,11 @@ def test_inputs_that_do_not_fit_are_named():
         fxquant.trace("model.pt")
     with pytest.raises(OptionError, match=r"Call fxquant\.trace"):
         fxquant.trace_report(torch.fx.symbolic_trace(models.Plain()))
+
+
+def test_one_tensor_passed_as_two_arguments_stays_two_inputs():
+    model = models.CrossAttention().eval()
+    memory = torch.randn(3, 5, WIDTH)
+    gm = fxquant.trace(model, (X, X))
+    with torch.no_grad():
+        assert torch.allclose(gm(X, memory)[0], model(X, memory)[0], atol=1e-5)

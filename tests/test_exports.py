@@ -1,0 +1,34 @@
+import subprocess
+import sys
+
+import pytest
+
+import fxquant
+
+PUBLIC = [
+    "AccuracyError", "AccuracyWarning", "BudgetError", "CalibrationError", "DEFAULT_INT4_SKIP",
+    "Decision", "FxquantError", "GraphDiff", "HistogramObserver", "LoadError", "MinMaxObserver",
+    "MovingAverageMinMaxObserver", "Observer", "OptionError", "QuantizationInfo",
+    "QuantizedLinearInt4", "QuantizedLinearInt8", "RuleError", "SaveError", "SensitivityReport",
+    "SensitivityRow", "TraceError", "TraceReport", "WeightError", "calculate_scale_zp_groupwise",
+    "calibrate", "check_accuracy_warnings", "create_observer", "dequantize_model",
+    "dequantize_weight_int4", "diff", "insert_observers", "load_into", "load_model", "plan",
+    "quantize", "quantize_weight_int4", "save_model", "sensitivity", "sqnr_db",
+    "static_quantize", "swap_modules", "to_networkx", "trace", "trace_report",
+]  # fmt: skip
+
+
+def test_the_public_names_are_pinned_and_exist():
+    assert fxquant.__all__ == PUBLIC
+    for name in PUBLIC:
+        assert getattr(getattr(fxquant, name), "__name__", "DEFAULT_INT4_SKIP") == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fxquant.nothing  # noqa: B018
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, fxquant; print('torch' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "False"

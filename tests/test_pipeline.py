@@ -1,0 +1,198 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import fxquant
+from fxquant.errors import AccuracyError, FxquantError, OptionError, WeightError
+from fxquant.modules.activation import quantize_activation
+from fxquant.report.tables import format_db
+from tests import models
+from tests.models import WIDTH
+
+X = torch.randn(64, 5, WIDTH)
+QUIET = {"group_size": 32, "accuracy_warning": "ignore"}
+
+
+def test_the_record_can_be_recomputed_by_hand():
+    model = models.Plain().eval()
+    q, info = fxquant.static_quantize(model, [X], **QUIET)
+    with torch.no_grad():
+        assert info.sqnr_db == pytest.approx(fxquant.sqnr_db(model(X), q(X)), abs=1e-6)
+        by_hand = 10 * math.log10(
+            model(X).double().square().sum() / (q(X) - model(X)).double().square().sum()
+        )
+    assert info.sqnr_db == pytest.approx(by_hand, abs=1e-6)
+    row = info.rows[0]
+    assert row.weight_sqnr_db == pytest.approx(
+        fxquant.sqnr_db(model.first.weight, q.first.weight), abs=1e-6
+    )
+    with torch.no_grad():
+        assert row.introduced_sqnr_db == pytest.approx(
+            fxquant.sqnr_db(model.first(X), q.first(X)), abs=1e-6
+        )
+    assert info.calibration_samples_used == 64
+    original = sum(p.numel() * 4 for p in model.parameters())
+    assert info.original_size_mb == pytest.approx(original / 1e6)
+    packed = (96 * 64 + 64 * 96) // 2
+    groups = 96 * 2 + 64 * 3
+    floats = 4 * (96 + 64 + 96 + 96)
+    symmetric_zero = 2 * 2
+    assert info.quantized_size_mb == pytest.approx(
+        (packed + 2 * groups + floats + symmetric_zero) / 1e6
+    )
+    assert info.compression_ratio == pytest.approx(info.original_size_mb / info.quantized_size_mb)
+
+
+def test_introduced_and_arrived_error_add_up_to_the_cumulative_one():
+    model = models.CalledTwice().eval()
+    q, info = fxquant.static_quantize(model, [X], **QUIET)
+    row = info.rows[0]
+    with torch.no_grad():
+        clean = [model.fc(X), model.fc(torch.tanh(model.fc(X)))]
+        shifted_input = torch.tanh(q.fc(X))
+        quantized = [q.fc(X), q.fc(shifted_input)]
+        shifted = [model.fc(X), model.fc(shifted_input)]
+
+    def db(a, b):
+        return fxquant.sqnr_db(torch.cat(a), torch.cat(b))
+
+    assert row.introduced_sqnr_db == pytest.approx(db(shifted, quantized), abs=1e-4)
+    assert row.arrived_sqnr_db == pytest.approx(db(clean, shifted), abs=1e-4)
+    assert row.cumulative_sqnr_db == pytest.approx(db(clean, quantized), abs=1e-4)
+    assert row.cumulative_sqnr_db < row.introduced_sqnr_db
+
+
+def test_the_table_has_every_column_and_node():
+    _, info = fxquant.static_quantize(models.Plain(), [X], **QUIET)
+    text = info.table()
+    columns = "module type shape params action weight introduced cumulative warning why"
+    for word in (*columns.split(), "first", "norm", "second", "96x64", "LayerNorm"):
+        assert word in text
+    assert format_db(info.rows[0].weight_sqnr_db) in text
+
+
+def test_activation_bits_put_nodes_into_the_graph_and_observers_matter():
+    model = models.Plain().eval()
+    spiky = X.clone()
+    spiky[0, 0, 0] = 80.0
+    plain, _ = fxquant.static_quantize(model, [spiky], **QUIET)
+    results = {}
+    for observer in ("minmax", "histogram", "movingaverage"):
+        q, info = fxquant.static_quantize(
+            model, spiky.split(16), observer=observer, activation_bits=8, **QUIET
+        )
+        count = sum(n.target is quantize_activation for n in q.graph.nodes)
+        assert count == 2
+        results[observer] = fxquant.sqnr_db(plain(X[1:]), q(X[1:]))
+        assert info.rows[0].input_high == pytest.approx(80.0)
+        assert info.rows[0].input_outlier_ratio > 20
+    assert results["histogram"] > results["minmax"] + 6
+    assert len({round(v, 2) for v in results.values()}) == 3
+
+
+def test_eight_bits_are_more_accurate_than_four_and_a_mapping_mixes_them():
+    model = models.Plain().eval()
+    figures = {}
+    for name, bits in (("4", 4), ("8", 8), ("mixed", {"first": 4, "second": 8})):
+        q, info = fxquant.static_quantize(model, [X], bits=bits, **QUIET)
+        figures[name] = info.sqnr_db
+    assert figures["4"] < figures["mixed"] < figures["8"]
+    assert figures["8"] > 35
+    assert isinstance(q.second, fxquant.QuantizedLinearInt8)
+
+
+def test_without_data_weights_alone_are_compared():
+    q, info = fxquant.quantize(models.Plain(), **QUIET)
+    assert info.sqnr_db is None
+    assert info.rows[0].introduced_sqnr_db is None
+    assert info.rows[0].weight_sqnr_db > 20
+    assert isinstance(q.first, fxquant.QuantizedLinearInt4)
+
+
+def test_a_traced_graph_can_be_quantized_and_stays_as_it_was():
+    gm = fxquant.trace(models.Plain(), X)
+    before = gm(X)
+    q, _ = fxquant.static_quantize(gm, [X], **QUIET)
+    assert torch.equal(gm(X), before)
+    assert isinstance(gm.first, nn.Linear)
+    assert [n.name for n in q.graph.nodes] == [n.name for n in gm.graph.nodes]
+
+
+def test_dequantizing_gives_plain_linears_with_the_same_outputs():
+    q, _ = fxquant.static_quantize(models.Plain(), [X], **QUIET)
+    plain = fxquant.dequantize_model(q)
+    assert type(plain.first) is nn.Linear
+    assert torch.equal(plain.first.weight, q.first.weight)
+    assert fxquant.sqnr_db(plain(X), q(X)) > 45
+
+
+def test_the_graph_compiles_whole():
+    q, _ = fxquant.static_quantize(models.Plain(), [X], **QUIET)
+    compiled = torch.compile(q, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(X), q(X), atol=1e-5)
+
+
+def test_warnings_are_graded_and_can_be_shown_raised_or_ignored():
+    model = models.Plain()
+    with pytest.warns(fxquant.AccuracyWarning, match="only 3 calibration samples"):
+        fxquant.static_quantize(model, [X[:3]], group_size=32)
+    limits = {"sqnr_warning_threshold": 60.0, "sqnr_error_threshold": 50.0}
+    with pytest.raises(
+        AccuracyError, match=r"critical: output SQNR.*below 50 dB.*Keep these layers"
+    ):
+        fxquant.static_quantize(model, [X], group_size=32, accuracy_warning="error", **limits)
+    _, info = fxquant.static_quantize(model, [X], **QUIET, **limits)
+    assert sum(w.startswith("critical") for w in info.warnings) == 3
+    assert "critical" in info.table()
+    fxquant.check_accuracy_warnings(info, 60.0, 1.0, on_failure="ignore")
+    assert sum(w.startswith("low") for w in info.warnings) == 3
+    with pytest.raises(OptionError, match="'error', 'warn', 'ignore'"):
+        fxquant.check_accuracy_warnings(info, on_failure="shout")
+
+
+def test_it_warns_when_nothing_is_skipped_or_nothing_is_quantized():
+    _, info = fxquant.quantize(nn.Sequential(nn.Linear(64, 64)), **QUIET)
+    assert any("nothing was skipped" in w for w in info.warnings)
+    _, info = fxquant.quantize(nn.Sequential(nn.Linear(4, 4)), **QUIET)
+    assert any("nothing was quantized" in w for w in info.warnings)
+
+
+def test_a_broken_weight_is_named():
+    model = models.Plain()
+    with torch.no_grad():
+        model.second.weight[0, 0] = float("inf")
+    with pytest.raises(WeightError, match=r"second\.weight.*1 of 6144"):
+        fxquant.quantize(model, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"method": "gptqq"}, "method.*'rtn'"),
+        ({"observer": "mimax"}, "observer.*'minmax'"),
+        ({"activation_bits": 4}, "activation_bits.*8 or None"),
+        ({"accuracy_warning": "no"}, "accuracy_warning"),
+        ({"num_calibration_samples": 0}, "num_calibration_samples"),
+        ({"group_size": 0}, "group_size"),
+    ],
+)
+def test_wrong_options_say_what_is_valid(options, text):
+    with pytest.raises(OptionError, match=text):
+        fxquant.static_quantize(models.Plain(), [X], **{**QUIET, **options})
+
+
+@pytest.mark.parametrize("data", [[], [torch.full((2, 5, WIDTH), float("nan"))]])
+def test_empty_or_broken_data_is_an_error(data):
+    with pytest.raises(FxquantError, match="no samples|NaN or Inf"):
+        fxquant.static_quantize(models.Plain(), data, **QUIET)
+
+
+def test_sensitivity_measures_each_layer(tmp_path):
+    report = fxquant.sensitivity(models.Plain(), [X], group_size=32)
+    assert [r.module for r in report.rows] == ["first", "second"]
+    assert report.rows[1].cumulative_sqnr_db < report.rows[1].introduced_sqnr_db
+    report.to_csv(tmp_path / "r.csv")
+    assert (tmp_path / "r.csv").read_text().startswith("module,kind,shape,params,bits")
+    assert "first" in report.table()
