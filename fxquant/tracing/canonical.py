@@ -44,9 +44,9 @@ def canonicalize(gm: GraphModule, module: nn.Module) -> GraphModule:
         if node.op in ("call_function", "call_method"):
             _restore_module(gm, names, node) or _make_linear(gm, names, node)
     for node in reversed(gm.graph.nodes):  # parameters, and their transposes, that went into layers
-        if node.op in ("get_attr", "call_function", "call_method") and not node.users:
-            if not node.is_impure():
-                gm.graph.erase_node(node)
+        is_value = node.op in ("get_attr", "call_function", "call_method")
+        if is_value and not node.users and not node.is_impure():
+            gm.graph.erase_node(node)
     made = GraphModule(_used(gm, names.made), gm.graph, type(module).__name__)
     made.graph.lint()
     return made.eval()  # a new graph module is in train mode, whatever its modules are
