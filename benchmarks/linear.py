@@ -37,7 +37,7 @@ def measure(out_features: int, in_features: int) -> list[dict[str, object]]:
         x = torch.randn(m, in_features)
         inputs = {"float32": x, "bfloat16": x.bfloat16(), "int4": x, "int8": x}
         runs = {
-            name: lambda name=name: [layer(inputs[name]) for layer in layers[name]]
+            name: lambda these=layers[name], value=inputs[name]: [f(value) for f in these]
             for name in layers
         }
         with torch.inference_mode():
