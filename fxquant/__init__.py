@@ -24,6 +24,8 @@ _HOMES = {
         "QuantizationInfo",
         "check_accuracy_warnings",
     ),
+    "fxquant.analysis.allocation": ("Allocation", "allocate", "pareto"),
+    "fxquant.analysis.sensitivity": ("sensitivity",),
     "fxquant.analysis.sensitivity_report": ("SensitivityReport", "SensitivityRow"),
     "fxquant.errors": (
         "AccuracyError",
@@ -57,7 +59,7 @@ _HOMES = {
     "fxquant.passes.insert_observers": ("insert_observers",),
     "fxquant.passes.rewrite": ("dequantize_model",),
     "fxquant.passes.rules": ("DEFAULT_INT4_SKIP",),
-    "fxquant.pipeline": ("plan", "quantize", "sensitivity", "static_quantize"),
+    "fxquant.pipeline": ("plan", "quantize", "static_quantize"),
     "fxquant.serialization.files": ("load_model", "save_model"),
     "fxquant.swap": ("load_into", "swap_modules"),
     "fxquant.tracing.trace": ("trace",),

@@ -1,22 +1,17 @@
 """The pipeline: trace, observe, calibrate, decide, rewrite, report."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
 
-from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.analysis.graph_view import INFO_KEY
+from fxquant.analysis.measured_rows import measure_rows
 from fxquant.analysis.quantization_info import QuantizationInfo, check_accuracy_warnings
-from fxquant.analysis.sensitivity import measure_rows
-from fxquant.analysis.sensitivity_report import SensitivityReport
+from fxquant.analysis.rounded_layers import RoundedLayers
 from fxquant.analysis.sizes import MEGABYTE, model_bytes
 from fxquant.errors import OptionError, check_choice, check_positive_int
-from fxquant.modules.linear import QuantizedLinear
-from fxquant.modules.linear_int4 import QuantizedLinearInt4
-from fxquant.modules.linear_int8 import QuantizedLinearInt8
 from fxquant.observers import Observer
 from fxquant.passes.calibrate import calibrate
 from fxquant.passes.calibration_data import Call, calls
@@ -25,27 +20,10 @@ from fxquant.passes.insert_observers import insert_observers, observed_inputs
 from fxquant.passes.quantize_activations import quantize_activations
 from fxquant.passes.rewrite import rewrite
 from fxquant.tracing.signature import ExampleInputs
-from fxquant.tracing.trace import trace
-from fxquant.tracing.trace_report import REPORT_KEY, trace_report
+from fxquant.tracing.trace import graph_of
+from fxquant.tracing.trace_report import trace_report
 
 METHODS = ("rtn", "auto")
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """How weights become integers."""
-
-    group_size: int
-    symmetric: bool
-
-    def quantize(self, name: str, linear: nn.Linear, bits: int) -> QuantizedLinear:
-        """Quantize one layer."""
-        if bits == QuantizedLinearInt8.bits:
-            return QuantizedLinearInt8.from_float(linear)
-        weight = round_to_nearest(
-            linear.weight.detach(), group_size=self.group_size, symmetric=self.symmetric
-        )
-        return QuantizedLinearInt4(weight, linear.bias)
 
 
 def static_quantize(
@@ -110,13 +88,13 @@ def static_quantize(
     _check_options(method, accuracy_warning, activation_bits)
     check_positive_int("num_calibration_samples", num_calibration_samples)
     batches = list(calls(calibration_data, model, num_calibration_samples))
-    gm = _graph_of(model, batches[0] if batches else None)
+    gm = graph_of(model, *(batches[0] if batches else (None, {})))
     observed = insert_observers(gm, observer)
     used = calibrate(observed, [_as_item(call) for call in batches])
     info = _plan(gm, options, symmetric, method)
     info.observer, info.activation_bits = observer, activation_bits
     info.calibration_samples_used = used
-    qmodel = rewrite(gm, info.decisions, _Weights(group_size, symmetric).quantize)
+    qmodel = rewrite(gm, info.decisions, RoundedLayers(group_size, symmetric).quantize)
     observers = observed_inputs(observed)
     if activation_bits is not None:
         qmodel = quantize_activations(qmodel, observers)
@@ -160,9 +138,9 @@ def quantize(
     )
     _check_options(method, accuracy_warning, None)
     example = None if example_inputs is None else ExampleInputs.of(example_inputs)
-    gm = _graph_of(model, None if example is None else (example.args, example.kwargs))
+    gm = graph_of(model, *((None, {}) if example is None else (example.args, example.kwargs)))
     info = _plan(gm, options, symmetric, method)
-    qmodel = rewrite(gm, info.decisions, _Weights(group_size, symmetric).quantize)
+    qmodel = rewrite(gm, info.decisions, RoundedLayers(group_size, symmetric).quantize)
     _measure(gm, qmodel, info, [], {})
     return _finish(qmodel, info, sqnr_warning_threshold, sqnr_error_threshold, accuracy_warning)
 
@@ -179,36 +157,8 @@ def plan(model: nn.Module, example_inputs: object = None, **rules: Any) -> Quant
         A record whose `.table()` prints the decisions.
     """
     example = None if example_inputs is None else ExampleInputs.of(example_inputs)
-    gm = _graph_of(model, None if example is None else (example.args, example.kwargs))
+    gm = graph_of(model, *((None, {}) if example is None else (example.args, example.kwargs)))
     return _plan(gm, DecisionOptions(**rules), symmetric=True, method="auto")
-
-
-def sensitivity(
-    model: nn.Module,
-    data: Iterable[object],
-    *,
-    bits: int = 4,
-    group_size: int = 128,
-    method: str = "local",
-) -> SensitivityReport:
-    """Measure what quantizing each Linear layer costs.
-
-    Args:
-        model: any module, or a graph from `trace`; it is not changed.
-        data: calibration data in any of the forms of `static_quantize`.
-        bits: 4 or 8.
-        group_size: weights along `in_features` that share a scale.
-        method: `"local"`: one paired pass over the float and the quantized graph splits each
-            node's error into what it introduced and what arrived.
-
-    Returns:
-        One row for each layer that `static_quantize` would quantize.
-    """
-    check_choice("method", method, ("local",))
-    _, info = static_quantize(
-        model, data, bits=bits, group_size=group_size, accuracy_warning="ignore"
-    )
-    return SensitivityReport(info.rows, method, info.sqnr_db)
 
 
 def _check_options(method: str, accuracy_warning: str, activation_bits: int | None) -> None:
@@ -221,13 +171,6 @@ def _check_options(method: str, accuracy_warning: str, activation_bits: int | No
             needed="8 or None",
             remedy="Leave it None for float activations.",
         )
-
-
-def _graph_of(model: nn.Module, example: Call | None) -> GraphModule:
-    """The model's graph; one that `trace` made is taken as it is."""
-    if isinstance(model, GraphModule) and REPORT_KEY in model.meta:
-        return model
-    return trace(model, None if example is None else ExampleInputs(*example))
 
 
 def _plan(

@@ -6,15 +6,16 @@ import pytest
 import fxquant
 
 PUBLIC = [
-    "AccuracyError", "AccuracyWarning", "BudgetError", "CalibrationError", "DEFAULT_INT4_SKIP",
-    "Decision", "FxquantError", "GraphDiff", "HistogramObserver", "LoadError", "MinMaxObserver",
-    "MovingAverageMinMaxObserver", "Observer", "OptionError", "QuantizationInfo",
-    "QuantizedLinearInt4", "QuantizedLinearInt8", "RuleError", "SaveError", "SensitivityReport",
-    "SensitivityRow", "TraceError", "TraceReport", "WeightError", "calculate_scale_zp_groupwise",
-    "calibrate", "check_accuracy_warnings", "create_observer", "dequantize_model",
-    "dequantize_weight_int4", "diff", "insert_observers", "load_into", "load_model", "plan",
-    "quantize", "quantize_weight_int4", "save_model", "sensitivity", "sqnr_db",
-    "static_quantize", "swap_modules", "to_networkx", "trace", "trace_report",
+    "AccuracyError", "AccuracyWarning", "Allocation", "BudgetError", "CalibrationError",
+    "DEFAULT_INT4_SKIP", "Decision", "FxquantError", "GraphDiff", "HistogramObserver",
+    "LoadError", "MinMaxObserver", "MovingAverageMinMaxObserver", "Observer", "OptionError",
+    "QuantizationInfo", "QuantizedLinearInt4", "QuantizedLinearInt8", "RuleError", "SaveError",
+    "SensitivityReport", "SensitivityRow", "TraceError", "TraceReport", "WeightError", "allocate",
+    "calculate_scale_zp_groupwise", "calibrate", "check_accuracy_warnings", "create_observer",
+    "dequantize_model", "dequantize_weight_int4", "diff", "insert_observers", "load_into",
+    "load_model", "pareto", "plan", "quantize", "quantize_weight_int4", "save_model",
+    "sensitivity", "sqnr_db", "static_quantize", "swap_modules", "to_networkx", "trace",
+    "trace_report",
 ]  # fmt: skip
 
 

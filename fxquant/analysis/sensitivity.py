@@ -1,70 +1,171 @@
-"""`sensitivity`: what quantizing each node costs."""
+"""`sensitivity`: which layer hurts, by three methods in one report."""
 
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule
+from tqdm import tqdm
 
-from fxquant.analysis.paired_run import Call, LayerErrors, PairedRun, run_paired
-from fxquant.analysis.sensitivity_report import SensitivityRow
-from fxquant.graph.scopes import sites
-from fxquant.modules.linear import QuantizedLinear
-from fxquant.numerics.metrics import sqnr_db
-from fxquant.observers import Observer
-from fxquant.passes.decide import Decision
+from fxquant.analysis.candidates import Candidate, find_candidates
+from fxquant.analysis.exact import Errors, measure_exact
+from fxquant.analysis.flow import measure_flow
+from fxquant.analysis.gradient import measure_gradient
+from fxquant.analysis.measured_rows import measure_rows
+from fxquant.analysis.memory_plan import plan_exact
+from fxquant.analysis.output_metric import Metric, db_of
+from fxquant.analysis.rounded_layers import RoundedLayers
+from fxquant.analysis.sensitivity_report import SensitivityReport, SensitivityRow
+from fxquant.analysis.stepper import Call
+from fxquant.errors import check_choice
+from fxquant.graph.copying import copy_sharing_tensors
+from fxquant.graph.structures import main_output
+from fxquant.numerics.metrics import SqnrMeter
+from fxquant.passes.calibration_data import calls, row_count
+from fxquant.passes.decide import Decision, DecisionOptions, decide
+from fxquant.passes.rewrite import rewrite
+from fxquant.tracing.trace import graph_of
+
+METHODS = ("local", "exact", "gradient")
+WIDTHS = (4, 8)
 
 
-def measure_rows(
-    float_gm: GraphModule,
-    quantized_gm: GraphModule,
-    decisions: Iterable[Decision],
-    calls: Iterable[Call] = (),
-    observers: Mapping[str, Observer] | None = None,
-) -> tuple[list[SensitivityRow], PairedRun]:
-    """The cost of each quantized layer, by one paired pass over `calls`.
+def sensitivity(
+    model: nn.Module,
+    data: Iterable[object],
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    method: str = "local",
+    symmetric: bool = True,
+    metric: Metric = "sqnr",
+    select: Callable[[Any], Tensor] = main_output,
+    modules_to_not_convert: Sequence[str] | None = None,
+    skip_layer_names: Sequence[str] | None = None,
+    skip_param_threshold: int | None = None,
+    num_samples: int = 150,
+    progress: bool | None = None,
+) -> SensitivityReport:
+    """Measure what quantizing each Linear layer costs.
 
     Args:
-        float_gm: the traced model.
-        quantized_gm: its rewritten form.
-        decisions: the ledger.
-        calls: batches as `(args, kwargs)`; without any, only weights are compared.
-        observers: the calibrated observer of each layer's input.
+        model: any module, or a graph from `trace`; it is not changed.
+        data: calibration data in any of the forms of `static_quantize`.
+        bits: 4 or 8.
+        group_size: weights along `in_features` that share a scale.
+        method: `"local"`: one paired pass over the float and the quantized graph splits each
+            node's error into what it introduced and what arrived, and follows it through every
+            node. `"exact"`: the output when only this layer is quantized, for 4 and 8 bits.
+            `"gradient"`: an estimate of that for all layers and widths from one forward and one
+            backward.
+        symmetric: one fixed zero point, or one for each group.
+        metric: of the output's error: `"sqnr"`, `"kl"` where the output is logits, or (with
+            `"exact"`) a callable `(float, quantized) -> number`, smaller is better.
+        select: picks the tensor of the model's output; by default its first floating tensor.
+        modules_to_not_convert: names that stay float.
+        skip_layer_names: replaces `DEFAULT_INT4_SKIP.skip_names`.
+        skip_param_threshold: replaces `DEFAULT_INT4_SKIP.skip_param_threshold`.
+        num_samples: rows of the first dimension that are used at most.
+        progress: show a progress bar and, before an exact run, the memory plan; by default on a
+            terminal only.
 
     Returns:
-        One row for each quantized layer, and the paired run with the output's errors.
+        One row for each layer that `static_quantize` would quantize.
     """
-    run = run_paired(float_gm, quantized_gm, calls)
-    linears = {s.name: s.module for s in sites(float_gm) if isinstance(s.module, nn.Linear)}
-    quantized = {
-        s.name: s.module for s in sites(quantized_gm) if isinstance(s.module, QuantizedLinear)
-    }
-    watched = observers or {}
-    return [
-        _row(d, linears[d.module], quantized[d.module], run.layers[d.module], watched.get(d.module))
-        for d in decisions
-        if d.module in quantized
-    ], run
-
-
-def _row(
-    decision: Decision,
-    linear: nn.Linear,
-    quantized: QuantizedLinear,
-    errors: LayerErrors,
-    observer: Observer | None,
-) -> SensitivityRow:
-    seen = observer.statistics() if observer is not None and observer.has_seen_values else None
-    return SensitivityRow(
-        module=decision.module,
-        kind=decision.kind,
-        shape=decision.shape,
-        params=decision.parameters,
-        bits=quantized.bits,
-        weight_sqnr_db=sqnr_db(linear.weight, quantized.weight),
-        introduced_sqnr_db=errors.introduced.db_or_none,
-        cumulative_sqnr_db=errors.cumulative.db_or_none,
-        arrived_sqnr_db=errors.arrived.db_or_none,
-        input_low=seen.low if seen else None,
-        input_high=seen.high if seen else None,
-        input_outlier_ratio=seen.outlier_ratio if seen else None,
+    check_choice("method", method, METHODS)
+    options = DecisionOptions(
+        bits=bits,
+        group_size=group_size,
+        modules_to_not_convert=modules_to_not_convert,
+        skip_layer_names=skip_layer_names,
+        skip_param_threshold=skip_param_threshold,
     )
+    batches = list(calls(data, model, num_samples))
+    traced = graph_of(model, *(batches[0] if batches else (None, {})))
+    gm = copy_sharing_tensors(traced, frozen=True)
+    decisions = decide(gm, options)
+    layers = RoundedLayers(group_size, symmetric)
+    qmodel = rewrite(gm, decisions, layers.quantize)
+    rows, run = measure_rows(gm, qmodel, decisions, batches)
+    candidates = find_candidates(gm, [row.module for row in rows])
+    shares = _shared_inputs(candidates)
+    rows = [replace(row, shares_input=shares[row.module]) for row in rows]
+    report = SensitivityReport(
+        rows,
+        method,
+        run.output.db_or_none,
+        metric=metric if isinstance(metric, str) else "custom",
+        evaluate=partial(_evaluate, gm, decisions, layers, batches, select),
+    )
+    if method == "local":
+        return replace(report, flows=measure_flow(gm, qmodel, batches))
+    search = _Search(gm, candidates, batches, layers, select, metric, _is_shown(progress))
+    errors, peak = search.run(method)
+    return replace(report, rows=[_with_errors(r, errors, report) for r in rows], peak_bytes=peak)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What both methods that look at the output need."""
+
+    gm: GraphModule
+    candidates: list[Candidate]
+    batches: list[Call]
+    layers: RoundedLayers
+    select: Callable[[Any], Tensor]
+    metric: Metric
+    is_shown: bool
+
+    def run(self, method: str) -> tuple[Errors, int | None]:
+        """Errors by name and width, and the most bytes held where that was counted."""
+        steps = len(self.batches) * (len(self.candidates) if method == "exact" else 1)
+        with tqdm(total=steps, desc=method, disable=not self.is_shown) as bar:
+            arguments = (
+                self.gm, self.candidates, WIDTHS, self.batches, self.layers.quantize,
+                self.select, self.metric, bar.update,
+            )  # fmt: skip
+            if method == "gradient":
+                return measure_gradient(*arguments), None
+            if self.is_shown:
+                rows = max(map(row_count, self.batches), default=1)
+                bar.write(str(plan_exact(self.gm, self.candidates, rows)), file=sys.stderr)
+            return measure_exact(*arguments)
+
+
+def _is_shown(progress: bool | None) -> bool:
+    return sys.stderr.isatty() if progress is None else progress
+
+
+def _with_errors(row: SensitivityRow, errors: Errors, report: SensitivityReport) -> SensitivityRow:
+    found = errors[row.module]
+    output = db_of(found[row.bits]) if report.metric == "sqnr" else None
+    return replace(row, output_errors=found, output_sqnr_db=output)
+
+
+def _shared_inputs(candidates: Sequence[Candidate]) -> dict[str, str]:
+    """A text for each layer that is the same for layers that read one value or share a weight."""
+    weights: dict[int, str] = {}
+    return {c.name: weights.setdefault(c.linear.weight.data_ptr(), c.shares) for c in candidates}
+
+
+@torch.no_grad()
+def _evaluate(
+    gm: GraphModule,
+    decisions: Sequence[Decision],
+    layers: RoundedLayers,
+    batches: Sequence[Call],
+    select: Callable[[Any], Tensor],
+    bits: dict[str, int],
+) -> float:
+    """Output SQNR with the layers of `bits` at these widths and all others float."""
+    actions = {4: "int4", 8: "int8"}
+    planned = [replace(d, action=actions.get(bits.get(d.module, 16), "float")) for d in decisions]
+    qmodel = rewrite(gm, planned, layers.quantize)
+    meter = SqnrMeter()
+    for args, kwargs in batches:
+        meter.add(select(gm(*args, **kwargs)), select(qmodel(*args, **kwargs)))
+    return meter.db

@@ -1,15 +1,16 @@
 """The per-node table of what quantization costs."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fxquant.analysis.flow import NodeFlow
 from fxquant.report.tables import format_db, format_shape, text_table, write_csv, write_json
 
 HEADERS = (
     "module", "type", "shape", "params", "bits",
-    "weight\ndB", "introduced\ndB", "cumulative\ndB", "warning",
+    "weight\ndB", "introduced\ndB", "cumulative\ndB", "output\ndB", "warning",
 )  # fmt: skip
 
 
@@ -30,6 +31,9 @@ class SensitivityRow:
         arrived_sqnr_db: the part of it that came with its input.
         output_sqnr_db: the model's output when only this node is quantized; None where the method
             does not measure it.
+        output_errors: the output's error in the report's metric, by width; empty where the method
+            does not measure it.
+        shares_input: the same text for layers that read the same value or share a weight.
         input_low: the smallest input value, if it was observed.
         input_high: the largest.
         input_outlier_ratio: the largest magnitude divided by the rms.
@@ -45,6 +49,8 @@ class SensitivityRow:
     cumulative_sqnr_db: float | None = None
     arrived_sqnr_db: float | None = None
     output_sqnr_db: float | None = None
+    output_errors: dict[int, float] = field(default_factory=dict)
+    shares_input: str = ""
     input_low: float | None = None
     input_high: float | None = None
     input_outlier_ratio: float | None = None
@@ -68,6 +74,10 @@ class SensitivityReport:
         output_sqnr_db: of the model's output with all nodes quantized.
         warning_threshold: below it, in dB, a node is `low`.
         error_threshold: below it, a node is `critical`.
+        metric: of the output's error: `"sqnr"`, `"kl"` or `"custom"`.
+        flows: how error flows through every node (method `"local"`).
+        evaluate: measures the output SQNR of given bits by name; None in a report without model.
+        peak_bytes: the most bytes of activations that were held (method `"exact"`).
     """
 
     rows: Sequence[SensitivityRow]
@@ -75,15 +85,39 @@ class SensitivityReport:
     output_sqnr_db: float | None
     warning_threshold: float = 20.0
     error_threshold: float = 10.0
+    metric: str = "sqnr"
+    flows: Sequence[NodeFlow] = ()
+    evaluate: Callable[[dict[str, int]], float] | None = field(default=None, compare=False)
+    peak_bytes: int | None = None
 
     def table(self) -> str:
         """The rows as text."""
         return sensitivity_table(self.rows, self.warning_threshold, self.error_threshold)
 
+    def flow_table(self) -> str:
+        """How error flows: each node's SQNR, its gain, and at joins where the error came from."""
+        cells = [
+            (
+                flow.node,
+                flow.kind,
+                format_db(flow.sqnr_db),
+                format_db(flow.gain_db),
+                ", ".join(f"{share:.0%} {name}" for name, share in flow.shares.items()),
+            )
+            for flow in self.flows
+            if flow.gain_db is not None
+        ]
+        return text_table(("node", "op", "SQNR dB", "gain dB", "error came from"), cells)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        head = {"method": self.method, "output_sqnr_db": self.output_sqnr_db}
-        return {**head, "rows": [asdict(row) for row in self.rows]}
+        return {
+            "method": self.method,
+            "metric": self.metric,
+            "output_sqnr_db": self.output_sqnr_db,
+            "rows": [asdict(row) for row in self.rows],
+            "flows": [asdict(flow) for flow in self.flows],
+        }
 
     def to_json(self, path: str | Path) -> None:
         """Write the report as JSON."""
@@ -108,6 +142,7 @@ def sensitivity_table(
             format_db(row.weight_sqnr_db),
             format_db(row.introduced_sqnr_db),
             format_db(row.cumulative_sqnr_db),
+            format_db(row.output_sqnr_db),
             row.severity(warning_threshold, error_threshold),
         )
         for row in rows

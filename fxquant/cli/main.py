@@ -9,12 +9,14 @@ import click
 from fxquant.analysis.gate import check_report, read_report
 from fxquant.analysis.graph_diff import diff as diff_graphs
 from fxquant.analysis.graph_view import INFO_KEY
+from fxquant.analysis.sensitivity import METHODS as SENSITIVITY_METHODS
+from fxquant.analysis.sensitivity import sensitivity
 from fxquant.cli.output import CHECK_FAILED, Output, exit_statuses
 from fxquant.cli.sources import load_data, load_graph, load_source
 from fxquant.demo.run import run_demo
 from fxquant.errors import OptionError
 from fxquant.passes.calibration_data import as_call
-from fxquant.pipeline import METHODS, plan, quantize, sensitivity, static_quantize
+from fxquant.pipeline import METHODS, plan, quantize, static_quantize
 from fxquant.report.tables import format_db, format_shape, text_table
 from fxquant.serialization.files import load_model, save_model
 from fxquant.tracing.signature import ExampleInputs
@@ -129,11 +131,14 @@ def quantize_command(
 @data_option
 @bits_option
 @group_option
+@click.option(
+    "--method", type=click.Choice(SENSITIVITY_METHODS), default="local", show_default=True
+)
 @click.option("--csv", type=click.Path(path_type=Path), help="Write the rows as CSV.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the report as JSON.")
 @json_option
 def sensitivity_command(
-    model: str, data: str | None, bits: str, group_size: int,
+    model: str, data: str | None, bits: str, group_size: int, method: str,
     csv: Path | None, output: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Print what quantizing each layer costs."""
@@ -147,7 +152,9 @@ def sensitivity_command(
                 needed="calibration data",
                 remedy="Pass --data package.module:function.",
             )
-        report = sensitivity(load_source(model), batches, bits=int(bits), group_size=group_size)
+        report = sensitivity(
+            load_source(model), batches, bits=int(bits), group_size=group_size, method=method
+        )
         out.text(report.table())
         out.text(f"output SQNR {format_db(report.output_sqnr_db)} dB with all of them quantized")
         if csv is not None:

@@ -28,6 +28,11 @@ class SqnrMeter:
         self._noise += squared_sum(approximation.detach().float() - reference)
 
     @property
+    def noise(self) -> float:
+        """The noise power so far."""
+        return self._noise.item()
+
+    @property
     def db(self) -> float:
         """The ratio so far, in decibels."""
         return power_ratio_db(self._signal.item(), self._noise.item())

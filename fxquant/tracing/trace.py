@@ -237,3 +237,16 @@ def _graph_around(module: nn.Module, inputs: ExampleInputs | None) -> GraphModul
             nodes[argument.name] = graph.placeholder(argument.name)
     graph.output(graph.call_module(WRAPPED, (), nodes))
     return GraphModule({WRAPPED: module}, graph, type(module).__name__).eval()
+
+
+def graph_of(model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any]) -> GraphModule:
+    """The model's graph; one that `trace` made is taken as it is.
+
+    Args:
+        model: any module, or a graph from `trace`.
+        args: positional arguments of an example call, or None for no example.
+        kwargs: its keyword arguments.
+    """
+    if isinstance(model, GraphModule) and REPORT_KEY in model.meta:
+        return model
+    return trace(model, None if args is None else ExampleInputs(args, kwargs))

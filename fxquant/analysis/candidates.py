@@ -1,0 +1,76 @@
+"""The layers that can be quantized, in every width, each on its own."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxquant.graph.scopes import Site, sites
+from fxquant.modules.linear import QuantizedLinear
+
+QuantizeLinear = Callable[[str, nn.Linear, int], QuantizedLinear]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One Linear layer of a graph.
+
+    Attributes:
+        name: the user's name.
+        linear: the float layer.
+        sites: the nodes that call it; several where it is shared.
+        roots: the nodes of the outermost graph that it runs in: itself, or an opaque module.
+    """
+
+    name: str
+    linear: nn.Linear
+    sites: tuple[Site, ...]
+    roots: tuple[Node, ...]
+
+    @property
+    def shares(self) -> str:
+        """What names the value it reads: layers that share an input have the same."""
+        site = self.sites[0]
+        return f"{site.scope.path}:{site.node.args[0]}"
+
+    @contextmanager
+    def replaced_by(self, module: nn.Module) -> Iterator[None]:
+        """Let `module` do the layer's work for a while."""
+        for site in self.sites:
+            site.scope.gm.set_submodule(str(site.node.target), module)
+        try:
+            yield
+        finally:
+            for site in self.sites:
+                site.scope.gm.set_submodule(str(site.node.target), self.linear)
+
+
+def find_candidates(gm: GraphModule, names: Sequence[str]) -> list[Candidate]:
+    """The named Linear layers of `gm`, in the order of the graph.
+
+    A layer inside an opaque module belongs to the node of the outermost graph that calls it.
+    """
+    by_name: dict[str, list[Site]] = {}
+    for site in sites(gm):
+        if isinstance(site.module, nn.Linear) and site.name in names:
+            by_name.setdefault(site.name, []).append(site)
+    position = {node: i for i, node in enumerate(gm.graph.nodes)}
+    found = [_candidate(gm, name, by_name[name]) for name in by_name]
+    return sorted(found, key=lambda c: min(position[n] for n in c.roots))
+
+
+def _candidate(gm: GraphModule, name: str, places: list[Site]) -> Candidate:
+    roots: dict[Node, None] = {}
+    for site in places:
+        if site.scope.gm is gm:
+            roots[site.node] = None
+            continue
+        for node in gm.graph.nodes:
+            target = str(node.target)
+            if node.op == "call_module" and f"{site.scope.path}.".startswith(f"{target}."):
+                roots[node] = None
+    linear = places[0].module
+    assert isinstance(linear, nn.Linear)  # they were selected so
+    return Candidate(name, linear, tuple(places), tuple(roots))

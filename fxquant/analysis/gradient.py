@@ -1,0 +1,116 @@
+"""`gradient`: a score for all layers and widths from one forward and one backward.
+
+To first order, quantizing layer l alone changes the output by J_l e_l, with e_l the error at the
+layer's own output and J_l the Jacobian from there to the output. For random v with E[v vᵀ] = M,
+E[(v · J_l e_l)²] = e_lᵀ J_lᵀ M J_l e_l: one backward of v gives J_lᵀ v for every layer at once, and
+the square of its product with e_l, averaged over samples, estimates the output's error (Hutchinson,
+"A stochastic estimator of the trace of the influence matrix", 1989; the expansion is the
+Gauss-Newton term of HAWQ-V2, arXiv:1911.03852, in the space of activations).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxquant.analysis.candidates import Candidate, QuantizeLinear
+from fxquant.analysis.exact import Errors
+from fxquant.analysis.output_metric import Metric, probe
+from fxquant.analysis.stepper import Call
+from fxquant.numerics.metrics import squared_sum
+
+
+def measure_gradient(
+    gm: GraphModule,
+    candidates: Sequence[Candidate],
+    bits: Sequence[int],
+    calls: Iterable[Call],
+    quantize_linear: QuantizeLinear,
+    select: Callable[[Any], Tensor],
+    metric: Metric = "sqnr",
+    advance: Callable[[], object] = lambda: None,
+) -> Errors:
+    """Estimate the output's error when each candidate is quantized alone.
+
+    The arguments are those of `measure_exact`; no parameter of `gm` may need a gradient. Samples
+    are told apart by the first dimension; where a layer's output has another one, the batch counts
+    as a single sample.
+
+    Returns:
+        The error by name and width, in the metric's unit.
+    """
+    differences = {
+        c.name: {b: _weight_error(quantize_linear(c.name, c.linear, b), c.linear) for b in bits}
+        for c in candidates
+    }
+    sums = {c.name: dict.fromkeys(bits, 0.0) for c in candidates}
+    weight = 0.0
+    generator = torch.Generator().manual_seed(0)
+    for args, kwargs in calls:
+        seen: dict[str, list[tuple[Tensor, Tensor]]] = {c.name: [] for c in candidates}
+        with torch.enable_grad(), _recording(candidates, seen):
+            output = select(gm(*args, **kwargs))
+            direction = probe(output.detach(), metric, generator)
+            flat = [pair for pairs in seen.values() for pair in pairs]
+            gradients = torch.autograd.grad(
+                output, [y for _, y in flat], direction, allow_unused=True
+            )
+        weight += _batch_weight(output.detach(), metric)
+        by_output = {id(y): g for (_, y), g in zip(flat, gradients, strict=True)}
+        for name, pairs in seen.items():
+            for width, difference in differences[name].items():
+                products = [
+                    _sample_products(x, difference, by_output[id(y)], output.shape[0])
+                    for x, y in pairs
+                    if by_output[id(y)] is not None
+                ]
+                total = torch.stack(products).sum(0) if products else torch.zeros(1)
+                sums[name][width] += squared_sum(total).item()
+            advance()
+    return {name: {b: v / weight for b, v in row.items()} for name, row in sums.items()}
+
+
+def _weight_error(quantized: Any, linear: nn.Linear) -> Tensor:
+    return (quantized.weight - linear.weight.detach().float()).to(linear.weight.dtype)
+
+
+def _sample_products(x: Tensor, difference: Tensor, gradient: Tensor, samples: int) -> Tensor:
+    """G · e for each sample, [samples], or [1] where samples cannot be told apart."""
+    error = torch.nn.functional.linear(x, difference).float()
+    product = error * gradient.float()
+    if product.ndim > 1 and product.shape[0] == samples:
+        return product.flatten(1).sum(1)
+    return product.sum()[None]
+
+
+def _batch_weight(output: Tensor, metric: Metric) -> float:
+    """What the sum of squares is divided by: signal power, or the number of distributions."""
+    if metric == "sqnr":
+        return squared_sum(output.float()).item()
+    return float(output.numel() // output.shape[-1])
+
+
+@contextmanager
+def _recording(
+    candidates: Sequence[Candidate], seen: dict[str, list[tuple[Tensor, Tensor]]]
+) -> Any:
+    """Note each layer's input and output, and let gradients begin at the first layers."""
+
+    def hook_for(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            seen[name].append((args[0].detach(), output))
+            return output.clone()  # the graph may change its value in place
+
+        return hook
+
+    handles = [c.linear.register_forward_hook(hook_for(c.name)) for c in candidates]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

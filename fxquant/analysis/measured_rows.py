@@ -1,0 +1,70 @@
+"""The table of what each quantized layer cost, from one paired run."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+from torch.fx import GraphModule
+
+from fxquant.analysis.paired_run import Call, LayerErrors, PairedRun, run_paired
+from fxquant.analysis.sensitivity_report import SensitivityRow
+from fxquant.graph.scopes import sites
+from fxquant.modules.linear import QuantizedLinear
+from fxquant.numerics.metrics import sqnr_db
+from fxquant.observers import Observer
+from fxquant.passes.decide import Decision
+
+
+def measure_rows(
+    float_gm: GraphModule,
+    quantized_gm: GraphModule,
+    decisions: Iterable[Decision],
+    calls: Iterable[Call] = (),
+    observers: Mapping[str, Observer] | None = None,
+) -> tuple[list[SensitivityRow], PairedRun]:
+    """The cost of each quantized layer, by one paired pass over `calls`.
+
+    Args:
+        float_gm: the traced model.
+        quantized_gm: its rewritten form.
+        decisions: the ledger.
+        calls: batches as `(args, kwargs)`; without any, only weights are compared.
+        observers: the calibrated observer of each layer's input.
+
+    Returns:
+        One row for each quantized layer, and the paired run with the output's errors.
+    """
+    run = run_paired(float_gm, quantized_gm, calls)
+    linears = {s.name: s.module for s in sites(float_gm) if isinstance(s.module, nn.Linear)}
+    quantized = {
+        s.name: s.module for s in sites(quantized_gm) if isinstance(s.module, QuantizedLinear)
+    }
+    watched = observers or {}
+    return [
+        _row(d, linears[d.module], quantized[d.module], run.layers[d.module], watched.get(d.module))
+        for d in decisions
+        if d.module in quantized
+    ], run
+
+
+def _row(
+    decision: Decision,
+    linear: nn.Linear,
+    quantized: QuantizedLinear,
+    errors: LayerErrors,
+    observer: Observer | None,
+) -> SensitivityRow:
+    seen = observer.statistics() if observer is not None and observer.has_seen_values else None
+    return SensitivityRow(
+        module=decision.module,
+        kind=decision.kind,
+        shape=decision.shape,
+        params=decision.parameters,
+        bits=quantized.bits,
+        weight_sqnr_db=sqnr_db(linear.weight, quantized.weight),
+        introduced_sqnr_db=errors.introduced.db_or_none,
+        cumulative_sqnr_db=errors.cumulative.db_or_none,
+        arrived_sqnr_db=errors.arrived.db_or_none,
+        input_low=seen.low if seen else None,
+        input_high=seen.high if seen else None,
+        input_outlier_ratio=seen.outlier_ratio if seen else None,
+    )

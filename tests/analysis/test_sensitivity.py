@@ -1,0 +1,220 @@
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxquant
+from fxquant.analysis.candidates import find_candidates
+from fxquant.analysis.memory_plan import plan_exact
+from fxquant.analysis.rounded_layers import RoundedLayers
+from fxquant.demo.language_model import calibration_tokens, load_language_model
+from fxquant.errors import BudgetError, OptionError
+from fxquant.graph.copying import copy_sharing_tensors
+from tests import models
+from tests.models import WIDTH
+
+X = [torch.randn(8, 5, WIDTH), torch.randn(3, 5, WIDTH)]
+OPTIONS = {"group_size": 32, "skip_param_threshold": 0}
+
+
+class Branches(nn.Module):
+    """Residuals, a shared layer, an opaque child, and a layer that ends nowhere else."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.shared = nn.Linear(WIDTH, WIDTH)
+        self.child = models.BranchingChild()
+        self.left = nn.Linear(WIDTH, WIDTH)
+        self.right = nn.Linear(WIDTH, WIDTH)
+        self.last = nn.Linear(WIDTH, 40)
+
+    def forward(self, x):
+        x = x + torch.tanh(self.first(x))
+        x = x + self.shared(F.gelu(self.shared(x)))
+        y = self.child(x)
+        return self.last(self.left(y) * torch.sigmoid(self.right(y)) + x)
+
+
+def naive_errors(gm, names, width, group_size=32):
+    """Quantize one layer, run everything, put it back."""
+    layers = RoundedLayers(group_size, True)
+    gm = copy_sharing_tensors(gm, frozen=True)
+    found = {}
+    for candidate in find_candidates(gm, names):
+        signal = noise = 0.0
+        with torch.no_grad():
+            for x in X:
+                expected = gm(x)
+                module = layers.quantize(candidate.name, candidate.linear, width)
+                with candidate.replaced_by(module):
+                    noise += (gm(x) - expected).double().square().sum().item()
+                signal += expected.double().square().sum().item()
+        found[candidate.name] = -10 * math.log10(noise / signal)
+    return found
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_exact_equals_the_naive_scan_on_branches_shared_and_opaque_modules(width):
+    gm = fxquant.trace(Branches(), X[0])
+    report = fxquant.sensitivity(gm, X, method="exact", bits=width, **OPTIONS)
+    names = [row.module for row in report.rows]
+    assert set(names) == {
+        "first", "shared", "child.fc", "child.block.0", "child.block.2", "left", "right", "last",
+    }  # fmt: skip
+    naive = naive_errors(gm, names, width)
+    for row in report.rows:
+        assert row.output_sqnr_db == pytest.approx(naive[row.module], abs=1e-3)
+        assert set(row.output_errors) == {4, 8}
+
+
+def test_the_graph_is_as_it_was_after_an_exact_run():
+    gm = fxquant.trace(Branches(), X[0])
+    before = gm(X[0])
+    fxquant.sensitivity(gm, X, method="exact", **OPTIONS)
+    assert torch.equal(gm(X[0]), before)
+    assert all(p.requires_grad for p in gm.parameters())
+
+
+def rank_correlation(a, b):
+    def ranks(values):
+        order = sorted(range(len(values)), key=values.__getitem__)
+        return torch.tensor([float(order.index(i)) for i in range(len(values))])
+
+    return torch.corrcoef(torch.stack((ranks(a), ranks(b))))[0, 1].item()
+
+
+@pytest.mark.parametrize("metric", ["sqnr", "kl"])
+def test_the_gradient_method_ranks_layers_as_exact_does_on_the_embedded_model(metric):
+    data = list(calibration_tokens()[::12][:32].split(16))
+    gm = fxquant.trace(load_language_model(), data[0])
+    errors = {}
+    for method in ("exact", "gradient"):
+        report = fxquant.sensitivity(gm, data, method=method, metric=metric)
+        errors[method] = [row.output_errors[4] for row in report.rows]
+    assert rank_correlation(errors["exact"], errors["gradient"]) >= 0.8
+    ratios = [g / e for e, g in zip(errors["exact"], errors["gradient"], strict=True)]
+    assert 0.5 < sorted(ratios)[len(ratios) // 2] < 2  # the unit is right, not only the order
+
+
+def test_a_metric_of_ones_own_is_used_by_exact_and_refused_by_gradient():
+    def worst(a, b):
+        return (a - b).abs().max().item()
+
+    report = fxquant.sensitivity(models.Plain(), X, method="exact", metric=worst, **OPTIONS)
+    assert report.metric == "custom"
+    assert all(row.output_sqnr_db is None for row in report.rows)
+    assert all(0 < row.output_errors[8] < row.output_errors[4] for row in report.rows)
+    with pytest.raises(OptionError, match="method='exact'"):
+        fxquant.sensitivity(models.Plain(), X, method="gradient", metric=worst, **OPTIONS)
+    with pytest.raises(OptionError, match="'kl' where the output is logits"):
+        fxquant.sensitivity(models.Plain(), X, method="exact", metric="cosine", **OPTIONS)
+
+
+def test_local_follows_the_error_through_joins():
+    gm = fxquant.trace(Branches(), X[0])
+    report = fxquant.sensitivity(gm, X, **OPTIONS)
+    flows = {flow.node: flow for flow in report.flows}
+    join = next(f for f in report.flows if f.kind == "add" and len(f.shares) == 2)
+    assert sum(join.shares.values()) == pytest.approx(1)
+    assert flows["first"].gain_db is None  # nothing erroneous comes in
+    assert "error came from" in report.flow_table()
+    rows = {row.module: row for row in report.rows}
+    assert flows["last"].sqnr_db == pytest.approx(rows["last"].cumulative_sqnr_db, abs=1e-6)
+    assert flows["last"].sqnr_db == pytest.approx(report.output_sqnr_db, abs=1e-6)
+
+
+def test_the_memory_plan_predicts_the_measured_peak():
+    data = list(calibration_tokens()[::12][:8].split(8))
+    gm = fxquant.trace(load_language_model(), data[0])
+    report = fxquant.sensitivity(gm, data, method="exact")
+    candidates = find_candidates(gm, [row.module for row in report.rows])
+    plan = plan_exact(gm, candidates, 8)
+    assert plan.activations == pytest.approx(report.peak_bytes, rel=0.3)
+    assert plan_exact(gm, candidates, 16).activations == 2 * plan.activations
+
+
+def test_a_plan_and_a_progress_bar_show_when_asked(capsys):
+    gm = fxquant.trace(models.Plain(), X[0])
+    fxquant.sensitivity(gm, X, method="exact", progress=True, **OPTIONS)
+    shown = capsys.readouterr().err
+    assert "memory plan" in shown
+    assert "exact: 100%" in shown
+
+
+@pytest.fixture(scope="module")
+def branches():
+    torch.manual_seed(0)
+    gm = fxquant.trace(Branches(), X[0])
+    return fxquant.sensitivity(gm, X, method="exact", **OPTIONS)
+
+
+@pytest.mark.parametrize("average", [4, 4.5, 5.3, 6, 8])
+def test_allocate_finds_the_best_allocation_within_the_budget(branches, average):
+    plan = fxquant.allocate(branches, average_bits=average, choices=(4, 8))
+    rows = branches.rows
+    sizes = [r.shape[0] * r.shape[1] for r in rows]
+    assert plan.average_bits <= average + 1e-9
+    best = math.inf
+    for bits in itertools.product((4, 8), repeat=len(rows)):
+        if sum(s * b for s, b in zip(sizes, bits, strict=True)) <= average * sum(sizes):
+            error = sum(r.output_errors[b] for r, b in zip(rows, bits, strict=True))
+            best = min(best, error)
+    found = sum(r.output_errors[plan[r.module]] for r in rows)
+    uniform = {r.module: 4 for r in rows}
+    assert found == pytest.approx(best, rel=0.02) or dict(plan) == uniform
+    assert plan.measured_sqnr_db >= branches.evaluate(uniform)
+    assert plan.predicted_sqnr_db == pytest.approx(-10 * math.log10(found))
+
+
+def test_an_allocation_is_what_static_quantize_does(branches):
+    gm = fxquant.trace(Branches(), X[0])
+    plan = fxquant.allocate(branches, average_bits=6)
+    torch.manual_seed(0)
+    _, info = fxquant.static_quantize(
+        fxquant.trace(Branches(), X[0]), X, bits=plan, group_size=32, accuracy_warning="ignore"
+    )
+    assert {d.module: d.bits or 16 for d in info.decisions if d.module in plan} == plan
+    assert info.sqnr_db == pytest.approx(plan.measured_sqnr_db, abs=1e-3)
+    assert gm is not None
+
+
+def test_budgets_in_bytes_and_decibels(branches):
+    elements = sum(r.shape[0] * r.shape[1] for r in branches.rows)
+    plan = fxquant.allocate(branches, max_bytes=elements * 0.7)
+    assert plan.bytes <= elements * 0.7
+    goal = fxquant.allocate(branches, min_sqnr_db=25)
+    assert goal.measured_sqnr_db >= 25
+    assert goal.average_bits < 8
+    together = fxquant.allocate(branches, average_bits=6, keep_together=True)
+    assert together["left"] == together["right"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"average_bits": 3}, "at least 4 bits"),
+        ({"max_bytes": 10}, "at least 4 bits.*Raise the budget"),
+        ({"min_sqnr_db": 300, "choices": (4, 8)}, "at most .* dB, what 8 bits"),
+    ],
+)
+def test_an_impossible_budget_says_what_is_possible(branches, options, text):
+    with pytest.raises(BudgetError, match=text):
+        fxquant.allocate(branches, **options)
+
+
+def test_two_budgets_or_unknown_choices_are_refused(branches):
+    with pytest.raises(OptionError, match="exactly one"):
+        fxquant.allocate(branches, average_bits=5, max_bytes=9)
+    with pytest.raises(OptionError, match="widths the report measured"):
+        fxquant.allocate(branches, average_bits=5, choices=(2, 4))
+
+
+def test_a_local_report_can_be_allocated_too():
+    report = fxquant.sensitivity(fxquant.trace(Branches(), X[0]), X, **OPTIONS)
+    plan = fxquant.allocate(report, average_bits=6)
+    assert plan.predicted_sqnr_db is None
+    assert plan.measured_sqnr_db >= report.output_sqnr_db
