@@ -14,7 +14,6 @@ from torch import nn
 from fxquant import trace
 from fxquant.analysis.candidates import find_candidates
 from fxquant.analysis.exact import measure_exact
-from fxquant.analysis.flow import measure_flow
 from fxquant.analysis.gradient import measure_gradient
 from fxquant.analysis.paired_run import run_paired
 from fxquant.analysis.rounded_layers import RoundedLayers
@@ -71,14 +70,10 @@ def measure(name: str, model: nn.Module, inputs: list[torch.Tensor]) -> dict[str
             for x in inputs:
                 gm(x)
 
-    def local() -> None:
-        run_paired(gm, qmodel, calls)
-        measure_flow(gm, qmodel, calls)
-
     seconds = median_seconds(
         {
             "float pass": float_pass,
-            "local": local,
+            "local": lambda: run_paired(gm, qmodel, calls),
             "gradient": lambda: measure_gradient(*common),
             "exact": lambda: measure_exact(*common),
             "naive": lambda: naive(gm, candidates, layers, calls),

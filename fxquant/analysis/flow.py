@@ -1,15 +1,10 @@
-"""How error flows through a graph: what arrives at each node, and what the node makes of it.
+"""How error flows through a graph: what arrives at each node, and what the node makes of it."""
 
-The float and the quantized graph run side by side, node by node, on the same batch.
-"""
-
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from fxquant.analysis.stepper import Call, Stepper, is_tensor
 from fxquant.graph.scopes import user_name
 from fxquant.numerics.metrics import SqnrMeter
 from fxquant.passes.rules import type_name
@@ -37,47 +32,12 @@ class NodeFlow:
     shares: dict[str, float] = field(default_factory=dict)
 
 
-def measure_flow(
-    float_gm: GraphModule, quantized_gm: GraphModule, calls: Iterable[Call]
-) -> list[NodeFlow]:
-    """Follow the error of a quantized graph.
-
-    Args:
-        float_gm: the traced model.
-        quantized_gm: the same graph with quantized layers.
-        calls: batches as `(args, kwargs)`.
-
-    Returns:
-        One entry for each node with a floating tensor, in order. It costs one float and one
-        quantized pass.
-    """
-    meters: dict[Node, SqnrMeter] = {}
-    for call in calls:
-        _run_side_by_side(Stepper(float_gm, call), Stepper(quantized_gm, call), meters)
-    return [_flow(node, meters) for node in meters]
+def error_flow(nodes: Mapping[Node, SqnrMeter]) -> list[NodeFlow]:
+    """How error flows through a graph, from the meters of a paired run, in their order."""
+    return [_flow(node, nodes) for node in nodes]
 
 
-def _run_side_by_side(clean: Stepper, noisy: Stepper, meters: dict[Node, SqnrMeter]) -> None:
-    partner = {node.name: node for node in clean.nodes}
-    position = {node: i for i, node in enumerate(clean.nodes)}
-    clean_values: dict[Node, Any] = {}
-    noisy_values: dict[Node, Any] = {}
-    done = 0
-    for index, node in enumerate(noisy.nodes):
-        noisy_values[node] = noisy.compute(node, noisy_values)
-        other = partner.get(node.name)
-        if other is not None:
-            while done <= position[other]:  # nodes that the rewriting removed run too
-                clean_values[clean.nodes[done]] = clean.compute(clean.nodes[done], clean_values)
-                done += 1
-            a, b = clean_values[other], noisy_values[node]
-            if node.op != "output" and is_tensor(a) and is_tensor(b) and a.shape == b.shape:
-                meters.setdefault(node, SqnrMeter()).add(a, b)
-            clean.free(clean_values, done)
-        noisy.free(noisy_values, index + 1)
-
-
-def _flow(node: Node, meters: dict[Node, SqnrMeter]) -> NodeFlow:
+def _flow(node: Node, meters: Mapping[Node, SqnrMeter]) -> NodeFlow:
     meter = meters[node]
     erroneous = [n for n in node.all_input_nodes if n in meters and meters[n].noise > 0]
     least = min((meters[n].db for n in erroneous), default=None)

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from torch.fx import GraphModule
 
-from fxquant.analysis.paired_run import Call, LayerErrors, PairedRun, run_paired
+from fxquant.analysis.paired_run import LayerErrors, PairedRun, run_paired
 from fxquant.analysis.sensitivity_report import SensitivityRow
+from fxquant.analysis.stepper import Call
 from fxquant.graph.scopes import sites
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.numerics.metrics import sqnr_db

@@ -8,14 +8,8 @@ from torch.fx import GraphModule, Node
 
 from fxquant.analysis.candidates import Candidate
 from fxquant.analysis.exact import dependents
-from fxquant.analysis.stepper import last_uses
+from fxquant.analysis.stepper import is_view, last_uses
 from fxquant.graph.shapes import DTYPE, SHAPE
-
-VIEWS = frozenset(
-    ("view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand", "flatten",
-     "unflatten", "chunk", "split", "slice", "select", "t", "contiguous", "to", "detach",
-     "getitem", "numpy_T", "unbind", "alias")
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ def plan_exact(gm: GraphModule, candidates: Sequence[Candidate], rows: int) -> M
 def node_bytes(node: Node) -> int:
     """Bytes of the node's own memory; a view of another node has none."""
     shape = node.meta.get(SHAPE)
-    if shape is None or _is_view(node):
+    if shape is None or is_view(node):
         return 0
     dtype = getattr(torch, node.meta[DTYPE])
     count = 1
@@ -87,9 +81,3 @@ def _suffix_peak(rerun: list[Node], size: dict[Node, int]) -> int:
         peak = max(peak, sum(held.values()))
         held = {n: b for n, b in held.items() if last[n] > position or n is node}
     return peak
-
-
-def _is_view(node: Node) -> bool:
-    target = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return node.op in ("call_method", "call_function") and name.split(".")[0] in VIEWS

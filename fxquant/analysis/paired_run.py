@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
+from fxquant.analysis.stepper import Call, Stepper, is_rearrangement, is_tensor
 from fxquant.graph.scopes import sites
 from fxquant.graph.structures import main_output
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.numerics.metrics import SqnrMeter
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
@@ -35,9 +34,10 @@ class LayerErrors:
 
 @dataclass(frozen=True)
 class PairedRun:
-    """Errors by layer name, and of the model's output."""
+    """Errors by layer name, of every node of the outermost graph, and of the model's output."""
 
     layers: dict[str, LayerErrors]
+    nodes: dict[Node, SqnrMeter]
     output: SqnrMeter
 
 
@@ -48,7 +48,7 @@ def run_paired(
     calls: Iterable[Call],
     select: Callable[[Any], Tensor] = main_output,
 ) -> PairedRun:
-    """Compare two graphs of the same model.
+    """Compare two graphs of the same model, node by node.
 
     Args:
         float_gm: the traced model.
@@ -57,21 +57,55 @@ def run_paired(
         select: picks the tensor of the model's output that is compared.
 
     Returns:
-        Signal and noise of every quantized layer that ran, and of the output. It costs the float
-        pass, the quantized pass, and every quantized layer once more in float.
+        Signal and noise of every quantized layer that ran, of every node of `quantized_gm` with a
+        floating tensor, and of the output. It costs the float pass, the quantized pass, and every
+        quantized layer once more in float.
     """
     pairs = _layer_pairs(float_gm, quantized_gm)
-    run = PairedRun({name: LayerErrors() for name, _, _ in pairs}, SqnrMeter())
-    for args, kwargs in calls:
+    run = PairedRun({name: LayerErrors() for name, _, _ in pairs}, {}, SqnrMeter())
+    for call in calls:
         results: dict[str, list[Tensor]] = {name: [] for name, _, _ in pairs}
-        with _hooks([(f, _record(results[name])) for name, f, _ in pairs]):
-            expected = select(float_gm(*args, **kwargs))
-        with _hooks(
-            [(q, _compare(f, iter(results[name]), run.layers[name])) for name, f, q in pairs]
-        ):
-            found = select(quantized_gm(*args, **kwargs))
-        run.output.add(expected, found)
+        hooks: list[tuple[nn.Module, Any]] = []
+        for name, linear, quantized in pairs:
+            hooks.append((linear, _record(results[name])))
+            hooks.append((quantized, _compare(linear, results[name], run.layers[name])))
+        with _hooks(hooks):
+            _run_side_by_side(Stepper(float_gm, call), Stepper(quantized_gm, call), run, select)
     return run
+
+
+def _run_side_by_side(
+    clean: Stepper, noisy: Stepper, run: PairedRun, select: Callable[[Any], Tensor]
+) -> None:
+    partner = {node.name: i for i, node in enumerate(clean.nodes)}
+    clean_values: dict[Node, Any] = {}
+    noisy_values: dict[Node, Any] = {}
+    done = 0
+    for index, node in enumerate(noisy.nodes):
+        place = partner.get(node.name, -1)
+        while done <= place:  # float nodes first: a quantized layer looks for the float result
+            clean_values[clean.nodes[done]] = clean.compute(clean.nodes[done], clean_values)
+            done += 1
+        noisy_values[node] = noisy.compute(node, noisy_values)
+        if place >= 0:
+            expected, found = clean_values[clean.nodes[place]], noisy_values[node]
+            if node.op == "output":
+                run.output.add(select(expected), select(found))
+            else:
+                _note(run, node, expected, found)
+            clean.free(clean_values, done)
+        noisy.free(noisy_values, index + 1)
+
+
+def _note(run: PairedRun, node: Node, expected: Any, found: Any) -> None:
+    """Add to the meter of `node`; what only moves elements has the meter of its input."""
+    if not is_tensor(expected) or not is_tensor(found) or expected.shape != found.shape:
+        return
+    source = node.args[0] if node.args else None
+    if is_rearrangement(node) and isinstance(source, Node) and source in run.nodes:
+        run.nodes[node] = run.nodes[source]
+        return
+    run.nodes.setdefault(node, SqnrMeter()).add(expected, found)
 
 
 def _layer_pairs(
@@ -92,10 +126,10 @@ def _record(results: list[Tensor]) -> Callable[..., None]:
     return hook
 
 
-def _compare(linear: nn.Linear, expected: Iterator[Tensor], errors: LayerErrors) -> Any:
+def _compare(linear: nn.Linear, expected: list[Tensor], errors: LayerErrors) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        clean = next(expected)  # F(x)
-        shifted = linear(args[0])  # F(x_q)
+        clean = expected.pop(0)  # F(x)
+        shifted = nn.functional.linear(args[0], linear.weight, linear.bias)  # F(x_q)
         errors.introduced.add(shifted, output)
         if clean.shape == output.shape:  # control flow may have taken another way
             errors.arrived.add(clean, shifted)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fxquant.analysis.candidates import Candidate, find_candidates
 from fxquant.analysis.exact import Errors, measure_exact
-from fxquant.analysis.flow import measure_flow
+from fxquant.analysis.flow import error_flow
 from fxquant.analysis.gradient import measure_gradient
 from fxquant.analysis.measured_rows import measure_rows
 from fxquant.analysis.memory_plan import plan_exact
@@ -102,7 +102,7 @@ def sensitivity(
         evaluate=partial(_evaluate, gm, decisions, layers, batches, select),
     )
     if method == "local":
-        return replace(report, flows=measure_flow(gm, qmodel, batches))
+        return replace(report, flows=error_flow(run.nodes))
     search = _Search(gm, candidates, batches, layers, select, metric, _is_shown(progress))
     errors, peak = search.run(method)
     return replace(report, rows=[_with_errors(r, errors, report) for r in rows], peak_bytes=peak)

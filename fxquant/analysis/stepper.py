@@ -9,6 +9,14 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.graph.structures import tensors_in
 
+REARRANGEMENTS = frozenset(
+    ("view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "unflatten",
+     "t", "contiguous", "detach", "numpy_T", "alias")
+)  # fmt: skip
+VIEWS = REARRANGEMENTS | {
+    "expand", "chunk", "split", "slice", "select", "to", "getitem", "unbind"
+}  # fmt: skip
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -100,3 +108,20 @@ class HeldBytes:
 def is_tensor(value: Any) -> bool:
     """Whether `value` is a floating tensor, the kind that can be compared."""
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def is_rearrangement(node: Node) -> bool:
+    """Whether the op only moves all elements of its first argument."""
+    return _op_name(node) in REARRANGEMENTS
+
+
+def is_view(node: Node) -> bool:
+    """Whether the op's result mostly lies in the memory of its first argument."""
+    return _op_name(node) in VIEWS
+
+
+def _op_name(node: Node) -> str:
+    if node.op == "call_method":
+        return str(node.target)
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    return str(name).split(".")[0]

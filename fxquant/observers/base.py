@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError, OptionError
 from fxquant.numerics.integers import UINT8
-from fxquant.numerics.metrics import squared_sum
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Observer(nn.Module):
         if x.numel():
             values = x.detach().float()
             low, high = values.aminmax()
-            self.square_sum += squared_sum(values)
+            self.square_sum += torch.linalg.vector_norm(values, dtype=torch.float64).square()
             self.count += values.numel()
             self._observe(values, low, high)
         return x
