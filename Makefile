@@ -4,13 +4,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint benchmark wheel clean
+.PHONY: demo test test-browser lint benchmark wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/fxquant demo
 
 test: $(VENV)/installed-dev lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+
+# Needs Debian's packages chromium and chromium-driver.
+test-browser: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/python -m pytest --override-ini addopts= --import-mode=importlib tests/browser
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "fxquant.analysis.draw": ("draw",),
     "fxquant.analysis.graph_diff": ("GraphDiff", "diff"),
     "fxquant.analysis.graph_view": ("to_networkx",),
     "fxquant.analysis.quantization_info": (

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fxquant.graph.scopes import Scope, scopes
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.numerics.metrics import sqnr_db
 from fxquant.passes.rules import type_name
+from fxquant.report.html import Page, write_html
 from fxquant.report.tables import format_db, text_table
 
 STATUSES = ("unchanged", "rewritten", "added", "removed")
@@ -62,6 +64,18 @@ class GraphDiff:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {"counts": self.counts, "changes": [asdict(c) for c in self.changes]}
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the changes as a self-contained page with search and sort."""
+        heads = ("status", "node", "module", "before", "after", "bytes before", "bytes after",
+                 "weight dB", "introduced dB", "rule")  # fmt: skip
+        rows = [
+            (c.status, c.node, c.module, c.before, c.after, c.bytes_before, c.bytes_after,
+             c.weight_sqnr_db, c.introduced_sqnr_db, c.rule)
+            for c in self.changes
+        ]  # fmt: skip
+        summary = ", ".join(f"{count} {status}" for status, count in self.counts.items())
+        write_html(path, Page("What changed", summary, "Nodes", heads, rows))
 
     def __str__(self) -> str:
         rows = [

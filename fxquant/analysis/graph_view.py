@@ -8,26 +8,27 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.scopes import Scope, scopes
-from fxquant.graph.shapes import DTYPE, SHAPE
+from fxquant.graph.shapes import DTYPE, MODULE_PATH, SHAPE
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.passes.rules import type_name
 
 INFO_KEY = "fxquant_info"  # gm.meta: the record of the quantization, as plain data
 
 
-def to_networkx(gm: GraphModule) -> "nx.MultiDiGraph[str]":
+def to_networkx(gm: GraphModule, rows: dict[str, Any] | None = None) -> "nx.MultiDiGraph[str]":
     """The graph, and graphs nested in it, for inspection.
 
     Args:
         gm: any graph of fxquant.
+        rows: figures by module name; by default those of the record that `gm` carries.
 
     Returns:
         A node for each node of each graph, called by its name (with the path of a nested graph in
-        front), with `op`, `target`, `kind`, `module`, `shape`, `dtype`, `bits`, `parameters` and
-        `sqnr_db` (the error it introduced; None where unknown), and an edge for each argument with
-        its position or name as `argument`.
+        front), with `op`, `target`, `kind`, `module`, `scope`, `shape`, `dtype`, `bits`,
+        `parameters` and `sqnr_db` (the error it introduced; None where unknown), and an edge for
+        each argument with its position or name as `argument`.
     """
-    rows = measured_rows(gm)
+    rows = measured_rows(gm) if rows is None else rows
     graph: nx.MultiDiGraph[str] = nx.MultiDiGraph(name=type(gm).__name__)
     for scope in scopes(gm):
         for node in scope.gm.graph.nodes:
@@ -48,6 +49,7 @@ def describe_node(scope: Scope, node: Node, rows: dict[str, Any]) -> dict[str, A
         "target": str(node.target) if module or name else type_name(node.target),
         "kind": type(module).__name__ if module is not None else type_name(node.target),
         "module": name,
+        "scope": node.meta.get(MODULE_PATH) or name,
         "shape": node.meta.get(SHAPE),
         "dtype": node.meta.get(DTYPE),
         "bits": module.bits if isinstance(module, QuantizedLinear) else None,

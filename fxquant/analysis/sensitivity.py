@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from tqdm import tqdm
 
+from fxquant.analysis.allocation import pareto
 from fxquant.analysis.candidates import Candidate, find_candidates
 from fxquant.analysis.exact import Errors, measure_exact
 from fxquant.analysis.flow import error_flow
 from fxquant.analysis.gradient import measure_gradient
+from fxquant.analysis.graph_view import to_networkx
 from fxquant.analysis.measured_rows import measure_rows
 from fxquant.analysis.memory_plan import plan_exact
 from fxquant.analysis.output_metric import Metric, db_of
@@ -99,13 +101,16 @@ def sensitivity(
         method,
         run.output.db_or_none,
         metric=metric if isinstance(metric, str) else "custom",
+        decisions=[asdict(d) for d in decisions],
+        graph=to_networkx(qmodel, {row.module: asdict(row) for row in rows}),
         evaluate=partial(_evaluate, gm, decisions, layers, batches, select),
     )
     if method == "local":
         return replace(report, flows=error_flow(run.nodes))
     search = _Search(gm, candidates, batches, layers, select, metric, _is_shown(progress))
     errors, peak = search.run(method)
-    return replace(report, rows=[_with_errors(r, errors, report) for r in rows], peak_bytes=peak)
+    report = replace(report, rows=[_with_errors(r, errors, report) for r in rows], peak_bytes=peak)
+    return replace(report, pareto=_predicted_pareto(report))
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,13 @@ class _Search:
                 rows = max(map(row_count, self.batches), default=1)
                 bar.write(str(plan_exact(self.gm, self.candidates, rows)), file=sys.stderr)
             return measure_exact(*arguments)
+
+
+def _predicted_pareto(report: SensitivityReport) -> list[tuple[float, float]]:
+    if report.metric != "sqnr" or not report.rows:
+        return []
+    points = pareto(replace(report, evaluate=None))
+    return [(p.average_bits, p.predicted_sqnr_db or 0.0) for p in points]
 
 
 def _is_shown(progress: bool | None) -> bool:

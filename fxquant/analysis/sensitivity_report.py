@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.analysis.flow import NodeFlow
+from fxquant.analysis.pages import ledger_page
+from fxquant.report.html import write_html
 from fxquant.report.tables import format_db, format_shape, text_table, write_csv, write_json
 
 HEADERS = (
@@ -77,6 +79,9 @@ class SensitivityReport:
         metric: of the output's error: `"sqnr"`, `"kl"` or `"custom"`.
         flows: how error flows through every node (method `"local"`).
         evaluate: measures the output SQNR of given bits by name; None in a report without model.
+        decisions: the ledger, as plain data.
+        graph: of the quantized model, for drawing.
+        pareto: predicted `(average bits, output SQNR in dB)`, where the output was measured.
         peak_bytes: the most bytes of activations that were held (method `"exact"`).
     """
 
@@ -89,6 +94,9 @@ class SensitivityReport:
     flows: Sequence[NodeFlow] = ()
     evaluate: Callable[[dict[str, int]], float] | None = field(default=None, compare=False)
     peak_bytes: int | None = None
+    decisions: Sequence[dict[str, Any]] = ()
+    graph: Any = field(default=None, compare=False)
+    pareto: Sequence[tuple[float, float]] = ()
 
     def table(self) -> str:
         """The rows as text."""
@@ -122,6 +130,12 @@ class SensitivityReport:
     def to_json(self, path: str | Path) -> None:
         """Write the report as JSON."""
         write_json(path, self.to_dict())
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one self-contained page: bars, ledger, Pareto curve and graph."""
+        rows = [asdict(row) for row in self.rows]
+        title = f"Sensitivity ({self.method})"
+        write_html(path, ledger_page(title, self.decisions, rows, self.graph, self.pareto))
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows as CSV."""

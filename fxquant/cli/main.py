@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from fxquant.analysis.draw import draw
 from fxquant.analysis.gate import check_report, read_report
 from fxquant.analysis.graph_diff import diff as diff_graphs
 from fxquant.analysis.graph_view import INFO_KEY
@@ -134,12 +135,13 @@ def quantize_command(
 @click.option(
     "--method", type=click.Choice(SENSITIVITY_METHODS), default="local", show_default=True
 )
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page to explore.")
 @click.option("--csv", type=click.Path(path_type=Path), help="Write the rows as CSV.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the report as JSON.")
 @json_option
 def sensitivity_command(
     model: str, data: str | None, bits: str, group_size: int, method: str,
-    csv: Path | None, output: Path | None, as_json: bool,
+    html: Path | None, csv: Path | None, output: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Print what quantizing each layer costs."""
     out = Output(as_json)
@@ -157,6 +159,8 @@ def sensitivity_command(
         )
         out.text(report.table())
         out.text(f"output SQNR {format_db(report.output_sqnr_db)} dB with all of them quantized")
+        if html is not None:
+            report.to_html(html)
         if csv is not None:
             report.to_csv(csv)
         if output is not None:
@@ -166,13 +170,16 @@ def sensitivity_command(
 
 @cli.command()
 @click.argument("file", type=click.Path(path_type=Path))
+@click.option("--draw", "picture", type=click.Path(path_type=Path), help="A .dot, .svg or .html.")
 @json_option
-def inspect(file: Path, as_json: bool) -> None:
+def inspect(file: Path, picture: Path | None, as_json: bool) -> None:
     """Print what a saved FILE holds: the ledger, the sizes, how it was traced."""
     out = Output(as_json)
     with exit_statuses():
         gm = load_model(file)
         record = gm.meta[INFO_KEY]
+        if picture is not None:
+            draw(gm, picture)
         out.text(trace_report(gm))
         if record is not None:
             headers = ("module", "type", "shape", "params", "action", "rule", "reason")
@@ -190,12 +197,15 @@ def inspect(file: Path, as_json: bool) -> None:
 @cli.command()
 @click.argument("before")
 @click.argument("after")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page to explore.")
 @json_option
-def diff(before: str, after: str, as_json: bool) -> None:
+def diff(before: str, after: str, html: Path | None, as_json: bool) -> None:
     """Print what changed from BEFORE to AFTER, two saved files."""
     out = Output(as_json)
     with exit_statuses():
         changes = diff_graphs(load_graph(before), load_graph(after))
+        if html is not None:
+            changes.to_html(html)
         out.text(changes)
         out.result(changes.to_dict())
 

@@ -1,4 +1,4 @@
-"""Shapes and dtypes of a graph's values, noted while it runs once."""
+"""What is known of a graph's nodes beside the graph: shapes, dtypes, the module an op ran in."""
 
 from typing import Any
 
@@ -8,6 +8,8 @@ from torch.fx import GraphModule, Interpreter, Node
 
 SHAPE = "fxquant_shape"  # node.meta: list of sizes
 DTYPE = "fxquant_dtype"  # node.meta: name of the dtype
+MODULE_PATH = "fxquant_module_path"  # node.meta: the innermost module the op ran in
+KEPT = (SHAPE, DTYPE, MODULE_PATH)  # what a saved graph keeps
 
 
 def record_shapes(gm: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.scopes import sites
+from fxquant.graph.shapes import MODULE_PATH
 from fxquant.observers import Observer, create_observer
 
 
@@ -42,6 +43,7 @@ def insert_observers(gm: GraphModule, observer: str = "minmax", **options: Any) 
         existing = _observer_of(site.scope.gm, source)
         if existing is None:
             existing = _insert(site.scope.gm, source, create_observer(observer, **options))
+            existing.meta[MODULE_PATH] = site.node.meta.get(MODULE_PATH)
         site.node.replace_input_with(source, existing)
         graph.lint()
         site.scope.gm.recompile()

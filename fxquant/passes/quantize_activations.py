@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.scopes import sites
+from fxquant.graph.shapes import MODULE_PATH
 from fxquant.modules.activation import dequantize_activation, quantize_activation
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.observers import Observer
@@ -47,6 +48,8 @@ def quantize_activations(gm: GraphModule, observers: Mapping[str, Observer]) -> 
                 made[source] = site.scope.gm.graph.call_function(
                     dequantize_activation, (q, *grid, source)
                 )
+            for node in (q, made[source]):
+                node.meta[MODULE_PATH] = site.node.meta.get(MODULE_PATH)
         site.node.replace_input_with(source, made[source])
         site.scope.gm.graph.lint()
         site.scope.gm.recompile()

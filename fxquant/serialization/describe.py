@@ -8,7 +8,7 @@ from torch.fx.graph import CodeGen
 
 from fxquant.errors import SaveError
 from fxquant.graph.scopes import tensor_attribute
-from fxquant.graph.shapes import DTYPE, SHAPE
+from fxquant.graph.shapes import KEPT
 from fxquant.graph.stand_in import KEY, StandInGraph
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
@@ -69,7 +69,7 @@ class Describer:
                     "target": self._target(node, where),
                     "args": encode(tuple(node.args), where, self.allowed),
                     "kwargs": encode(dict(node.kwargs), where, self.allowed),
-                    "meta": {k: node.meta[k] for k in (SHAPE, DTYPE) if k in node.meta},
+                    "meta": {k: node.meta[k] for k in KEPT if k in node.meta},
                 }
             )
         return {

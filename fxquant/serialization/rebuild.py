@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxquant.errors import LoadError
-from fxquant.graph.shapes import DTYPE, SHAPE
+from fxquant.graph.shapes import KEPT
 from fxquant.graph.stand_in import make_stand_in
 from fxquant.serialization.allowlist import (
     ATTRIBUTES,
@@ -97,7 +97,7 @@ class Rebuilder:
         else:
             checked_name(target)
         node = graph.create_node(op, target, args, kwargs, name=name)
-        node.meta.update({k: v for k, v in entry["meta"].items() if k in (SHAPE, DTYPE)})
+        node.meta.update({k: v for k, v in entry["meta"].items() if k in KEPT})
         return node
 
     def _module(self, data: dict[str, Any]) -> nn.Module:

@@ -13,7 +13,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxquant.graph.linear_ops import ADDITIONS, linear_operands, transposed_source
 from fxquant.graph.scopes import WRAPPED, tensor_attribute
-from fxquant.tracing.export import MODULE_PATH
+from fxquant.graph.shapes import MODULE_PATH
+from fxquant.tracing.export import innermost_module
 
 aten = torch.ops.aten
 
@@ -40,6 +41,7 @@ def canonicalize(gm: GraphModule, module: nn.Module) -> GraphModule:
     """
     names = _Names(gm, module)
     for node in list(gm.graph.nodes):
+        node.meta.setdefault(MODULE_PATH, innermost_module(node))
         node.type = None  # annotations of the user's code, which a saved graph does not keep
         if node.op in ("call_function", "call_method"):
             _restore_module(gm, names, node) or _make_linear(gm, names, node)

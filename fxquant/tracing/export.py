@@ -24,6 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxquant.graph.grouped_matmul import LIBRARY_OPS
+from fxquant.graph.shapes import MODULE_PATH
 from fxquant.graph.structures import expect_constant, named_fields, output_dict
 from fxquant.tracing.guards import UnknownGuardError, insert_guards
 from fxquant.tracing.signature import (
@@ -41,7 +42,6 @@ higher_order = torch.ops.higher_order
 DYNAMIC_DIMENSIONS = 2  # batch and length
 _DROPPED = (aten._assert_tensor_metadata.default,)
 _IDENTITIES = (aten.dropout.default, aten.alias.default)  # a third argument True means training
-MODULE_PATH = "fxquant_module_path"  # node.meta: the innermost module the op ran in
 
 
 class _UnsupportedError(Exception):
@@ -296,7 +296,7 @@ def _copy_nodes(graph: Graph, gm: GraphModule, environment: dict[Node, Any]) -> 
         else:
             copied = graph.node_copy(node, lambda n: environment[n])
             copied.target = LIBRARY_OPS.get(str(copied.target), copied.target)
-            copied.meta = {MODULE_PATH: _module_path(node)}
+            copied.meta = {MODULE_PATH: innermost_module(node)}
             environment[node] = copied
     return None
 
@@ -314,7 +314,7 @@ def _inline(graph: Graph, node: Node, environment: dict[Node, Any]) -> Any:
     return _copy_nodes(graph, body, dict(zip(inner, operands, strict=True)))
 
 
-def _module_path(node: Node) -> str:
+def innermost_module(node: Node) -> str:
     """The path of the innermost module in which the op ran; a repeated call has the same path."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""

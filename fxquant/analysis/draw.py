@@ -1,0 +1,44 @@
+"""`draw`: a graph as a `.dot`, `.svg` or `.html` file."""
+
+from pathlib import Path
+
+from torch.fx import GraphModule
+
+from fxquant.analysis.graph_view import INFO_KEY, to_networkx
+from fxquant.analysis.pages import ledger_page
+from fxquant.errors import OptionError
+from fxquant.report.drawing import to_dot, to_svg
+from fxquant.report.folding import fold_repeats
+from fxquant.report.html import write_html
+
+
+def draw(gm: GraphModule, path: str | Path) -> None:
+    """Draw any traced, observed or rewritten graph.
+
+    Args:
+        gm: the graph; figures come from the record it carries.
+        path: `.dot` for Graphviz, `.svg` for a picture, `.html` for a page to explore. In `.svg`
+            and `.html` repeated blocks are folded.
+
+    Raises:
+        OptionError: the file name ends in something else.
+    """
+    path = Path(path)
+    graph = to_networkx(gm)
+    if path.suffix == ".dot":
+        path.write_text(to_dot(graph), encoding="utf-8")
+    elif path.suffix == ".svg":
+        path.write_text(to_svg(fold_repeats(graph)), encoding="utf-8")
+    elif path.suffix == ".html":
+        record = gm.meta.get(INFO_KEY) or {}
+        decisions, rows = record.get("decisions", []), record.get("rows", [])
+        write_html(
+            path, ledger_page(f"{type(gm).__name__}: graph and ledger", decisions, rows, graph)
+        )
+    else:
+        raise OptionError(
+            str(path),
+            found=f"the ending {path.suffix!r}",
+            needed="'.dot', '.svg' or '.html'",
+            remedy="Choose one of these endings.",
+        )
