@@ -7,9 +7,9 @@ import torch
 from fxquant.errors import OptionError, check_choice
 from fxquant.kernels.aten import AtenBackend
 from fxquant.kernels.interface import Int4Backend, LinearSpec
-from fxquant.kernels.reference import ReferenceBackend
+from fxquant.kernels.reference import REFERENCE
 
-BACKENDS: dict[str, Int4Backend] = {b.name: b for b in (AtenBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Int4Backend] = {b.name: b for b in (AtenBackend(), REFERENCE)}
 FORCE = "FXQUANT_BACKEND"  # the environment variable that forces one
 
 
@@ -35,3 +35,19 @@ def choose_backend(
         return BACKENDS[forced], reasons
     name = next(name for name, reason in reasons.items() if reason is None)
     return BACKENDS[name], reasons
+
+
+def explain_backend(spec: LinearSpec, device: torch.device) -> dict[str, str]:
+    """For each backend, in order of preference, why a layer uses it or does not.
+
+    >>> spec = LinearSpec(64, 40, group_size=20, symmetric=True)
+    >>> explain_backend(spec, torch.device("cpu"))["reference"]
+    'chosen'
+
+    Raises:
+        OptionError: the environment variable FXQUANT_BACKEND names no backend that serves it.
+    """
+    backend, reasons = choose_backend(spec, device)
+    passed_over = f"{FORCE} forces {backend.name}" if FORCE in os.environ else "a faster one serves"
+    texts = {name: reason or passed_over for name, reason in reasons.items()}
+    return {**texts, backend.name: "chosen"}

@@ -1,4 +1,4 @@
-"""The one interface of the INT4 matrix product, and the choice of a backend."""
+"""The one interface of the INT4 matrix product: what every backend offers."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,7 +29,11 @@ class LinearSpec:
 
 
 class Int4Backend(Protocol):
-    """A way to compute x · weightᵀ."""
+    """A way to compute x · weightᵀ + bias.
+
+    The same inputs and number of threads give the same bits at each call, and `pack` derives the
+    same bits from the same weight.
+    """
 
     name: str
 
@@ -39,5 +43,21 @@ class Int4Backend(Protocol):
     def pack(self, weight: Int4Weight, spec: LinearSpec) -> tuple[Tensor, ...]:
         """The backend's own layout of a weight."""
 
-    def matmul(self, x: Tensor, tensors: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        """Map `x` [..., in] to [..., out] in the dtype of `x`."""
+    def unpack(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> Int4Weight:
+        """Undo `pack`, exactly."""
+
+    def matmul(
+        self,
+        x: Tensor,
+        tensors: tuple[Tensor, ...],
+        spec: LinearSpec,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Map `x` [..., in], float32, bfloat16 or float16, to [..., out] in the dtype of `x`.
+
+        Args:
+            x: the activations.
+            tensors: what `pack` returned.
+            spec: what `pack` was given.
+            bias: [out] in any float dtype, added to the product.
+        """

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.kernels.interface import LinearSpec
-from fxquant.numerics.grouping import from_groups, to_groups
 from fxquant.numerics.integers import INT8, safe_scale
 from fxquant.numerics.weights import Int4Weight, dequantize_weight_int4
 
@@ -23,8 +22,21 @@ class ReferenceBackend:
         """The saved layout itself."""
         return weight.packed, weight.scales, weight.zero_points
 
-    def matmul(self, x: Tensor, tensors: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        """Multiply in float32 with the dequantized weight."""
+    def unpack(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> Int4Weight:
+        """The saved layout itself."""
+        packed, scales, zero_points = tensors
+        return Int4Weight(
+            packed, scales, zero_points, spec.group_size, spec.in_features, spec.symmetric
+        )
+
+    def matmul(
+        self,
+        x: Tensor,
+        tensors: tuple[Tensor, ...],
+        spec: LinearSpec,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Multiply in float32 with the dequantized weight; gradients flow to `x`."""
         packed, scales, zero_points = tensors
         weight = dequantize_weight_int4(
             packed, scales, zero_points, spec.group_size, spec.in_features
@@ -32,16 +44,27 @@ class ReferenceBackend:
         values = x.float()
         if spec.activation == "int8":
             values = quantize_tokens(values, spec.group_size)
-        return F.linear(values, weight).to(x.dtype)
+        return F.linear(values, weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+REFERENCE = ReferenceBackend()
+
+
+def needs_gradient(x: Tensor) -> bool:
+    """Whether autograd records what happens to `x`; the ops of other backends have no gradient."""
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def quantize_tokens(x: Tensor, group_size: int) -> Tensor:
     """Round `x` [..., in] to int8 on the fly, one symmetric scale a token and group.
 
+    A token with NaN or Inf in a group has NaN there. Gradients pass as if nothing was rounded.
+
     Returns:
         The rounded values as floats, the shape of `x`.
     """
-    groups = to_groups(x.reshape(-1, x.shape[-1]), group_size)  # [tokens, groups, group_size]
+    missing = -x.shape[-1] % group_size
+    groups = F.pad(x.detach(), (0, missing)).unflatten(-1, (-1, group_size))
     scale = safe_scale(groups.abs().amax(-1, keepdim=True) / INT8.quant_max)
-    rounded = (groups / scale).round() * scale
-    return from_groups(rounded, x.shape[-1]).reshape(x.shape)
+    rounded = ((groups / scale).round() * scale).flatten(-2)[..., : x.shape[-1]]
+    return x + (rounded - x).detach() if x.requires_grad else rounded
