@@ -1,18 +1,27 @@
 """`exact`: the model's output when only one layer is quantized, for every layer and width.
 
 The float values are computed once. For a layer, only the nodes that depend on it are run again;
-what they read besides comes from the float run, whose values are freed after their last user.
+what they read besides comes from the float run, whose values are freed after their last user. Where
+activations are small, all widths of a layer run at once.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxquant.analysis.batching import (
+    RepeatedValues,
+    compute_parts,
+    is_same_error,
+    repeated_values,
+)
 from fxquant.analysis.candidates import Candidate, QuantizeLinear
 from fxquant.analysis.output_metric import Metric, OutputError
 from fxquant.analysis.stepper import Call, HeldBytes, Stepper, deaths
+from fxquant.modules.linear import QuantizedLinear
 
 Errors = dict[str, dict[int, float]]
 
@@ -49,17 +58,23 @@ def measure_exact(
         values: dict[Node, Any] = {}
         for node in stepper.nodes:
             values[node] = stepper.compute(node, values)
-        output = stepper.nodes[-1]
-        reference = select(values[output])
+        reference = select(values[stepper.nodes[-1]])
+        repeated = repeated_values(stepper, values, len(bits))
+        verified: set[Node] = set()
         for candidate in candidates:
             rerun = dependents(stepper.nodes, candidate.roots)
             stepper.free(values, stepper.nodes.index(rerun[0]))
-            for width in bits:
-                module = quantize_linear(candidate.name, candidate.linear, width)
-                with candidate.replaced_by(module):
-                    found, held = _run_suffix(stepper, rerun, values)
-                meters[candidate.name][width].add(reference, select(found))
-                peak = max(peak, held)
+            modules = [quantize_linear(candidate.name, candidate.linear, b) for b in bits]
+            results, held = _run_widths(stepper, candidate, rerun, values, repeated, modules)
+            if repeated is not None and not verified.issuperset(rerun):
+                plain, _ = _run_widths(stepper, candidate, rerun, values, None, modules)
+                if is_same_error(reference, map(select, plain), map(select, results)):
+                    verified.update(rerun)
+                else:  # some node mixes the rows of the runs
+                    repeated, results = None, plain
+            for width, result in zip(bits, results, strict=True):
+                meters[candidate.name][width].add(reference, select(result))
+            peak = max(peak, held)
             advance()
     return {n: {b: m.value for b, m in row.items()} for n, row in meters.items()}, peak
 
@@ -73,7 +88,41 @@ def dependents(nodes: list[Node], roots: Sequence[Node]) -> list[Node]:
     return [node for node in nodes if node in reached]
 
 
-def _run_suffix(stepper: Stepper, rerun: list[Node], kept: dict[Node, Any]) -> tuple[Any, int]:
+def _run_widths(
+    stepper: Stepper,
+    candidate: Candidate,
+    rerun: list[Node],
+    values: dict[Node, Any],
+    repeated: RepeatedValues | None,
+    modules: Sequence[QuantizedLinear],
+) -> tuple[list[Any], int]:
+    """The model's output with each of `modules` in the candidate's place, and the bytes held."""
+    if repeated is None:
+        results, peak = [], 0
+        for module in modules:
+            with candidate.replaced_by(module):
+                result, held = _run_suffix(stepper, rerun, values)
+            results.append(result)
+            peak = max(peak, held)
+        return results, peak
+    contexts = [partial(candidate.replaced_by, module) for module in modules]
+
+    def compute(node: Node, known: dict[Node, Any]) -> Any:
+        if node in candidate.roots:
+            return compute_parts(stepper, node, known, repeated, contexts)
+        return stepper.compute(node, known)
+
+    kept = {node: repeated.values[node] for node in values}
+    result, held = _run_suffix(stepper, rerun, kept, compute)
+    return [repeated.part(rerun[-1], result, i) for i in range(len(modules))], held
+
+
+def _run_suffix(
+    stepper: Stepper,
+    rerun: list[Node],
+    kept: dict[Node, Any],
+    compute: Callable[[Node, dict[Node, Any]], Any] | None = None,
+) -> tuple[Any, int]:
     """Run `rerun` on top of the float values `kept`; the last value and the most bytes held."""
     again = set(rerun)
     values = {node: value for node, value in kept.items() if node not in again}
@@ -81,7 +130,7 @@ def _run_suffix(stepper: Stepper, rerun: list[Node], kept: dict[Node, Any]) -> t
     held = HeldBytes(kept.values())
     result = None
     for position, node in enumerate(rerun):
-        result = stepper.compute(node, values)
+        result = (compute or stepper.compute)(node, values)
         values[node] = result
         held.add(result)
         for done in dying[position]:

@@ -74,6 +74,11 @@ def deaths(nodes: list[Node]) -> list[list[Node]]:
     return dying
 
 
+def held_bytes(values: Iterable[Any]) -> int:
+    """Bytes of the distinct memory behind the tensors among `values`."""
+    return HeldBytes(values).peak
+
+
 class HeldBytes:
     """Counts the distinct memory behind values, and the most there ever was.
 

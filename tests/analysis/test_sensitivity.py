@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxquant
+from fxquant.analysis import batching
 from fxquant.analysis.candidates import find_candidates
 from fxquant.analysis.memory_plan import plan_exact
 from fxquant.analysis.rounded_layers import RoundedLayers
+from fxquant.analysis.stepper import Stepper
 from fxquant.demo.language_model import calibration_tokens, load_language_model
 from fxquant.errors import BudgetError, OptionError
 from fxquant.graph.copying import copy_sharing_tensors
@@ -69,6 +71,43 @@ def test_exact_equals_the_naive_scan_on_branches_shared_and_opaque_modules(width
     for row in report.rows:
         assert row.output_sqnr_db == pytest.approx(naive[row.module], abs=1e-3)
         assert set(row.output_errors) == {4, 8}
+
+
+@pytest.mark.parametrize("kind", ["branches", "mixes rows"])
+def test_batched_widths_give_what_single_runs_give(monkeypatch, kind):
+    small = [x[:2] for x in X]
+    gm = fxquant.trace(Branches() if kind == "branches" else MixesRows(), small[0])
+    figures = {}
+    for limit in (0, batching.LARGEST):
+        monkeypatch.setattr(batching, "LARGEST", limit)
+        report = fxquant.sensitivity(gm, small, method="exact", **OPTIONS)
+        figures[limit] = [r.output_errors for r in report.rows]
+    for plain, together in zip(*figures.values(), strict=True):
+        assert plain == pytest.approx(together, rel=1e-2)
+
+
+class MixesRows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        y = self.fc(x)
+        return y - 0.9 * y.mean(0)
+
+
+def test_a_graph_with_its_rows_elsewhere_is_found_out():
+    def values_of(model, x):
+        stepper = Stepper(fxquant.trace(model), ((x,), {}))
+        values = {}
+        for node in stepper.nodes:
+            values[node] = stepper.compute(node, values)
+        return batching.repeated_values(stepper, values, 2)
+
+    x = torch.randn(3, WIDTH)
+    assert values_of(models.Plain(), x) is not None
+    sorting = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Softmax(dim=0))
+    assert values_of(sorting, x) is None
 
 
 def test_the_graph_is_as_it_was_after_an_exact_run():
