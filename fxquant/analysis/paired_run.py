@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.analysis.stepper import Call, Stepper, is_rearrangement, is_tensor
-from fxquant.graph.scopes import sites
+from fxquant.graph.scopes import Site, sites
 from fxquant.graph.structures import main_output
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.numerics.metrics import SqnrMeter
@@ -63,6 +63,9 @@ def run_paired(
     """
     pairs = _layer_pairs(float_gm, quantized_gm)
     run = PairedRun({name: LayerErrors() for name, _, _ in pairs}, {}, SqnrMeter())
+    shared = {
+        site.node: run.layers[site.name].cumulative for site in _lone_sites(quantized_gm, run)
+    }
     for call in calls:
         results: dict[str, list[Tensor]] = {name: [] for name, _, _ in pairs}
         hooks: list[tuple[nn.Module, Any]] = []
@@ -70,12 +73,27 @@ def run_paired(
             hooks.append((linear, _record(results[name])))
             hooks.append((quantized, _compare(linear, results[name], run.layers[name])))
         with _hooks(hooks):
-            _run_side_by_side(Stepper(float_gm, call), Stepper(quantized_gm, call), run, select)
+            _run_side_by_side(
+                Stepper(float_gm, call), Stepper(quantized_gm, call), run, select, shared
+            )
     return run
 
 
+def _lone_sites(gm: GraphModule, run: PairedRun) -> list[Site]:
+    """The nodes of the outermost graph that alone call a compared layer: one meter serves both."""
+    calls: dict[str, list[Site]] = {}
+    for site in sites(gm):
+        if site.name in run.layers:
+            calls.setdefault(site.name, []).append(site)
+    return [found[0] for found in calls.values() if len(found) == 1 and not found[0].scope.path]
+
+
 def _run_side_by_side(
-    clean: Stepper, noisy: Stepper, run: PairedRun, select: Callable[[Any], Tensor]
+    clean: Stepper,
+    noisy: Stepper,
+    run: PairedRun,
+    select: Callable[[Any], Tensor],
+    shared: dict[Node, SqnrMeter],
 ) -> None:
     partner = {node.name: i for i, node in enumerate(clean.nodes)}
     clean_values: dict[Node, Any] = {}
@@ -91,6 +109,8 @@ def _run_side_by_side(
             expected, found = clean_values[clean.nodes[place]], noisy_values[node]
             if node.op == "output":
                 run.output.add(select(expected), select(found))
+            elif node in shared:
+                run.nodes[node] = shared[node]
             else:
                 _note(run, node, expected, found)
             clean.free(clean_values, done)

@@ -5,8 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.kernels.interface import LinearSpec
-from fxquant.numerics.integers import INT8, safe_scale
+from fxquant.numerics.integers import INT8
 from fxquant.numerics.weights import Int4Weight, dequantize_weight_int4
+
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # a smaller one has no finite reciprocal
 
 
 class ReferenceBackend:
@@ -56,7 +58,7 @@ def needs_gradient(x: Tensor) -> bool:
 
 
 def quantize_tokens(x: Tensor, group_size: int) -> Tensor:
-    """Round `x` [..., in] to int8 on the fly, one symmetric scale a token and group.
+    """Round `x` [..., in] to int8 on the fly, one symmetric scale a token and group: max |x| / 127.
 
     A token with NaN or Inf in a group has NaN there. Gradients pass as if nothing was rounded.
 
@@ -65,6 +67,6 @@ def quantize_tokens(x: Tensor, group_size: int) -> Tensor:
     """
     missing = -x.shape[-1] % group_size
     groups = F.pad(x.detach(), (0, missing)).unflatten(-1, (-1, group_size))
-    scale = safe_scale(groups.abs().amax(-1, keepdim=True) / INT8.quant_max)
-    rounded = ((groups / scale).round() * scale).flatten(-2)[..., : x.shape[-1]]
+    scale = (groups.abs().amax(-1, keepdim=True) / INT8.quant_max).clamp_min(SMALLEST_SCALE)
+    rounded = ((groups * scale.reciprocal()).round() * scale).flatten(-2)[..., : x.shape[-1]]
     return x + (rounded - x).detach() if x.requires_grad else rounded

@@ -141,7 +141,7 @@ def naive_int8(x, weight, group_size):
     for number, start in enumerate(range(0, len(x), group_size)):
         part = x[start : start + group_size]
         scale = part.abs().max() / 127
-        integers = (part / scale).round().double()
+        integers = (part * (1 / scale)).round().double()
         dot = q[:, start : start + group_size] @ integers
         dot -= weight.zero_points[:, number].double() * integers.sum()
         y += scale.double() * weight.scales[:, number].double() * dot
