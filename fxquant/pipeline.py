@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
+from fxquant.analysis.fitted_layers import FittedLayers
 from fxquant.analysis.graph_view import INFO_KEY
 from fxquant.analysis.measured_rows import measure_rows
 from fxquant.analysis.quantization_info import QuantizationInfo, check_accuracy_warnings
@@ -18,12 +19,13 @@ from fxquant.passes.calibration_data import Call, calls
 from fxquant.passes.decide import DecisionOptions, decide
 from fxquant.passes.insert_observers import insert_observers, observed_inputs
 from fxquant.passes.quantize_activations import quantize_activations
+from fxquant.passes.quantize_sequentially import quantize_sequentially
 from fxquant.passes.rewrite import rewrite
 from fxquant.tracing.signature import ExampleInputs
 from fxquant.tracing.trace import graph_of
 from fxquant.tracing.trace_report import trace_report
 
-METHODS = ("rtn", "auto")
+METHODS = ("rtn", "gptq", "auto")
 
 
 def static_quantize(
@@ -56,7 +58,8 @@ def static_quantize(
         bits: 4, 8, or a mapping from module name to bits (16 leaves it float).
         group_size: weights along `in_features` that share a scale.
         symmetric: one fixed zero point, or one for each group.
-        method: `"rtn"` or `"auto"`.
+        method: `"rtn"` (rounding to nearest, with a clip search), `"gptq"` (fitted to the
+            calibration data, layer by layer) or `"auto"`, which is the latter.
         observer: the observer of activations, a name that `create_observer` knows.
         activation_bits: 8 puts static quantize/dequantize nodes in the graph; None leaves
             activations float.
@@ -91,10 +94,15 @@ def static_quantize(
     gm = graph_of(model, *(batches[0] if batches else (None, {})))
     observed = insert_observers(gm, observer)
     used = calibrate(observed, [_as_item(call) for call in batches])
-    info = _plan(gm, options, symmetric, method)
+    info = _plan(gm, options, symmetric, "gptq" if method == "auto" else method)
     info.observer, info.activation_bits = observer, activation_bits
     info.calibration_samples_used = used
-    qmodel = rewrite(gm, info.decisions, RoundedLayers(group_size, symmetric).quantize)
+    if info.method == "gptq":
+        layers = FittedLayers(group_size, symmetric)
+        qmodel = quantize_sequentially(gm, info.decisions, batches, layers.quantize)
+        info.decisions = layers.explain(info.decisions)
+    else:
+        qmodel = rewrite(gm, info.decisions, RoundedLayers(group_size, symmetric).quantize)
     observers = observed_inputs(observed)
     if activation_bits is not None:
         qmodel = quantize_activations(qmodel, observers)
@@ -137,6 +145,13 @@ def quantize(
         skip_param_threshold,
     )
     _check_options(method, accuracy_warning, None)
+    if method == "gptq":
+        raise OptionError(
+            "method",
+            found="'gptq' without calibration data",
+            needed="'rtn' or 'auto'",
+            remedy="Pass data to static_quantize, or use method='rtn'.",
+        )
     example = None if example_inputs is None else ExampleInputs.of(example_inputs)
     gm = graph_of(model, *((None, {}) if example is None else (example.args, example.kwargs)))
     info = _plan(gm, options, symmetric, method)

@@ -19,18 +19,18 @@ def test_the_record_can_be_recomputed_by_hand():
     model = models.Plain().eval()
     q, info = fxquant.static_quantize(model, [X], **QUIET)
     with torch.no_grad():
-        assert info.sqnr_db == pytest.approx(fxquant.sqnr_db(model(X), q(X)), abs=1e-6)
+        assert info.sqnr_db == pytest.approx(fxquant.sqnr_db(model(X), q(X)), abs=1e-4)
         by_hand = 10 * math.log10(
             model(X).double().square().sum() / (q(X) - model(X)).double().square().sum()
         )
-    assert info.sqnr_db == pytest.approx(by_hand, abs=1e-6)
+    assert info.sqnr_db == pytest.approx(by_hand, abs=1e-4)
     row = info.rows[0]
     assert row.weight_sqnr_db == pytest.approx(
-        fxquant.sqnr_db(model.first.weight, q.first.weight), abs=1e-6
+        fxquant.sqnr_db(model.first.weight, q.first.weight), abs=1e-4
     )
     with torch.no_grad():
         assert row.introduced_sqnr_db == pytest.approx(
-            fxquant.sqnr_db(model.first(X), q.first(X)), abs=1e-6
+            fxquant.sqnr_db(model.first(X), q.first(X)), abs=1e-4
         )
     assert info.calibration_samples_used == 64
     original = sum(p.numel() * 4 for p in model.parameters())

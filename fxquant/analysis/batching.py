@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxquant.analysis.stepper import Stepper, held_bytes
+from fxquant.graph.stepper import Stepper, held_bytes
 
 LARGEST = 1_000_000  # bytes of all activations; above, batching does not pay on a CPU
 

@@ -20,7 +20,7 @@ from fxquant.analysis.batching import (
 )
 from fxquant.analysis.candidates import Candidate, QuantizeLinear
 from fxquant.analysis.output_metric import Metric, OutputError
-from fxquant.analysis.stepper import Call, HeldBytes, Stepper, deaths
+from fxquant.graph.stepper import Call, HeldBytes, Stepper, deaths
 from fxquant.modules.linear import QuantizedLinear
 
 Errors = dict[str, dict[int, float]]

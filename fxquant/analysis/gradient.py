@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from fxquant.analysis.candidates import Candidate, QuantizeLinear
 from fxquant.analysis.exact import Errors
 from fxquant.analysis.output_metric import Metric, probe
-from fxquant.analysis.stepper import Call
+from fxquant.graph.stepper import Call
 from fxquant.numerics.metrics import squared_sum
 
 

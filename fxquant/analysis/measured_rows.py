@@ -7,8 +7,8 @@ from torch.fx import GraphModule
 
 from fxquant.analysis.paired_run import LayerErrors, PairedRun, run_paired
 from fxquant.analysis.sensitivity_report import SensitivityRow
-from fxquant.analysis.stepper import Call
 from fxquant.graph.scopes import sites
+from fxquant.graph.stepper import Call
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.numerics.metrics import sqnr_db
 from fxquant.observers import Observer

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.analysis.stepper import Call, Stepper, is_rearrangement, is_tensor
 from fxquant.graph.scopes import Site, sites
+from fxquant.graph.stepper import Call, Stepper, is_rearrangement, is_tensor
 from fxquant.graph.structures import main_output
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.numerics.metrics import SqnrMeter

@@ -22,9 +22,9 @@ from fxquant.analysis.memory_plan import plan_exact
 from fxquant.analysis.output_metric import Metric, db_of
 from fxquant.analysis.rounded_layers import RoundedLayers
 from fxquant.analysis.sensitivity_report import SensitivityReport, SensitivityRow
-from fxquant.analysis.stepper import Call
 from fxquant.errors import check_choice
 from fxquant.graph.copying import copy_sharing_tensors
+from fxquant.graph.stepper import Call
 from fxquant.graph.structures import main_output
 from fxquant.numerics.metrics import SqnrMeter
 from fxquant.passes.calibration_data import calls, row_count

@@ -176,3 +176,12 @@ def test_int8_activations_pass_gradients_as_if_nothing_was_rounded():
     assert torch.allclose(y, REFERENCE.matmul(x.detach(), REFERENCE.pack(weight, spec), spec))
     y.sum().backward()
     torch.testing.assert_close(x.grad, weight.dequantize().sum(0).expand(3, 64))
+
+
+def test_a_gradient_does_not_change_the_bits():
+    spec, weight = layer(48, 64, 32, symmetric=False)
+    for backend in BACKENDS.values():
+        tensors = backend.pack(weight, spec)
+        x = torch.randn(5, 64)
+        plain = backend.matmul(x, tensors, spec)
+        assert torch.equal(backend.matmul(x.requires_grad_(), tensors, spec), plain), backend.name

@@ -1,0 +1,47 @@
+"""Layers fitted to the inputs they see: GPTQ with corrected biases."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import nn
+
+from fxquant.algorithms.gptq import corrected_bias, gptq
+from fxquant.algorithms.moments import InputMoments
+from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.linear_int4 import QuantizedLinearInt4
+from fxquant.modules.linear_int8 import QuantizedLinearInt8
+from fxquant.passes.decide import Decision
+
+
+class FittedLayers:
+    """Makes quantized layers from weights and the moments of their inputs.
+
+    Args:
+        group_size: weights that share a scale; narrower layers get INT8 instead of INT4.
+        symmetric: one fixed zero point, or one for each group.
+    """
+
+    def __init__(self, group_size: int, symmetric: bool) -> None:
+        self.group_size, self.symmetric = group_size, symmetric
+        self.unreached: set[str] = set()
+
+    def quantize(
+        self, name: str, linear: nn.Linear, bits: int, moments: InputMoments
+    ) -> QuantizedLinear:
+        """The layer called `name` in `bits` bits."""
+        if not moments.tokens:
+            self.unreached.add(name)
+        if bits == QuantizedLinearInt8.bits or linear.in_features < self.group_size:
+            return QuantizedLinearInt8.from_float(linear)
+        weight = gptq(linear.weight, moments, group_size=self.group_size, symmetric=self.symmetric)
+        bias = corrected_bias(linear.weight, weight.dequantize(), linear.bias, moments)
+        return QuantizedLinearInt4(weight, bias)
+
+    def explain(self, decisions: Iterable[Decision]) -> list[Decision]:
+        """The ledger, with a word on layers that no calibration token reached."""
+        return [
+            replace(d, reason=f"{d.reason}; no calibration token reached it: rounded to nearest")
+            if d.module in self.unreached
+            else d
+            for d in decisions
+        ]
