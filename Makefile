@@ -25,6 +25,8 @@ lint: $(VENV)/installed-dev
 benchmark: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/linear.py
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/quantizing.py
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/sensitivity.py
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/accuracy.py
 
 wheel: $(VENV)/installed-dev
 	$(BIN)/python -m build --wheel
