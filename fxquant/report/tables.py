@@ -3,11 +3,16 @@
 import csv
 import json
 import math
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+
+SPACING = 2  # between columns
+NARROWEST = 12  # no column is wrapped to less
 
 
 def format_db(value: float | None) -> str:
@@ -21,8 +26,27 @@ def format_shape(shape: Sequence[int]) -> str:
 
 
 def text_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A text table; columns whose cells are numbers are aligned on the right."""
-    return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=False)
+    """A text table; columns whose cells are numbers are aligned on the right.
+
+    On a terminal it fits its width: the widest columns of text are wrapped. Elsewhere it does not
+    wrap, so that every row is one line.
+    """
+    options: dict[str, Any] = {"headers": headers, "tablefmt": "simple"}
+    columns = terminal_columns()
+    widths = [
+        max([len(str(row[i])) for row in rows] + [len(line) for line in head.split("\n")])
+        for i, head in enumerate(headers)
+    ]
+    if columns is None or sum(widths) + SPACING * len(widths) <= columns:
+        return tabulate(rows, **options)
+    while sum(widths) + SPACING * len(widths) > columns and max(widths) > NARROWEST:
+        widths[widths.index(max(widths))] -= 1
+    return tabulate(rows, maxcolwidths=widths, **options)
+
+
+def terminal_columns() -> int | None:
+    """The width of the terminal, or None where the output goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def plain(value: Any) -> Any:
