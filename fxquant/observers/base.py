@@ -1,5 +1,6 @@
 """What all observers share: state in buffers, no host synchronisation while observing."""
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Self
@@ -7,8 +8,11 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import CalibrationError, OptionError
-from fxquant.numerics.integers import UINT8
+from fxquant.errors import CalibrationError, OptionError, check_choice
+from fxquant.numerics.integers import INT8, UINT8
+from fxquant.observers.grid import Grid
+
+INTEGERS = {integer.name: integer for integer in (UINT8, INT8)}
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,17 @@ class ActivationStatistics:
 
 
 class Observer(nn.Module):
-    """Watches a tensor and gives the uint8 grid for it: x ≈ scale · (q − zero_point).
+    """Watches a tensor and gives the 8-bit grid for it: x ≈ scale · (q − zero_point).
 
     NaN and Inf are noted while observing and reported when a result is asked for, so that
-    observing never waits for the device.
+    observing never waits for the device. The state follows the observed tensors to their device.
+
+    Args:
+        integer: the integers of the grid, `"uint8"` or `"int8"`.
+        symmetric: whether zero lies in the middle of them.
+
+    Attributes:
+        node_name: what is observed, for errors.
     """
 
     minimum: Tensor
@@ -42,16 +53,27 @@ class Observer(nn.Module):
     square_sum: Tensor
     count: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, *, integer: str = "uint8", symmetric: bool = False) -> None:
         super().__init__()
+        check_choice("integer", integer, INTEGERS)
+        self.integer, self.symmetric = integer, symmetric
         self.node_name = type(self).__name__
         self.register_buffer("minimum", torch.tensor(torch.inf))
         self.register_buffer("maximum", torch.tensor(-torch.inf))
         self.register_buffer("square_sum", torch.zeros((), dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
+    @property
+    def grid(self) -> Grid:
+        """The integers that stand for the values."""
+        return Grid(INTEGERS[self.integer], self.symmetric)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Note the values of `x`, any shape, and return `x` itself."""
+        """Note the values of `x`, floats of any shape, and return `x` itself.
+
+        Raises:
+            CalibrationError: `x` holds integers, booleans or complex numbers.
+        """
         if not x.is_floating_point():
             raise CalibrationError(
                 self.node_name,
@@ -60,12 +82,18 @@ class Observer(nn.Module):
                 remedy="Observe activations, not token ids or masks.",
             )
         if x.numel():
-            values = x.detach().float()
-            low, high = values.aminmax()
-            self.square_sum += torch.linalg.vector_norm(values, dtype=torch.float64).square()
-            self.count += values.numel()
-            self._observe(values, low, high)
+            self._note(x.detach().float())
         return x
+
+    def _note(self, values: Tensor) -> None:
+        if values.device != self.count.device:
+            self.to(values.device)
+        low, high = values.aminmax()
+        # Row by row, since a float32 sum over millions of values drifts.
+        norms = torch.linalg.vector_norm(values, dim=-1).double()
+        self.square_sum = self.square_sum + norms.square().sum()
+        self.count = self.count + values.numel()
+        self._observe(values, low, high)
 
     def _observe(self, values: Tensor, low: Tensor, high: Tensor) -> None:
         # minimum and maximum keep NaN, so one bad value is never forgotten
@@ -74,7 +102,8 @@ class Observer(nn.Module):
 
     def check(self) -> None:
         """Raise a `CalibrationError` that names the node if NaN or Inf was seen."""
-        if self.has_seen_values and not torch.isfinite(self.maximum - self.minimum):
+        is_finite = torch.isfinite(self.minimum) & torch.isfinite(self.maximum)
+        if self.has_seen_values and not is_finite:
             raise CalibrationError(
                 self.node_name,
                 found="NaN or Inf in its activation",
@@ -95,22 +124,24 @@ class Observer(nn.Module):
         """
         self._check_ready()
         low, high = self.minimum.item(), self.maximum.item()
-        rms = float((self.square_sum / self.count).sqrt())
-        ratio = max(abs(low), abs(high)) / rms if rms else 1.0
-        return ActivationStatistics(low, high, rms, ratio, int(self.count))
+        largest = max(abs(low), abs(high))
+        # Squares overflow in float32 from magnitudes of 1e19 on, and vanish below 1e-23.
+        rms = min(math.sqrt(self.square_sum.item() / self.count.item()), largest)
+        return ActivationStatistics(low, high, rms, largest / rms if rms else 1.0, int(self.count))
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """The grid for what was seen.
 
         Returns:
             `(scale, zero_point)`: a float32 and an int32 scalar. The grid contains an exact zero,
-            and the zero point lies in 0..255.
+            and the zero point is one of its integers.
 
         Raises:
             CalibrationError: it saw nothing, NaN or Inf.
         """
         self._check_ready()
-        return qparams_of_range(*self._range())
+        scale, zero_point = self.grid.qparams(*self._range())
+        return scale.float(), zero_point.to(torch.int32)
 
     def _check_ready(self) -> None:
         if not self.has_seen_values:
@@ -142,10 +173,12 @@ class Observer(nn.Module):
         if type(other) is not type(self) or self._options() != other._options():
             raise OptionError(
                 f"{self.node_name}.merge",
-                found=f"{type(other).__name__}{other._options()}",
-                needed=f"{type(self).__name__}{self._options()}",
+                found=f"{type(other).__name__} with {other._options()}",
+                needed=f"{type(self).__name__} with {self._options()}",
                 remedy="Merge observers of one kind with the same options.",
             )
+        if not other.has_seen_values:
+            return
         self._merge(other)
         self.minimum = torch.minimum(self.minimum, other.minimum)
         self.maximum = torch.maximum(self.maximum, other.maximum)
@@ -155,15 +188,5 @@ class Observer(nn.Module):
     def _merge(self, other: Self) -> None:
         """Merge what a subclass adds; called before the common state is merged."""
 
-    def _options(self) -> tuple[object, ...]:
-        return ()
-
-
-def qparams_of_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The uint8 grid that spans `low`..`high`, scalars, and zero."""
-    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
-    scale = (high - low) / UINT8.quant_max
-    tiny = torch.finfo(torch.float32).tiny
-    scale = torch.where(scale < tiny, torch.ones_like(scale), scale)
-    zero_point = (-low / scale).round().clamp(UINT8.quant_min, UINT8.quant_max)
-    return scale, zero_point.to(torch.int32)
+    def _options(self) -> dict[str, object]:
+        return {"integer": self.integer, "symmetric": self.symmetric}

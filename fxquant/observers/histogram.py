@@ -5,11 +5,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fxquant.errors import check_positive_int
+from fxquant.errors import OptionError, check_positive_int
 from fxquant.observers.base import Observer
 from fxquant.observers.kl import best_range
 
 FINEST = 2.0**-24  # of the largest magnitude: float32 tells no finer bins apart
+TINY = torch.finfo(torch.float32).tiny
 OUTLIER_RATIO = 10.0  # above it, `AutoObserver` clips
 
 
@@ -17,20 +18,31 @@ class HistogramObserver(Observer):
     """Counts values in bins of one common grid that grows with the batches.
 
     The bin width is a power of two and bin edges are multiples of it, so when the range grows, old
-    bins fall whole into new ones and nothing is approximated. Exact zeros are counted apart: the
+    bins fall whole into new ones and nothing is approximated. Exact zeros are not counted: the
     integer grid represents them exactly.
 
     Args:
-        bins: how many bins.
+        bins: how many bins, at least 2.
+        integer: the integers of the grid, `"uint8"` or `"int8"`.
+        symmetric: whether zero lies in the middle of them.
     """
 
     histogram: Tensor
     width: Tensor
     first: Tensor
 
-    def __init__(self, bins: int = 2048) -> None:
-        super().__init__()
+    def __init__(
+        self, bins: int = 2048, *, integer: str = "uint8", symmetric: bool = False
+    ) -> None:
+        super().__init__(integer=integer, symmetric=symmetric)
         check_positive_int("bins", bins)
+        if bins < 2:
+            raise OptionError(
+                "bins",
+                found="1",
+                needed="at least 2",
+                remedy="Use 2048; more bins see finer, fewer take less memory.",
+            )
         self.bins = bins
         self.register_buffer("histogram", torch.zeros(bins, dtype=torch.int64))
         self.register_buffer("width", torch.zeros((), dtype=torch.float64))
@@ -39,28 +51,38 @@ class HistogramObserver(Observer):
     def _observe(self, values: Tensor, low: Tensor, high: Tensor) -> None:
         super()._observe(values, low, high)
         self._grow(self.minimum, self.maximum)
-        # Dividing by a power of two is exact; NaN and Inf are reported later, their bin is moot.
-        index = values.flatten().div(self.width.float()).floor_()
-        index = index.sub_(self.first.float()).nan_to_num_(0).clamp_(0, self.bins - 1)
-        weights = (values != 0).flatten().double()
-        counts = torch.bincount(index.long(), weights, minlength=self.bins)
-        self.histogram += counts.long()
+        # Times a power of two is exact, and so is the floor less a whole number.
+        index = (values.flatten() * (1 / self.width).float()).floor_().sub_(self.first.float())
+        index = self._inside(index.int())
+        one = torch.ones((), dtype=torch.int64, device=values.device)
+        # Not bincount: it waits for the device.
+        histogram = self.histogram.index_add(0, index, one.expand(index.numel()))
+        zeros = values.numel() - torch.count_nonzero(values)
+        zero_bin = self._inside(-self.first)
+        self.histogram = histogram.index_add_(0, zero_bin[None], -zeros[None])
 
     def _grow(self, low: Tensor, high: Tensor) -> None:
-        """Widen the grid so that it covers `low`..`high`."""
-        low, high = low.double(), high.double()
-        needed = torch.maximum((high - low) / max(self.bins - 1, 1), _finest(low, high))
-        width = torch.maximum(self.width, torch.exp2(needed.log2().ceil()))
-        first = (low / width).floor()
-        old = torch.arange(self.bins, device=low.device) + self.first
-        moved = (old * (self.width / width)).floor() - first
-        moved = moved.nan_to_num(0).clamp(0, self.bins - 1).long()
-        self.histogram = torch.zeros_like(self.histogram).scatter_add_(0, moved, self.histogram)
-        self.width, self.first = width, first.nan_to_num(0).long()
+        """Widen the bins so that they cover `low`..`high`."""
+        ends = torch.stack((low, high)).double()
+        needed = torch.maximum((ends[1] - ends[0]) / (self.bins - 1), ends.abs().amax() * FINEST)
+        width = torch.maximum(self.width, needed.clamp(min=TINY).log2().ceil().exp2())
+        first = (ends[0] / width).floor()
+        moved = self._inside(((self._numbers() * (self.width / width)).floor() - first).long())
+        self.histogram = torch.zeros_like(self.histogram).index_add_(0, moved, self.histogram)
+        self.width, self.first = width, first.long()
+
+    def _numbers(self) -> Tensor:
+        """The bins' lower edges, divided by the width."""
+        return torch.arange(self.bins, device=self.first.device) + self.first
+
+    def _inside(self, index: Tensor) -> Tensor:
+        """Bins that exist: where NaN and Inf are counted does not matter, they are reported."""
+        return index.clamp_(0, self.bins - 1)
 
     def _range(self) -> tuple[Tensor, Tensor]:
-        centres = (torch.arange(self.bins, device=self.width.device) + self.first + 0.5).double()
-        return best_range(self.histogram.double(), centres * self.width, self.minimum, self.maximum)
+        centres = (self._numbers() + 0.5).double() * self.width
+        histogram = self.histogram.double()
+        return best_range(histogram, centres, self.width, self.minimum, self.maximum, self.grid)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -70,29 +92,25 @@ class HistogramObserver(Observer):
         self.first = torch.zeros_like(self.first)
 
     def _merge(self, other: Self) -> None:
-        if not other.has_seen_values:
-            return
         low = torch.minimum(self.minimum, other.minimum)
         high = torch.maximum(self.maximum, other.maximum)
-        copy = HistogramObserver(self.bins).to(self.width.device)
-        copy.histogram, copy.width, copy.first = other.histogram, other.width, other.first
-        copy._grow(low, high)
+        grown = HistogramObserver(self.bins)
+        grown.histogram, grown.width, grown.first = other.histogram, other.width, other.first
+        grown._grow(low, high)
         self._grow(low, high)
-        self.histogram = self.histogram + copy.histogram
+        self.histogram = self.histogram + grown.histogram
 
-    def _options(self) -> tuple[object, ...]:
-        return (self.bins,)
+    def _options(self) -> dict[str, object]:
+        return {"bins": self.bins, **super()._options()}
 
 
 class AutoObserver(HistogramObserver):
-    """Experimental: clips like the histogram observer where there are outliers, else spans all."""
+    """Experimental: clips like the histogram observer where there are outliers, else spans all.
+
+    There are outliers if the outlier ratio of the statistics exceeds 10.
+    """
 
     def _range(self) -> tuple[Tensor, Tensor]:
         if self.statistics().outlier_ratio > OUTLIER_RATIO:
             return super()._range()
         return self.minimum, self.maximum
-
-
-def _finest(low: Tensor, high: Tensor) -> Tensor:
-    largest = torch.maximum(low.abs(), high.abs())
-    return (largest * FINEST).clamp(min=torch.finfo(torch.float32).tiny)

@@ -10,7 +10,12 @@ from fxquant.observers.base import Observer
 
 
 class MinMaxObserver(Observer):
-    """Spans everything that was seen."""
+    """Spans everything that was seen.
+
+    Args:
+        integer: the integers of the grid, `"uint8"` or `"int8"`.
+        symmetric: whether zero lies in the middle of them.
+    """
 
     def _range(self) -> tuple[Tensor, Tensor]:
         return self.minimum, self.maximum
@@ -19,18 +24,22 @@ class MinMaxObserver(Observer):
 class MovingAverageMinMaxObserver(Observer):
     """Spans a moving average of each batch's extremes.
 
+    Merged observers average their averages, weighted by batches.
+
     Args:
         averaging_constant: the weight of the newest batch, above 0 and at most 1.
-
-    Merged observers average their averages, weighted by batches.
+        integer: the integers of the grid, `"uint8"` or `"int8"`.
+        symmetric: whether zero lies in the middle of them.
     """
 
     average_minimum: Tensor
     average_maximum: Tensor
     batches: Tensor
 
-    def __init__(self, averaging_constant: float = 0.01) -> None:
-        super().__init__()
+    def __init__(
+        self, averaging_constant: float = 0.01, *, integer: str = "uint8", symmetric: bool = False
+    ) -> None:
+        super().__init__(integer=integer, symmetric=symmetric)
         if not 0 < averaging_constant <= 1:
             raise OptionError(
                 "averaging_constant",
@@ -50,7 +59,7 @@ class MovingAverageMinMaxObserver(Observer):
         share = torch.where(self.batches == 0, one, self.averaging_constant)
         self.average_minimum = torch.lerp(self.average_minimum, low, share)
         self.average_maximum = torch.lerp(self.average_maximum, high, share)
-        self.batches += 1
+        self.batches = self.batches + 1
 
     def _range(self) -> tuple[Tensor, Tensor]:
         return self.average_minimum, self.average_maximum
@@ -58,14 +67,15 @@ class MovingAverageMinMaxObserver(Observer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
+        self.average_minimum = torch.zeros_like(self.average_minimum)
+        self.average_maximum = torch.zeros_like(self.average_maximum)
         self.batches = torch.zeros_like(self.batches)
 
     def _merge(self, other: Self) -> None:
-        total = (self.batches + other.batches).clamp(min=1)
-        share = (other.batches / total).float()
+        share = (other.batches / (self.batches + other.batches)).float()
         self.average_minimum = torch.lerp(self.average_minimum, other.average_minimum, share)
         self.average_maximum = torch.lerp(self.average_maximum, other.average_maximum, share)
         self.batches = self.batches + other.batches
 
-    def _options(self) -> tuple[object, ...]:
-        return (self.averaging_constant,)
+    def _options(self) -> dict[str, object]:
+        return {"averaging_constant": self.averaging_constant, **super()._options()}

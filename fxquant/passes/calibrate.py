@@ -1,7 +1,8 @@
 """Calibrate: run data through the observers."""
 
 import sys
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -9,7 +10,13 @@ from tqdm import tqdm
 
 from fxquant.errors import CalibrationError, check_positive_int
 from fxquant.observers import Observer
-from fxquant.passes.calibration_data import Call, calls, describe, row_count
+from fxquant.passes.calibration_data import (
+    Call,
+    calls,
+    describe,
+    describe_inputs,
+    row_count,
+)
 
 
 def calibrate(
@@ -21,12 +28,15 @@ def calibrate(
 ) -> int:
     """Run `data` through a model with observers.
 
+    The model runs in evaluation mode and without gradients; afterwards its modules are in the mode
+    they were in. Calibrating again adds to what the observers saw.
+
     Args:
-        observed: what `insert_observers` returned.
+        observed: what `insert_observers` returned, or any module that holds observers.
         data: any iterable of items: a tensor (one argument), a tuple or list (positional
             arguments), a mapping (keyword arguments). `(input, target)` pairs work on a model of
             one input.
-        num_samples: stop after so many rows of the first dimension.
+        num_samples: stop after so many rows of the first dimension; the last batch is cut there.
         progress: show a progress bar; by default on a terminal only.
 
     Returns:
@@ -34,15 +44,17 @@ def calibrate(
 
     Raises:
         CalibrationError: the data is empty or of a wrong form, the model does not accept a batch,
-            or an activation is NaN or Inf (the node is named).
+            or an activation is NaN or Inf (the node is named). An observer that no batch reached
+            raises when its result is asked for.
     """
     if num_samples is not None:
         check_positive_int("num_samples", num_samples)
     name_observers(observed)
     used = 0
-    for index, call in enumerate(_with_progress(data, observed, num_samples, progress)):
-        run_call(observed, call, index)
-        used += row_count(call)
+    with _evaluating(observed):
+        for index, call in enumerate(_with_progress(data, observed, num_samples, progress)):
+            run_call(observed, call, index)
+            used += row_count(call)
     if not used:
         raise CalibrationError(
             "calibration data",
@@ -72,21 +84,41 @@ def run_call(model: nn.Module, call: Call, index: int) -> object:
         raise CalibrationError(
             f"calibration batch {index}",
             found=f"that the model raises {type(error).__name__}: {error} on {describe(call)}",
-            needed="a batch the model accepts",
+            needed=f"a batch that {describe_inputs(model)} accepts",
             remedy="Yield the arguments of the model's forward, by position or by name.",
         ) from error
 
 
 def name_observers(observed: nn.Module) -> None:
-    """Let each observer's errors name its place."""
+    """Let each observer's errors name its place, unless it has a name of its own."""
     for name, module in observed.named_modules():
-        if isinstance(module, Observer):
+        if isinstance(module, Observer) and module.node_name == type(module).__name__:
             module.node_name = f"the value {name.removesuffix('_observer')!r}"
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, set on the modules themselves: exported ones refuse `eval()`."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _with_progress(
     data: Iterable[object], model: nn.Module, num_samples: int | None, progress: bool | None
 ) -> Iterable[Call]:
     is_shown = sys.stderr.isatty() if progress is None else progress
-    total = len(data) if isinstance(data, Sized) and num_samples is None else None
+    total = _length(data) if num_samples is None else None
     return tqdm(calls(data, model, num_samples), "calibrating", total, disable=not is_shown)
+
+
+def _length(data: Iterable[object]) -> int | None:
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except TypeError:  # a DataLoader of an iterable dataset
+        return None

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from torch.fx import GraphModule, Node
 
+from fxquant.errors import OptionError
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.scopes import sites
 from fxquant.graph.shapes import MODULE_PATH
@@ -30,6 +31,7 @@ def quantize_activations(gm: GraphModule, observers: Mapping[str, Observer]) -> 
 
     Raises:
         CalibrationError: an observer saw nothing, NaN or Inf.
+        OptionError: an observer's grid is not of unsigned integers.
     """
     rewritten = copy_sharing_tensors(gm)
     made: dict[Node, Node] = {}
@@ -40,6 +42,7 @@ def quantize_activations(gm: GraphModule, observers: Mapping[str, Observer]) -> 
         if source.target is dequantize_activation or site.name not in observers:
             continue
         if source not in made:
+            _check_integer(site.name, observers[site.name])
             scale, zero_point = observers[site.name].calculate_qparams()
             grid = float(scale), int(zero_point)
             with site.scope.gm.graph.inserting_after(source):
@@ -54,3 +57,13 @@ def quantize_activations(gm: GraphModule, observers: Mapping[str, Observer]) -> 
         site.scope.gm.graph.lint()
         site.scope.gm.recompile()
     return rewritten
+
+
+def _check_integer(name: str, observer: Observer) -> None:
+    if observer.integer != "uint8":
+        raise OptionError(
+            f"the observer of {name}",
+            found=f"a grid of {observer.integer} integers",
+            needed="uint8, which quantize_activation stores",
+            remedy="Make the observers without the option integer.",
+        )
