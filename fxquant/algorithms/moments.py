@@ -1,48 +1,84 @@
-"""What a layer's input looks like: moments over the tokens of calibration data."""
+"""What the data say about a layer: moments of its input, and of how far its output must move."""
 
 import torch
 from torch import Tensor
 
 
-class InputMoments:
-    """Sums over tokens of a layer's quantized input x, and of how far it is from the float one.
+class LayerMoments:
+    """Sums over tokens of a layer's input x and of the shift that its output lacks.
+
+    The shift of a token is what has to be added to the float layer's output on the quantized
+    model's input x to get what the float model has there.
+
+    All sums of products are kept for two halves of the tokens, so that what is learnt from one half
+    can be tried on the other.
 
     Args:
         in_features: the width of x.
+        out_features: the width of the layer's output.
 
     Attributes:
         tokens: how many tokens were added.
-        second: Σ x xᵀ, float32 [in, in].
-        drift: Σ (x_float − x) xᵀ, float32 [in, in].
+        seconds: Σ x xᵀ, float32 [2, in, in], by half.
+        crosses: Σ shift xᵀ, float32 [2, out, in], by half.
         total: Σ x, float64 [in].
-        total_float: Σ x_float, float64 [in].
+        total_shift: Σ shift, float64 [out].
     """
 
-    def __init__(self, in_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int) -> None:
         self.tokens = 0
-        self.second = torch.zeros(in_features, in_features)
-        self.drift = torch.zeros(in_features, in_features)
+        self.seconds = torch.zeros(2, in_features, in_features)
+        self.crosses = torch.zeros(2, out_features, in_features)
         self.total = torch.zeros(in_features, dtype=torch.float64)
-        self.total_float = torch.zeros(in_features, dtype=torch.float64)
+        self.total_shift = torch.zeros(out_features, dtype=torch.float64)
 
-    def add(self, x: Tensor, x_float: Tensor, mask: Tensor | None = None) -> None:
+    def add(self, x: Tensor, shift: Tensor | None = None, mask: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
             x: [..., in], what the layer sees in the quantized model.
-            x_float: the same shape, what it sees in the float model.
+            shift: [..., out]; None stands for zeros.
             mask: boolean [...], False for tokens that do not count (padding).
         """
-        if mask is not None:
-            x, x_float = x[mask], x_float[mask]
-        x, x_float = (v.reshape(-1, v.shape[-1]).float() for v in (x, x_float))
+        x = _tokens(x, mask)
+        middle = len(x) // 2
+        halves = (slice(0, middle), slice(middle, None))
         self.tokens += len(x)
-        self.second.addmm_(x.T, x)
-        self.drift.addmm_((x_float - x).T, x)
         self.total += x.double().sum(0)
-        self.total_float += x_float.double().sum(0)
+        for half, part in enumerate(halves):
+            self.seconds[half].addmm_(x[part].T, x[part])
+        if shift is None:
+            return
+        shift = _tokens(shift, mask)
+        self.total_shift += shift.double().sum(0)
+        for half, part in enumerate(halves):
+            self.crosses[half].addmm_(shift[part].T, x[part])
+
+    @property
+    def second(self) -> Tensor:
+        """Σ x xᵀ over all tokens, [in, in]."""
+        return self.seconds.sum(0)
 
     @property
     def importance(self) -> Tensor:
         """The mean square of each input, [in]."""
-        return self.second.diagonal() / max(self.tokens, 1)
+        return self.seconds.diagonal(dim1=1, dim2=2).sum(0) / max(self.tokens, 1)
+
+
+def damped(second: Tensor, damping: float) -> Tensor:
+    """`second` [in, in] with `damping` times its mean diagonal added to the diagonal.
+
+    Inputs that are always zero get the mean besides: they are on their own, and no error spreads
+    from them.
+    """
+    result = second.clone()
+    diagonal = result.diagonal()
+    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    diagonal[diagonal == 0] = mean
+    diagonal += damping * mean
+    return result
+
+
+def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    x = x if mask is None else x[mask]
+    return x.reshape(-1, x.shape[-1]).float()

@@ -1,4 +1,4 @@
-"""Layers fitted to the inputs they see: GPTQ with corrected biases."""
+"""Layers fitted to the inputs they see: GPTQ toward the float output, with corrected biases."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -6,7 +6,9 @@ from dataclasses import replace
 from torch import nn
 
 from fxquant.algorithms.gptq import corrected_bias, gptq
-from fxquant.algorithms.moments import InputMoments
+from fxquant.algorithms.moments import LayerMoments
+from fxquant.algorithms.refine import refine
+from fxquant.algorithms.target import float_target
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
@@ -19,21 +21,25 @@ class FittedLayers:
     Args:
         group_size: weights that share a scale; narrower layers get INT8 instead of INT4.
         symmetric: one fixed zero point, or one for each group.
+        refined: whether integers and scales are then refined in turns.
     """
 
-    def __init__(self, group_size: int, symmetric: bool) -> None:
-        self.group_size, self.symmetric = group_size, symmetric
+    def __init__(self, group_size: int, symmetric: bool, *, refined: bool = False) -> None:
+        self.group_size, self.symmetric, self.refined = group_size, symmetric, refined
         self.unreached: set[str] = set()
 
     def quantize(
-        self, name: str, linear: nn.Linear, bits: int, moments: InputMoments
+        self, name: str, linear: nn.Linear, bits: int, moments: LayerMoments
     ) -> QuantizedLinear:
         """The layer called `name` in `bits` bits."""
         if not moments.tokens:
             self.unreached.add(name)
         if bits == QuantizedLinearInt8.bits or linear.in_features < self.group_size:
             return QuantizedLinearInt8.from_float(linear)
-        weight = gptq(linear.weight, moments, group_size=self.group_size, symmetric=self.symmetric)
+        target = float_target(linear.weight, moments)
+        weight = gptq(target, moments, group_size=self.group_size, symmetric=self.symmetric)
+        if self.refined:
+            weight = refine(target, weight, moments)
         bias = corrected_bias(linear.weight, weight.dequantize(), linear.bias, moments)
         return QuantizedLinearInt4(weight, bias)
 

@@ -1,28 +1,30 @@
 """Quantize layer by layer, each on the inputs that the quantized layers before it produce.
 
 The float and the quantized graph run side by side over all batches. Where a layer is reached, its
-inputs in both are at hand: their moments choose the integers, the layer is swapped, and the run
-goes on through the swapped layer. Layers inside an opaque module are quantized together, before the
-run goes on through that module.
+input in the quantized graph and its output in both are at hand: their moments choose the integers,
+the layer is swapped, and the run goes on through the swapped layer. Where the output is added to a
+residual, the layer also makes up for the error of the residual, as far as it can. Layers inside an
+opaque module are quantized together, before the run goes on through that module.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.algorithms.moments import InputMoments
+from fxquant.algorithms.moments import LayerMoments
 from fxquant.graph.copying import copy_sharing_tensors
+from fxquant.graph.residual import added_to
 from fxquant.graph.scopes import Site, sites
 from fxquant.graph.stepper import Call, Stepper
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.passes.decide import Decision
 
-QuantizeWithMoments = Callable[[str, nn.Linear, int, InputMoments], QuantizedLinear]
+QuantizeWithMoments = Callable[[str, nn.Linear, int, LayerMoments], QuantizedLinear]
 PADDING_MASK = "attention_mask"
 
 
@@ -35,6 +37,25 @@ class _Batch:
     clean_values: dict[Node, Any]
     noisy_values: dict[Node, Any]
     mask: Tensor | None
+
+    def difference(self, node: Node | None) -> Tensor | None:
+        """The float value of a node of the quantized graph less its value there, if known."""
+        if node not in self.noisy_values:
+            return None
+        clean = self.clean_values[self.clean.nodes[self.noisy.nodes.index(node)]]
+        noisy = self.noisy_values[node]
+        if not isinstance(clean, Tensor) or not isinstance(noisy, Tensor):
+            return None
+        return clean.float() - noisy.float() if clean.shape == noisy.shape else None
+
+
+@dataclass
+class _Seen:
+    """What hooks noted of one layer during one batch, call by call."""
+
+    clean_outputs: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -65,13 +86,18 @@ def quantize_sequentially(
     batches = [_start(float_gm, rewritten, call) for call in calls]
     for index, node in enumerate(rewritten.graph.nodes):
         layers = pending.get(node, [])
-        moments = {s.name: InputMoments(s.module.in_features) for s in layers}
+        moments = {
+            s.name: LayerMoments(s.module.in_features, s.module.out_features) for s in layers
+        }
+        residuals = {s.name: added_to(rewritten, node) for s in layers if s.node is node}
         for batch in batches:
             clean_node = batch.clean.nodes[index]
-            with _watching(layers, partners, moments, batch.mask):
+            with _watching(layers, partners) as seen:
                 batch.clean_values[clean_node] = batch.clean.compute(clean_node, batch.clean_values)
                 if layers:  # in float still, to see what arrives
                     batch.noisy.compute(node, batch.noisy_values)
+            for name, calls_seen in seen.items():
+                _add(moments[name], calls_seen, batch, residuals.get(name))
         for site in layers:
             if isinstance(site.module, nn.Linear):
                 made = quantize_linear(site.name, site.module, bits[site.name], moments[site.name])
@@ -114,33 +140,51 @@ def _swap(gm: GraphModule, first: Site, made: QuantizedLinear) -> None:
 
 
 @contextmanager
-def _watching(
-    layers: Sequence[Any],
-    partners: dict[str, nn.Module],
-    moments: dict[str, InputMoments],
-    mask: Tensor | None,
-) -> Iterator[None]:
-    """While a node runs in float and then on quantized inputs, add to its layers' moments."""
-    clean: dict[str, list[Tensor]] = {site.name: [] for site in layers}
+def _watching(layers: Sequence[Any], partners: dict[str, nn.Module]) -> Iterator[dict[str, _Seen]]:
+    """While a node runs in float and then on quantized inputs, note what its layers do."""
+    seen = {site.name: _Seen() for site in layers}
 
-    def remember(name: str) -> Any:
-        return lambda module, args: clean[name].append(args[0])
+    def clean_hook(name: str) -> Any:
+        return lambda module, args, output: seen[name].clean_outputs.append(output)
 
-    def add(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            x_float = clean[name].pop(0) if clean[name] else x
-            fits = mask is not None and x.shape[:-1] == mask.shape
-            moments[name].add(x, x_float if x_float.shape == x.shape else x, mask if fits else None)
+    def hook(name: str) -> Any:
+        def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name].inputs.append(args[0])
+            seen[name].outputs.append(output)
 
-        return hook
+        return note
 
     handles = []
     for site in layers:
-        handles.append(partners[site.name].register_forward_pre_hook(remember(site.name)))
-        handles.append(site.module.register_forward_pre_hook(add(site.name)))
+        handles.append(partners[site.name].register_forward_hook(clean_hook(site.name)))
+        handles.append(site.module.register_forward_hook(hook(site.name)))
     try:
-        yield
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _add(moments: LayerMoments, seen: _Seen, batch: _Batch, residual: Node | None) -> None:
+    """Add what was seen of a layer to its moments."""
+    # A layer in an opaque module may be called a different number of times: then nothing matches.
+    are_matched = len(seen.clean_outputs) == len(seen.outputs)
+    for i, (x, output) in enumerate(zip(seen.inputs, seen.outputs, strict=True)):
+        shift = None
+        if are_matched and seen.clean_outputs[i].shape == output.shape:
+            shift = seen.clean_outputs[i].float() - output.float()
+            difference = batch.difference(residual) if residual is not None else None
+            if difference is not None and _is_reshaped(difference, output):
+                shift = shift + difference.reshape(output.shape)
+        moments.add(x, shift, _fitting(batch.mask, x))
+
+
+def _is_reshaped(one: Tensor, other: Tensor) -> bool:
+    return one.shape[-1:] == other.shape[-1:] and one.numel() == other.numel()
+
+
+def _fitting(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The mask in the shape of the tokens of `x`; None where they are others."""
+    if mask is None or x.shape[:-1] not in (mask.shape, (mask.numel(),)):
+        return None
+    return mask.reshape(x.shape[:-1])

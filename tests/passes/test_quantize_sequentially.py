@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.algorithms.moments import InputMoments
+from fxquant.algorithms.moments import LayerMoments
 from fxquant.demo.language_model import calibration_tokens, heldout_tokens, load_language_model
 from fxquant.errors import OptionError
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
@@ -38,9 +38,31 @@ def test_each_layer_sees_what_the_quantized_layers_before_it_produce():
     moments = seen["second"]
     assert moments.tokens == 23 * 5
     assert torch.allclose(moments.second, noisy.T @ noisy, rtol=1e-4, atol=1e-3)
-    assert torch.allclose(moments.drift, (clean - noisy).T @ noisy, rtol=1e-3, atol=1e-3)
-    assert torch.allclose(moments.total_float, clean.double().sum(0), atol=1e-4)
-    assert seen["first"].drift.abs().max() == 0
+    shift = (clean - noisy) @ gm.second.weight.T
+    assert torch.allclose(moments.crosses.sum(0), shift.T @ noisy, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(moments.total_shift, shift.double().sum(0), atol=1e-3)
+    assert seen["first"].crosses.abs().max() == 0
+
+
+def test_the_error_of_a_residual_is_part_of_the_shift():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.drop = nn.Dropout(0.1)
+
+        def forward(self, x):
+            x = self.first(x)
+            return x + self.drop(self.second(x.relu()))
+
+    gm, q, seen = seen_moments(Residual().eval())
+    with torch.no_grad():
+        noisy = torch.cat([q.first(x) for x in X]).flatten(0, 1)
+        clean = torch.cat([gm.first(x) for x in X]).flatten(0, 1)
+        shift = gm.second(clean.relu()) - gm.second(noisy.relu()) + clean - noisy
+    moments = seen["second"]
+    assert torch.allclose(moments.total_shift, shift.double().sum(0), atol=1e-3)
+    assert torch.allclose(moments.crosses.sum(0), shift.T @ noisy.relu(), rtol=1e-3, atol=1e-3)
 
 
 def test_layers_in_opaque_modules_and_shared_layers_are_reached():
@@ -112,5 +134,5 @@ def test_a_padding_mask_among_the_arguments_is_used():
 
     decisions = decide(gm, DecisionOptions(group_size=32, skip_param_threshold=0))
     quantize_sequentially(gm, decisions, [call], quantize)
-    assert isinstance(seen[0], InputMoments)
+    assert isinstance(seen[0], LayerMoments)
     assert seen[0].tokens == 16 * 3

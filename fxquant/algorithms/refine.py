@@ -1,0 +1,148 @@
+"""Refine integers and scales in turns, each the best for the other.
+
+Coordinate descent moves one column's integers at a time to where the layer's squared error is
+smallest with all others as they are (Behdin et al., "QuantEase", arXiv:2309.01885); then the scales
+(and zero points) of all groups of a row are the solution of one small least-squares problem.
+"""
+
+import torch
+from torch import Tensor
+
+from fxquant.algorithms.gptq import DAMPING
+from fxquant.algorithms.moments import LayerMoments, damped
+from fxquant.algorithms.sweep import sweep
+from fxquant.numerics.grouping import expand_groups, group_count, to_groups
+from fxquant.numerics.integers import UINT4
+from fxquant.numerics.packing import unpack_nibbles
+from fxquant.numerics.weights import (
+    SCALE_DTYPE,
+    SYMMETRIC_ZERO_POINT,
+    ZERO_POINT_DTYPE,
+    Int4Weight,
+)
+
+ROUNDS = 3
+SWEEPS = 2  # of coordinate descent in a round
+RIDGE = 1e-4  # of the diagonal: holds scales near what they were where the data say nothing
+WIDEST = 3.0  # times its former size: a scale beyond has no support in the data
+FARTHEST = 1024.0  # zero point
+
+
+def refine(
+    target: Tensor, quantized: Int4Weight, moments: LayerMoments, *, damping: float = DAMPING
+) -> Int4Weight:
+    """Lower the layer's squared error further.
+
+    Args:
+        target: the float weight to approach, [out, in].
+        quantized: where to begin.
+        moments: of the layer.
+        damping: of the second moments, as for `gptq`.
+
+    Returns:
+        Integers, scales and zero points of the same format whose damped squared error is not
+        larger; `quantized` itself without tokens.
+    """
+    if not moments.tokens:
+        return quantized
+    search = _Search(target.detach().float(), quantized, damped(moments.second, damping))
+    for _ in range(ROUNDS):
+        search.refit()
+        for _ in range(SWEEPS):
+            search.descend()
+    return search.result()
+
+
+class _Search:
+    """The current integers and their grid.
+
+    Attributes:
+        q: float [in, out].
+        scales: [out, groups].
+        zero_points: [out, groups].
+    """
+
+    def __init__(self, target: Tensor, start: Int4Weight, second: Tensor) -> None:
+        self.target, self.second, self.start = target.T.contiguous(), second, start
+        self.columns, self.group_size = start.in_features, start.group_size
+        self.q = unpack_nibbles(start.packed, self.columns).float().T.contiguous()
+        self.scales, self.zero_points = start.scales, start.zero_points
+
+    def descend(self) -> None:
+        """One sweep of coordinate descent over all columns."""
+        scales, zeros = self._by_column(self.scales), self._by_column(self.zero_points)
+        gradient = self.second @ ((self.q - zeros).mul_(scales).sub_(self.target))
+        reach = (scales * self.second.diagonal()[:, None]).reciprocal_()
+
+        def step(i: int, slope: Tensor) -> Tensor:
+            best = (self.q[i] - slope * reach[i]).round_().clamp_(UINT4.quant_min, UINT4.quant_max)
+            change = (best - self.q[i]).mul_(scales[i])
+            self.q[i] = best
+            return change
+
+        sweep(gradient, self.second, step)
+
+    def refit(self) -> None:
+        """The best scales (and zero points) for the integers, where they are better."""
+        before = self._errors(self.scales, self.zero_points)
+        scales, zero_points = self._least_squares()
+        better = (self._errors(scales, zero_points) < before)[:, None]
+        self.scales = torch.where(better, scales, self.scales)
+        self.zero_points = torch.where(better, zero_points, self.zero_points)
+
+    def result(self) -> Int4Weight:
+        """What was found."""
+        q = self.q.T.to(torch.uint8).contiguous()
+        return Int4Weight.from_integers(
+            q, self.scales, self.zero_points, self.group_size, self.start.symmetric
+        )
+
+    def _errors(self, scales: Tensor, zero_points: Tensor) -> Tensor:
+        """The squared error of each row, [out]."""
+        difference = (self.q - self._by_column(zero_points)) * self._by_column(scales) - self.target
+        return ((self.second @ difference) * difference).sum(0)
+
+    def _least_squares(self) -> tuple[Tensor, Tensor]:
+        """Scales and zero points from the normal equations of each row, rounded as stored."""
+        symmetric = self.start.symmetric
+        basis = [self.q - SYMMETRIC_ZERO_POINT] if symmetric else [self.q, torch.ones_like(self.q)]
+        groups = group_count(self.columns, self.group_size)
+        aim = self.second @ self.target  # [in, out]
+        normal = torch.cat([self._products(b, basis) for b in basis], 1).double()
+        right = torch.cat([self._group_sums(b * aim) for b in basis], 1).double()
+        former = [self.scales] if symmetric else [self.scales, -self.scales * self.zero_points]
+        ridge = normal.diagonal(dim1=1, dim2=2) * RIDGE + torch.finfo(torch.float32).tiny
+        found, failed = torch.linalg.solve_ex(
+            normal + torch.diag_embed(ridge), right + ridge * torch.cat(former, 1).double()
+        )
+        scales = found[:, :groups].to(SCALE_DTYPE).float()
+        ratio = (scales / self.scales).abs()
+        # Written so that NaN is bad.
+        good = (failed == 0)[:, None] & (ratio < WIDEST) & (ratio > 1 / WIDEST)
+        if symmetric:
+            return torch.where(good, scales, self.scales), self.zero_points
+        zeros = -found[:, groups:].float() / scales
+        good &= zeros.abs() < FARTHEST
+        zeros = torch.where(good, zeros, self.zero_points).to(ZERO_POINT_DTYPE).float()
+        return torch.where(good, scales, self.scales), zeros
+
+    def _products(self, one: Tensor, basis: list[Tensor]) -> Tensor:
+        """Products of `one`'s groups with all groups of the basis, [out, groups, unknowns]."""
+        rows = []
+        for start in range(0, self.columns, self.group_size):
+            part = slice(start, start + self.group_size)
+            spread = self.second[:, part] @ one[part]
+            rows.append(torch.cat([self._group_sums(spread * other) for other in basis], 1))
+        return torch.stack(rows, 1)
+
+    def _group_sums(self, by_column: Tensor) -> Tensor:
+        """[in, out] to [out, groups]; the filled-up part of a short group is zero."""
+        columns = by_column.T.contiguous()
+        short = self.columns % self.group_size
+        if not short:
+            return columns.unflatten(1, (-1, self.group_size)).sum(-1)
+        padding = self.group_size - short
+        return to_groups(torch.nn.functional.pad(columns, (0, padding)), self.group_size).sum(-1)
+
+    def _by_column(self, by_group: Tensor) -> Tensor:
+        return expand_groups(by_group, self.group_size, self.columns).T

@@ -1,0 +1,56 @@
+"""The weight to aim at: one that makes up for the error that has arrived at the layer.
+
+With x the quantized model's input of the layer and the shift what its output lacks (see
+`LayerMoments`), ‖(W x + shift) − Q x‖² is smallest over real Q at W + C H⁻¹, with C = Σ shift xᵀ
+and H = Σ x xᵀ: rounding that weight for H is what remains to do. Aiming at the float model's
+activations is the idea of Li et al., "GPTAQ", arXiv:2504.02692. C is an estimate from few tokens,
+so it is shrunk, by a ridge and a factor: those that do best from one half of the tokens to the
+other.
+"""
+
+import torch
+from torch import Tensor
+
+from fxquant.algorithms.moments import LayerMoments, damped
+
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean second moment
+
+
+def float_target(weight: Tensor, moments: LayerMoments) -> Tensor:
+    """The float weight that best gives the float model's output on the quantized model's input.
+
+    Args:
+        weight: floating point [out, in].
+        moments: of the layer.
+
+    Returns:
+        float32 [out, in]; `weight` itself where nothing has to be made up for, or where what one
+        half of the tokens says does not hold on the other.
+    """
+    weight = weight.detach().float()
+    if not moments.crosses.any():
+        return weight
+    gain, share, ridge = max(_try(moments, ridge) for ridge in RIDGES)
+    if not gain > 0:
+        return weight
+    return weight + share * _regression(moments.second, moments.crosses.sum(0), ridge)
+
+
+def _try(moments: LayerMoments, ridge: float) -> tuple[float, float, float]:
+    """By how much the squared error on unseen halves falls, the best factor, and `ridge`."""
+    along = size = 0.0
+    for seen, unseen in ((0, 1), (1, 0)):
+        step = _regression(moments.seconds[seen], moments.crosses[seen], ridge)
+        along += float((step * moments.crosses[unseen]).sum())
+        size += float(((step @ moments.seconds[unseen]) * step).sum())
+    if not size > 0:
+        return 0.0, 0.0, ridge
+    share = min(max(along / size, 0.0), 1.0)
+    return share * (2 * along - share * size), share, ridge
+
+
+def _regression(second: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(damped(second, ridge))
+    if failed:
+        return torch.zeros_like(cross)
+    return torch.cholesky_solve(cross.T, factor).T
