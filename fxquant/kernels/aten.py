@@ -6,14 +6,12 @@ is added by a small product over group sums. On activations whose mean is two st
 group size 128, that is worth 44 -> 51 dB against float64 (symmetric weights have 52 dB).
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxquant.kernels.gradient import multiply_with_gradient, needs_gradient
 from fxquant.kernels.interface import LinearSpec
-from fxquant.kernels.reference import needs_gradient
 from fxquant.numerics.grouping import group_count
 from fxquant.numerics.packing import unpack_nibbles
 from fxquant.numerics.weights import SYMMETRIC_ZERO_POINT, ZERO_POINT_DTYPE, Int4Weight
@@ -93,13 +91,13 @@ class AtenBackend:
     ) -> Tensor:
         """Multiply through bfloat16 activations; a gradient of `x` does not change the bits."""
         if needs_gradient(x):
-            y = _ProductWithGradient.apply(x, self, spec, *tensors)  # type: ignore[no-untyped-call]
-        else:
-            y = self.product(x, tensors, spec)
-        return y if bias is None else y + bias.to(y.dtype)
+            return multiply_with_gradient(self, x, tensors, spec, bias)
+        return self.product(x, tensors, spec, bias)
 
-    def product(self, x: Tensor, tensors: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        """The product alone, without a bias and without a gradient."""
+    def product(
+        self, x: Tensor, tensors: tuple[Tensor, ...], spec: LinearSpec, bias: Tensor | None
+    ) -> Tensor:
+        """The product without a gradient."""
         packed, grid, *asymmetric = tensors
         rows = x.reshape(-1, spec.in_features).bfloat16()
         rows = F.pad(rows, (0, _padded_columns(spec) - spec.in_features)).contiguous()
@@ -108,25 +106,8 @@ class AtenBackend:
         if asymmetric:
             sums = rows.unflatten(1, (-1, spec.group_size)).sum(-1)
             y = y + F.linear(sums, asymmetric[0])
-        return y.reshape(*x.shape[:-1], spec.out_features).to(x.dtype)
-
-
-class _ProductWithGradient(torch.autograd.Function):
-    """The op has no derivative of its own: going back, the weight is dequantized."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, backend: AtenBackend, spec: LinearSpec, *tensors: Tensor
-    ) -> Tensor:
-        ctx.backend, ctx.spec = backend, spec
-        ctx.save_for_backward(*tensors)
-        return backend.product(x, tensors, spec)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weight = ctx.backend.unpack(ctx.saved_tensors, ctx.spec).dequantize()
-        gradient = (gradients[0].float() @ weight).to(gradients[0].dtype)
-        return gradient, None, None, *[None] * len(ctx.saved_tensors)
+        y = y.reshape(*x.shape[:-1], spec.out_features).to(x.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
 
 
 def _padded_rows(spec: LinearSpec) -> int:

@@ -7,9 +7,10 @@ import torch
 from fxquant.errors import OptionError, check_choice
 from fxquant.kernels.aten import AtenBackend
 from fxquant.kernels.interface import Int4Backend, LinearSpec
+from fxquant.kernels.native import NATIVE
 from fxquant.kernels.reference import REFERENCE
 
-BACKENDS: dict[str, Int4Backend] = {b.name: b for b in (AtenBackend(), REFERENCE)}
+BACKENDS: dict[str, Int4Backend] = {b.name: b for b in (NATIVE, AtenBackend(), REFERENCE)}
 FORCE = "FXQUANT_BACKEND"  # the environment variable that forces one
 
 

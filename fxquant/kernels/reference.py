@@ -52,11 +52,6 @@ class ReferenceBackend:
 REFERENCE = ReferenceBackend()
 
 
-def needs_gradient(x: Tensor) -> bool:
-    """Whether autograd records what happens to `x`; the ops of other backends have no gradient."""
-    return x.requires_grad and torch.is_grad_enabled()
-
-
 def quantize_tokens(x: Tensor, group_size: int) -> Tensor:
     """Round `x` [..., in] to int8 on the fly, one symmetric scale a token and group: max |x| / 127.
 

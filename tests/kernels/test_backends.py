@@ -98,10 +98,10 @@ def test_the_same_weight_and_input_give_the_same_bits(name, symmetric):
 @grids
 def test_gradients_flow_to_the_input(name, symmetric):
     spec, weight = layer(16, 64, 32, symmetric)
-    x = torch.randn(3, 64, requires_grad=True)
-    run(name, x, spec, weight).sum().backward()
-    expected = weight.dequantize().sum(0).expand(3, 64)
-    torch.testing.assert_close(x.grad, expected)
+    x, bias = torch.randn(3, 64, requires_grad=True), torch.randn(16, requires_grad=True)
+    run(name, x, spec, weight, bias).sum().backward()
+    torch.testing.assert_close(x.grad, weight.dequantize().sum(0).expand(3, 64))
+    torch.testing.assert_close(bias.grad, torch.full((16,), 3.0))
 
 
 class Product(torch.nn.Module):

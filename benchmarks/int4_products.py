@@ -1,0 +1,145 @@
+"""The INT4 product against torch's float layers and every INT4 peer that is installed.
+
+    OMP_WAIT_POLICY=passive python benchmarks/int4_products.py
+    OMP_WAIT_POLICY=passive python benchmarks/int4_products.py --shape 11008x4096 --group 32
+
+All candidates take turns in one process; several layers of a shape rotate, so that weights come
+from memory. Columns are milliseconds a layer; below them, time against others (below 1 is faster).
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from kernel_peers import installed_peers
+from timing import report
+from torch import Tensor
+
+from fxquant.algorithms.rtn import round_to_nearest
+from fxquant.kernels.choose import BACKENDS
+from fxquant.kernels.interface import LinearSpec
+
+SHAPES = ("4096x4096", "11008x4096", "384x1536", "768x3072", "256x256")
+ROWS = (1, 4, 16, 128)
+MEMORY = 140e6  # bytes of weights that take turns: more than caches hold
+LAYERS = 128  # at most
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Run = Callable[[Tensor], Any]
+
+
+def float_layers(dtype: torch.dtype, weights: list[Tensor]) -> Run:
+    """Torch's own product."""
+    cast = [weight.to(dtype) for weight in weights]
+
+    def run(x: Tensor) -> list[Tensor]:
+        x = x.to(dtype)
+        return [F.linear(x, weight) for weight in cast]
+
+    return run
+
+
+def int4_layers(name: str, activation: str, weights: list[Tensor], group_size: int) -> Run:
+    """A backend of fxquant."""
+    backend, (rows, columns) = BACKENDS[name], weights[0].shape
+    spec = LinearSpec(rows, columns, group_size, True, activation)
+    packed = [
+        backend.pack(round_to_nearest(weight, group_size=group_size), spec) for weight in weights
+    ]
+    return lambda x: [backend.matmul(x, tensors, spec) for tensors in packed]
+
+
+def candidates(shape: tuple[int, int], group_size: int) -> dict[str, tuple[Run, int]]:
+    """By name: what runs its layers, and how many they are."""
+    runs: dict[str, tuple[Run, int]] = {}
+
+    def add(name: str, bytes_of_weight: float, make: Callable[[list[Tensor]], Run]) -> None:
+        elements = shape[0] * shape[1]
+        count = max(2, min(LAYERS, round(MEMORY / (elements * bytes_of_weight))))
+        weights = [torch.randn(shape) / shape[1] ** 0.5 for _ in range(count)]
+        runs[name] = make(weights), count
+
+    for name, dtype in FLOATS.items():
+        add(name, dtype.itemsize, lambda weights, dtype=dtype: float_layers(dtype, weights))
+    for name, make in installed_peers().items():
+        add(name, 0.5, lambda weights, make=make: make(weights, group_size))
+    for name, activation, label in (
+        ("aten", "float", "aten W4A16"),
+        ("native", "float", "fxquant W4A16"),
+        ("native", "int8", "fxquant W4A8"),
+    ):
+        spec = LinearSpec(*shape, group_size, True, activation)
+        if BACKENDS[name].unsupported(spec, torch.device("cpu")) is None:
+            add(label, 0.5, lambda w, n=name, a=activation: int4_layers(n, a, w, group_size))
+    return runs
+
+
+def milliseconds(
+    runs: dict[str, tuple[Run, int]], x: Tensor, rounds: int, statistic: Callable[..., float]
+) -> dict[str, float]:
+    """Of one layer, by candidate; they take turns."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 2):
+        for name, (run, count) in runs.items():
+            began = time.perf_counter()
+            run(x)
+            if number >= 2:  # the first rounds warm up
+                samples[name].append(1e3 * (time.perf_counter() - began) / count)
+    return {name: statistic(values) for name, values in samples.items()}
+
+
+def ratios(times: dict[str, float]) -> dict[str, float]:
+    """Time of both products of fxquant against others."""
+    ours = {name: value for name, value in times.items() if name.startswith("fxquant")}
+    peers = [times[name] for name in installed_peers() if name in times]
+    result = {}
+    for name, value in ours.items():
+        label = name.removeprefix("fxquant ")
+        result |= {f"{label}/{other}": value / times[other] for other in FLOATS}
+        if peers:
+            result[f"{label}/best peer"] = value / min(peers)
+    return result
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", nargs="*", default=SHAPES, help="out x in, as 4096x4096")
+    parser.add_argument("--rows", nargs="*", type=int, default=ROWS)
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--minimum", action="store_true", help="instead of medians: a busy machine")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    statistic = min if arguments.minimum else statistics.median
+    table: list[dict[str, Any]] = []
+    for text in arguments.shape:
+        out_features, in_features = map(int, text.split("x"))
+        with torch.inference_mode():
+            runs = candidates((out_features, in_features), arguments.group)
+            for rows in arguments.rows:
+                x = torch.randn(rows, in_features)
+                times = milliseconds(runs, x, arguments.rounds, statistic)
+                table.append({"shape": text, "M": rows, **times, **ratios(times)})
+    title = (
+        f"ms a layer, group {arguments.group}, {torch.get_num_threads()} threads, "
+        f"{'minimum' if arguments.minimum else 'median'} of {arguments.rounds} rounds, "
+        f"torch {torch.__version__}"
+    )
+    split = [{k: v for k, v in row.items() if "/" not in k} for row in table]
+    report(title, split, None)
+    keys = ("shape", "M")
+    against = [{k: v for k, v in row.items() if "/" in k or k in keys} for row in table]
+    report("time against others", against, None)
+    if arguments.json is not None:
+        report(title, table, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

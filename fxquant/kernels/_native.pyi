@@ -1,0 +1,16 @@
+def instruction_sets() -> list[str]: ...
+def use(name: str, /) -> None: ...
+def linear(
+    x: int,
+    x_shape: tuple[int, ...],
+    x_type: int,
+    bias: int,
+    bias_type: int,
+    y: int,
+    weight: int,
+    weight_shape: tuple[int, ...],
+    out_features: int,
+    int8: bool,
+    threads: int,
+    /,
+) -> bool: ...

@@ -1,0 +1,160 @@
+// The walk over blocks, groups and tiles that every instruction set shares. A `Mode` supplies the
+// innermost loops; it has
+//   Value                      the type of a prepared value
+//   tile_rows                  at most so many rows in a tile
+//   sums_may_cancel            see `Kernel`
+//   prepare_group(...)         a group of one row, from float32, zeros behind it up to `kLanes`
+//   multiply<R, Symmetric>(...)  adds a group's product to the outputs of a tile of R rows
+// Each output is summed in the same order whatever the number of rows and threads, so a row's
+// result does not depend on what else is in its batch.
+#pragma once
+
+#include "numbers.h"
+
+namespace fxquant {
+namespace {
+
+constexpr int kLanes = 16;  // float32 in a register, at most
+
+struct Group {
+  const uint16_t* scales;
+  const uint16_t* zero_points;  // null where every zero point is 8
+  const uint8_t* codes;
+};
+
+struct TileGroup {
+  const void* values;   // [step][row][8]
+  const float* scales;  // [row]
+  const float* sums;    // [row]
+};
+
+inline Group group_of(const Weight& weight, int64_t block, int64_t group) {
+  const uint8_t* at = weight.data + (block * weight.groups() + group) * weight.group_bytes();
+  const uint16_t* grid = reinterpret_cast<const uint16_t*>(at);
+  if (weight.symmetric) return {grid, nullptr, at + 2 * kColumns};
+  return {grid, grid + kColumns, at + 4 * kColumns};
+}
+
+template <class Mode>
+void prepare(const Call& call, const Panel& panel, int64_t first, int64_t last) {
+  const int size = call.weight.group_size;
+  const int64_t columns = call.weight.in_features, groups = call.weight.groups();
+  for (; first < last; ++first) {
+    const int tile = static_cast<int>(first / groups);
+    const int64_t g = first % groups;
+    const int64_t rest = columns - g * size;
+    const int count = rest < size ? static_cast<int>(rest) : size;
+    const int start = panel.tile_start(tile), end = panel.tile_start(tile + 1);
+    for (int row = start; row < end; ++row) {
+      alignas(64) float buffer[kMaxGroup + kLanes];
+      const int64_t offset = (panel.first_row + row) * columns + g * size;
+      const float* x = buffer;
+      if (call.x_type == Float::f32 && count == size && size % kLanes == 0) {
+        x = static_cast<const float*>(call.x) + offset;
+      } else {
+        load_floats(call.x, call.x_type, offset, count, buffer);
+        for (int k = count; k < size + kLanes; ++k) buffer[k] = 0;
+      }
+      auto* values = reinterpret_cast<typename Mode::Value*>(panel.values) +
+                     (g * panel.rows + start) * size + (row - start) * kStep;
+      const int64_t at = g * panel.rows + row;
+      const int stride = (end - start) * kStep;
+      Mode::prepare_group(x, size, values, stride, &panel.scales[at], &panel.sums[at]);
+    }
+  }
+}
+
+using Multiply = void (*)(const Group&, int steps, const TileGroup&, float* outputs);
+
+template <class Mode, bool Symmetric, int R = Mode::tile_rows>
+Multiply multiply_of(int rows) {
+  if (rows == R) return Mode::template multiply<R, Symmetric>;
+  if constexpr (R > 1) return multiply_of<Mode, Symmetric, R - 1>(rows);
+  return nullptr;
+}
+
+template <class Mode>
+void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last) {
+  alignas(64) float outputs[kPanelRows * kColumns];
+  const Weight& weight = call.weight;
+  const int steps = weight.steps();
+  const int tallest = (panel.rows + panel.tiles - 1) / panel.tiles;  // others are one row lower
+  const Multiply tall = weight.symmetric ? multiply_of<Mode, true>(tallest)
+                                         : multiply_of<Mode, false>(tallest);
+  const Multiply low = weight.symmetric ? multiply_of<Mode, true>(tallest - 1)
+                                        : multiply_of<Mode, false>(tallest - 1);
+  while (first < last) {
+    const int64_t block = first / panel.tiles;
+    const int begin = static_cast<int>(first % panel.tiles);
+    const int64_t left = begin + (last - first);
+    const int end = left < panel.tiles ? static_cast<int>(left) : panel.tiles;
+    first += end - begin;
+
+    const int64_t column = block * kColumns, columns_left = weight.out_features - column;
+    const int columns = columns_left < kColumns ? static_cast<int>(columns_left) : kColumns;
+    alignas(64) float bias[kColumns] = {};
+    if (call.bias) load_floats(call.bias, call.bias_type, column, columns, bias);
+    const int first_row = panel.tile_start(begin), last_row = panel.tile_start(end);
+    for (int row = 0; row < last_row - first_row; ++row) {
+      memcpy(outputs + row * kColumns, bias, sizeof(bias));
+    }
+
+    for (int64_t g = 0; g < weight.groups(); ++g) {
+      const Group group = group_of(weight, block, g);
+      for (int tile = begin; tile < end; ++tile) {
+        const int start = panel.tile_start(tile), height = panel.tile_start(tile + 1) - start;
+        const int64_t at = g * panel.rows + start;
+        const TileGroup x{panel.values + at * weight.group_size * sizeof(typename Mode::Value),
+                          panel.scales + at, panel.sums + at};
+        (height == tallest ? tall : low)(group, steps, x, outputs + (start - first_row) * kColumns);
+      }
+    }
+    for (int row = first_row; row < last_row; ++row) {
+      const int64_t offset = (panel.first_row + row) * weight.out_features + column;
+      store_floats(outputs + (row - first_row) * kColumns, columns, call.y, call.x_type, offset);
+    }
+  }
+}
+
+template <class Mode>
+Kernel kernel_of() {
+  return {Mode::tile_rows, sizeof(typename Mode::Value), Mode::sums_may_cancel, prepare<Mode>,
+          multiply<Mode>};
+}
+
+// The step of a group whose largest magnitude has these bits: max |x| / 127. Not finite: NaN.
+inline float int8_step(uint32_t largest) {
+  const float step = as_float(largest) / 127.0f;
+  if (largest >= 0x7f800000) return as_float(0x7fc00000);
+  return step > 0x1p-126f ? step : 0x1p-126f;  // a smaller one has no reciprocal
+}
+
+// Rounds a group of one row to int8.
+inline void prepare_int8(const float* x, int size, int8_t* to, int stride, float* scale,
+                         float* sum) {
+  uint32_t largest[kStep] = {}, all = 0;
+  for (int k = 0; k < size; k += kStep) {
+    for (int j = 0; j < kStep; ++j) {
+      const uint32_t magnitude = as_bits(x[k + j]) & 0x7fffffff;
+      largest[j] = magnitude > largest[j] ? magnitude : largest[j];
+    }
+  }
+  for (const uint32_t magnitude : largest) all = magnitude > all ? magnitude : all;
+  *scale = int8_step(all);
+  const float reciprocal = 1.0f / *scale;
+  int32_t total = 0;
+  for (int k = 0; k < size; k += kStep) {
+    int8_t q[kStep];
+    for (int j = 0; j < kStep; ++j) {
+      // Adding 1.5 · 2^23 rounds to a whole number in the last bits.
+      const uint32_t rounded = as_bits(x[k + j] * reciprocal + 0x1.8p23f) - as_bits(0x1.8p23f);
+      q[j] = static_cast<int8_t>(rounded);
+      total += q[j];
+    }
+    memcpy(to + k / kStep * stride, q, kStep);
+  }
+  *sum = static_cast<float>(total);
+}
+
+}  // namespace
+}  // namespace fxquant

@@ -1,0 +1,116 @@
+// Cuts a product into panels of rows and shares of threads.
+#include "linear.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+
+#include <cmath>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace fxquant {
+namespace {
+
+constexpr int64_t kSmall = 1 << 18;  // multiplications for which waking a thread does not pay
+
+bool forked = false;  // OpenMP's threads do not survive a fork
+
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+// Memory that a thread keeps from call to call.
+struct Scratch {
+  void* memory = nullptr;
+  size_t bytes = 0;
+
+  ~Scratch() { free(memory); }
+
+  uint8_t* take(size_t needed) {
+    if (needed > bytes) {
+      free(memory);
+      if (posix_memalign(&memory, 64, needed) != 0) memory = nullptr;
+      bytes = memory ? needed : 0;
+    }
+    return static_cast<uint8_t*>(memory);
+  }
+};
+
+int threads_of(const Call& call) {
+  const int64_t work = call.weight.out_features * call.weight.in_features * call.rows;
+  return forked || work < kSmall ? 1 : call.threads;
+}
+
+bool has_infinite_sum(const Panel& panel, int64_t groups, int row) {
+  for (int64_t g = 0; g < groups; ++g) {
+    if (!std::isfinite(panel.sums[g * panel.rows + row])) return true;
+  }
+  return false;
+}
+
+bool repeat_portably(const Call& call, int64_t row) {
+  const int bytes = call.x_type == Float::f32 ? 4 : 2;
+  Call one = call;
+  one.x = static_cast<const uint8_t*>(call.x) + row * call.weight.in_features * bytes;
+  one.y = static_cast<uint8_t*>(call.y) + row * call.weight.out_features * bytes;
+  one.rows = 1;
+  return linear(one, *portable());
+}
+
+void run(const Call& call, const Kernel& kernel, const Panel& panel, int threads) {
+  const int64_t inputs = panel.tiles * call.weight.groups();
+  const int64_t outputs = call.weight.blocks() * panel.tiles;
+  // Few rows are prepared sooner than a barrier is passed.
+  const bool together = threads > 1 && panel.tiles > 1;
+  if (!together) kernel.prepare(call, panel, 0, inputs);
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int64_t number = omp_get_thread_num(), team = omp_get_num_threads();
+    if (together) {
+      kernel.prepare(call, panel, inputs * number / team, inputs * (number + 1) / team);
+#pragma omp barrier
+    }
+    kernel.multiply(call, panel, outputs * number / team, outputs * (number + 1) / team);
+  }
+#else
+  if (together) kernel.prepare(call, panel, 0, inputs);
+  kernel.multiply(call, panel, 0, outputs);
+#endif
+}
+
+}  // namespace
+
+bool linear(const Call& call, const InstructionSet& set) {
+  const Kernel& kernel = call.int8 ? set.int8_kernel : set.float_kernel;
+  const Weight& weight = call.weight;
+  const int64_t groups = weight.groups(), panels = (call.rows + kPanelRows - 1) / kPanelRows;
+  if (panels == 0) return true;
+  const int64_t height = (call.rows + panels - 1) / panels;
+  const size_t value_bytes = height * groups * weight.group_size * kernel.value_bytes;
+  const size_t grid_bytes = height * groups * sizeof(float);
+
+  static thread_local Scratch scratch;
+  uint8_t* memory = scratch.take(value_bytes + 2 * grid_bytes);
+  if (!memory) return false;
+  auto* scales = reinterpret_cast<float*>(memory + value_bytes);
+  float* sums = scales + height * groups;
+
+  for (int64_t number = 0; number < panels; ++number) {
+    Panel panel{};
+    panel.first_row = call.rows * number / panels;
+    panel.rows = static_cast<int>(call.rows * (number + 1) / panels - panel.first_row);
+    panel.tiles = (panel.rows + kernel.tile_rows - 1) / kernel.tile_rows;
+    panel.values = memory, panel.scales = scales, panel.sums = sums;
+    run(call, kernel, panel, threads_of(call));
+    if (!kernel.sums_may_cancel || weight.symmetric) continue;
+    for (int row = 0; row < panel.rows; ++row) {
+      if (has_infinite_sum(panel, groups, row) && !repeat_portably(call, panel.first_row + row)) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace fxquant

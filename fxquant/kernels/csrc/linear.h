@@ -1,0 +1,92 @@
+// The INT4 matrix product y = x · wᵀ + bias: what is asked for, and what an instruction set offers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fxquant {
+
+constexpr int kColumns = 64;   // outputs of a block: the rows of the weight that are kept together
+constexpr int kStep = 8;       // inputs that share 32-bit lanes
+constexpr int kMaxGroup = 256; // inputs of a group
+constexpr int kPanelRows = 192; // rows of x that are prepared at a time
+
+enum class Float : int { f32, bf16, f16 };
+
+// A weight, cut into blocks of 64 outputs and groups of inputs. A (block, group) is contiguous:
+//   scales       bfloat16 [64]
+//   zero points  float16 [64], absent where every zero point is 8
+//   codes        uint32 [group_size / 8][64]; lane n of a step holds the inputs k .. k + 7 of output
+//                n: byte j has input k + j in its low nibble and input k + 4 + j in its high one
+struct Weight {
+  const uint8_t* data;
+  int64_t out_features;
+  int64_t in_features;
+  int group_size;
+  bool symmetric;
+
+  int64_t groups() const { return (in_features + group_size - 1) / group_size; }
+  int64_t blocks() const { return (out_features + kColumns - 1) / kColumns; }
+  int steps() const { return group_size / kStep; }
+  int64_t group_bytes() const {
+    return kColumns * (symmetric ? 2 : 4) + static_cast<int64_t>(steps()) * kColumns * 4;
+  }
+};
+
+struct Call {
+  Weight weight;
+  bool int8;  // whether activations are rounded to int8, one scale for each row and group
+  const void* x;
+  Float x_type;
+  const void* bias;  // may be null
+  Float bias_type;
+  void* y;  // in the type of x
+  int64_t rows;
+  int threads;
+};
+
+// Some rows of x in the form an instruction set multiplies. They form tiles of almost equal height;
+// within a group, the values of a tile are [step][row of the tile][8].
+struct Panel {
+  int64_t first_row;
+  int rows;
+  int tiles;
+  uint8_t* values;  // [group][row][group_size], int8, bfloat16 or float32
+  float* scales;    // [group][row]: of int8 values
+  float* sums;      // [group][row]: of the values as prepared
+
+  int tile_start(int tile) const {
+    const int base = rows / tiles, extra = rows % tiles;
+    return tile * base + (tile < extra ? tile : extra);
+  }
+};
+
+// One instruction set and kind of activation.
+struct Kernel {
+  int tile_rows;    // at most so many rows in a tile
+  int value_bytes;  // of a prepared value
+  // Whether a zero point other than 8 is taken off as a multiple of Σ x: then an infinite x would
+  // give ∞ − ∞, and its row is left to the portable kernel.
+  bool sums_may_cancel;
+  // Fills the pairs (tile, group) numbered first .. last - 1 of the panel, groups varying fastest.
+  void (*prepare)(const Call&, const Panel&, int64_t first, int64_t last);
+  // Computes the pairs (block, tile) numbered first .. last - 1, tiles varying fastest.
+  void (*multiply)(const Call&, const Panel&, int64_t first, int64_t last);
+};
+
+struct InstructionSet {
+  const char* name;
+  Kernel float_kernel;
+  Kernel int8_kernel;
+};
+
+// Null where the compiler or the CPU does not have it.
+const InstructionSet* avx512();
+const InstructionSet* avx2_vnni();
+const InstructionSet* avx2();
+const InstructionSet* portable();
+
+// False when memory runs out.
+bool linear(const Call& call, const InstructionSet& set);
+
+}  // namespace fxquant

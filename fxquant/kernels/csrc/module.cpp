@@ -1,0 +1,141 @@
+// The Python module. Its only state is the instruction set in use.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "linear.h"
+
+namespace {
+
+using fxquant::InstructionSet;
+
+const InstructionSet* in_use = nullptr;
+
+struct Candidates {
+  const InstructionSet* sets[4] = {fxquant::avx512(), fxquant::avx2_vnni(), fxquant::avx2(),
+                                   fxquant::portable()};
+};
+
+const Candidates& candidates() {
+  static const Candidates all;
+  return all;
+}
+
+PyObject* instruction_sets(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  if (!names) return nullptr;
+  for (const InstructionSet* set : candidates().sets) {
+    if (!set) continue;
+    PyObject* name = PyUnicode_FromString(set->name);
+    if (!name || PyList_Append(names, name) < 0) {
+      Py_XDECREF(name);
+      Py_DECREF(names);
+      return nullptr;
+    }
+    Py_DECREF(name);
+  }
+  return names;
+}
+
+PyObject* use(PyObject*, PyObject* name) {
+  for (const InstructionSet* set : candidates().sets) {
+    if (!set) continue;
+    PyObject* candidate = PyUnicode_FromString(set->name);
+    if (!candidate) return nullptr;
+    const int unequal = PyUnicode_Compare(candidate, name);
+    Py_DECREF(candidate);
+    if (unequal == 0) {
+      in_use = set;
+      Py_RETURN_NONE;
+    }
+  }
+  if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "no such instruction set here");
+  return nullptr;
+}
+
+// A weight [blocks, groups, bytes of a group] for an x of so many columns. Scales and zero points
+// are 128 bytes each, the codes of 8 inputs 256.
+fxquant::Weight weight_of(const void* data, int64_t out, int64_t in, int64_t group_bytes) {
+  constexpr int64_t kGrid = 2 * fxquant::kColumns, kInput = fxquant::kColumns / 2;
+  fxquant::Weight weight{};
+  weight.data = static_cast<const uint8_t*>(data);
+  weight.out_features = out;
+  weight.in_features = in;
+  weight.symmetric = group_bytes % (2 * kGrid) != 0;
+  weight.group_size = static_cast<int>((group_bytes - (weight.symmetric ? 1 : 2) * kGrid) / kInput);
+  return weight;
+}
+
+bool is_sound(const fxquant::Weight& weight, int64_t blocks, int64_t groups) {
+  return weight.out_features > 0 && weight.in_features > 0 && weight.group_size > 0 &&
+         weight.group_size <= fxquant::kMaxGroup && weight.group_size % fxquant::kStep == 0 &&
+         weight.blocks() == blocks && weight.groups() == groups;
+}
+
+// Reads a tuple of ints; false with an error set, or if there are more than 8.
+bool read_shape(PyObject* tuple, int64_t* sizes, Py_ssize_t* count) {
+  *count = PyTuple_Size(tuple);
+  if (*count < 0 || *count > 8) return false;
+  for (Py_ssize_t i = 0; i < *count; ++i) sizes[i] = PyLong_AsLongLong(PyTuple_GetItem(tuple, i));
+  return !PyErr_Occurred();
+}
+
+// linear(x, x_shape, x_type, bias, bias_type, y, weight, weight_shape, out, int8, threads) -> whether
+// the shapes belong together; with addresses as int, and types as 0 (float32), 1 (bfloat16) or
+// 2 (float16).
+PyObject* linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  constexpr Py_ssize_t kCount = 11;
+  if (count != kCount) {
+    PyErr_SetString(PyExc_TypeError, "linear takes 11 arguments");
+    return nullptr;
+  }
+  const auto number = [&](int i) { return PyLong_AsLongLong(arguments[i]); };
+  const auto address = [&](int i) { return reinterpret_cast<void*>(number(i)); };
+  int64_t x_shape[8], weight_shape[8];
+  Py_ssize_t x_dimensions, weight_dimensions;
+  const bool shapes = read_shape(arguments[1], x_shape, &x_dimensions) &&
+                      read_shape(arguments[7], weight_shape, &weight_dimensions);
+  if (PyErr_Occurred()) return nullptr;
+  if (!shapes || x_dimensions == 0 || weight_dimensions != 3) Py_RETURN_FALSE;
+
+  fxquant::Call call{};
+  call.x = address(0);
+  call.x_type = static_cast<fxquant::Float>(number(2));
+  call.bias = address(3);
+  call.bias_type = static_cast<fxquant::Float>(number(4));
+  call.y = address(5);
+  call.rows = 1;
+  for (Py_ssize_t i = 0; i + 1 < x_dimensions; ++i) call.rows *= x_shape[i];
+  call.weight = weight_of(address(6), number(8), x_shape[x_dimensions - 1], weight_shape[2]);
+  call.int8 = number(9) != 0;
+  call.threads = static_cast<int>(number(10));
+  if (PyErr_Occurred()) return nullptr;
+  if (!is_sound(call.weight, weight_shape[0], weight_shape[1])) Py_RETURN_FALSE;
+
+  const InstructionSet* set = in_use;
+  bool done = false;
+  Py_BEGIN_ALLOW_THREADS;
+  done = fxquant::linear(call, *set);
+  Py_END_ALLOW_THREADS;
+  if (!done) return PyErr_NoMemory();
+  Py_RETURN_TRUE;
+}
+
+PyMethodDef methods[] = {
+    {"instruction_sets", instruction_sets, METH_NOARGS,
+     "The names of the instruction sets that this build and this CPU have, fastest first."},
+    {"use", use, METH_O, "Multiply with the instruction set of this name from now on."},
+    {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL,
+     "Compute a product into memory the caller owns."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "The INT4 matrix product in C++.",
+                          -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() {
+  for (const InstructionSet* set : candidates().sets) {
+    if (!in_use) in_use = set;
+  }
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,18 @@
+// FXQUANT_TARGET("...") compiles what follows, up to FXQUANT_END, for more instructions than the
+// rest of the module needs. Only code in anonymous namespaces may follow: the linker keeps one copy
+// of an inline function, and it must not be one that an older CPU cannot run.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FXQUANT_X86 1
+#define FXQUANT_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define FXQUANT_TARGET(features) \
+  FXQUANT_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define FXQUANT_END _Pragma("clang attribute pop")
+#else
+#define FXQUANT_TARGET(features) \
+  _Pragma("GCC push_options") FXQUANT_PRAGMA(GCC target(features))
+#define FXQUANT_END _Pragma("GCC pop_options")
+#endif
+#endif

@@ -1,0 +1,58 @@
+"""A gradient for ops that have none of their own: going back, the weight is dequantized."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fxquant.kernels.interface import LinearSpec
+from fxquant.numerics.weights import Int4Weight
+
+
+class Product(Protocol):
+    """What is needed of a backend."""
+
+    def unpack(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> Int4Weight:
+        """The weight."""
+
+    def product(
+        self, x: Tensor, tensors: tuple[Tensor, ...], spec: LinearSpec, bias: Tensor | None
+    ) -> Tensor:
+        """The product x · weightᵀ + bias, without a gradient."""
+
+
+def needs_gradient(x: Tensor) -> bool:
+    """Whether autograd records what happens to `x`."""
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def multiply_with_gradient(
+    backend: Product, x: Tensor, tensors: tuple[Tensor, ...], spec: LinearSpec, bias: Tensor | None
+) -> Tensor:
+    """The backend's product, bit for bit, with gradients for `x` and `bias`."""
+    return _Multiply.apply(backend, spec, x, bias, *tensors)  # type: ignore[no-untyped-call]
+
+
+class _Multiply(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: Product,
+        spec: LinearSpec,
+        x: Tensor,
+        bias: Tensor | None,
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.backend, ctx.spec, ctx.bias_type = backend, spec, None if bias is None else bias.dtype
+        ctx.save_for_backward(*tensors)
+        return backend.product(x, tensors, spec, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0]
+        weight = ctx.backend.unpack(ctx.saved_tensors, ctx.spec).dequantize()
+        to_x = (gradient.float() @ weight).to(gradient.dtype)
+        to_bias = None
+        if ctx.bias_type is not None:
+            to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_type)
+        return None, None, to_x, to_bias, *[None] * len(ctx.saved_tensors)

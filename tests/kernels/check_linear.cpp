@@ -1,0 +1,165 @@
+// Random products of every instruction set against sums in double, for a run under sanitizers:
+//
+//   g++ -std=c++17 -O1 -g -fopenmp -ffp-contract=off -fsanitize=address,undefined
+//       -fno-sanitize-recover=all -Ifxquant/kernels/csrc tests/kernels/check_linear.cpp
+//       fxquant/kernels/csrc/{linear,avx512,avx2,avx2_vnni,portable}.cpp -o check_linear
+//   ./check_linear 2000
+//
+// Every buffer has exactly the bytes it needs, so that reading or writing beyond one is found.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "linear.h"
+#include "numbers.h"
+
+namespace fxquant {
+namespace {
+
+std::mt19937 random_bits(0);
+
+int pick(int from, int to) { return std::uniform_int_distribution<int>(from, to)(random_bits); }
+
+float normal() { return std::normal_distribution<float>()(random_bits); }
+
+int bytes_of(Float type) { return type == Float::f32 ? 4 : 2; }
+
+// Values as stored in a type, in a buffer without a byte to spare.
+struct Values {
+  Float type;
+  std::vector<uint8_t> data;
+
+  Values(Float type, size_t count) : type(type), data(count * bytes_of(type)) {}
+
+  void set(size_t i, float value) { store_floats(&value, 1, data.data(), type, i); }
+
+  float operator[](size_t i) const {
+    float value;
+    load_floats(data.data(), type, i, 1, &value);
+    return value;
+  }
+};
+
+struct Case {
+  int out, in, rows, group_size;
+  bool symmetric, int8, has_bias;
+  Float x_type, bias_type;
+};
+
+Case random_case() {
+  const int sizes[] = {8, 32, 40, 64, 128, 256};
+  Case c{};
+  c.out = pick(1, 200), c.in = pick(1, 400), c.rows = pick(0, 3) ? pick(0, 14) : pick(180, 400);
+  c.group_size = sizes[pick(0, 5)];
+  c.symmetric = pick(0, 1), c.int8 = pick(0, 1), c.has_bias = pick(0, 1);
+  c.x_type = static_cast<Float>(pick(0, 2)), c.bias_type = static_cast<Float>(pick(0, 2));
+  return c;
+}
+
+// x [in] as the kernel sees it: rounded to int8 by groups, or to bfloat16.
+std::vector<double> seen(const Case& c, const Values& x, int row, bool bf16) {
+  std::vector<double> values(c.in);
+  for (int start = 0; start < c.in; start += c.group_size) {
+    const int end = start + c.group_size < c.in ? start + c.group_size : c.in;
+    float largest = 0;
+    for (int k = start; k < end; ++k) largest = std::fmax(largest, std::fabs(x[row * c.in + k]));
+    const float scale = std::fmax(largest / 127.0f, 0x1p-126f), reciprocal = 1.0f / scale;
+    for (int k = start; k < end; ++k) {
+      const float value = x[row * c.in + k];
+      const double rounded = static_cast<double>(std::nearbyint(value * reciprocal)) * scale;
+      values[k] = c.int8 ? rounded : bf16 ? from_bf16(to_bf16(value)) : value;
+    }
+  }
+  return values;
+}
+
+bool is_right(const Case& c, const InstructionSet& set) {
+  Weight weight{nullptr, c.out, c.in, c.group_size, c.symmetric};
+  std::vector<uint8_t> data(weight.blocks() * weight.groups() * weight.group_bytes());
+  weight.data = data.data();
+  std::vector<double> w(static_cast<size_t>(c.out) * c.in);
+  for (int64_t b = 0; b < weight.blocks(); ++b) {
+    for (int64_t g = 0; g < weight.groups(); ++g) {
+      uint8_t* at = data.data() + (b * weight.groups() + g) * weight.group_bytes();
+      uint8_t* codes = at + (c.symmetric ? 2 : 4) * kColumns;
+      for (int i = 0; i < c.group_size * kColumns / 2; ++i) codes[i] = pick(0, 255);
+      for (int n = 0; n < kColumns; ++n) {
+        const uint16_t scale = to_bf16(normal() * 0.1f), zero_point = to_f16(7.5f + 2 * normal());
+        memcpy(at + 2 * n, &scale, 2);
+        if (!c.symmetric) memcpy(at + 2 * kColumns + 2 * n, &zero_point, 2);
+        for (int k = 0; k < c.group_size; ++k) {
+          const int64_t row = b * kColumns + n, column = g * c.group_size + k;
+          if (row >= c.out || column >= c.in) continue;
+          const uint8_t byte = codes[(k / kStep * kColumns + n) * 4 + k % 4];
+          const int code = k % kStep < 4 ? byte & 15 : byte >> 4;
+          const double zero = c.symmetric ? 8 : from_f16(zero_point);
+          w[row * c.in + column] = from_bf16(scale) * (code - zero);
+        }
+      }
+    }
+  }
+
+  Values x(c.x_type, static_cast<size_t>(c.rows) * c.in), bias(c.bias_type, c.out);
+  Values y(c.x_type, static_cast<size_t>(c.rows) * c.out);
+  for (size_t i = 0; i < static_cast<size_t>(c.rows) * c.in; ++i) x.set(i, normal() + 0.5f);
+  for (int n = 0; n < c.out; ++n) bias.set(n, normal());
+  const void* added = c.has_bias ? bias.data.data() : nullptr;
+  const Call call{weight, c.int8,           x.data.data(), c.x_type, added,
+                  c.bias_type, y.data.data(), c.rows,        pick(1, 3)};
+  if (!linear(call, set)) return false;
+
+  const bool bf16 = set.float_kernel.value_bytes == 2;
+  const double ulp = c.x_type == Float::f32 ? 0x1p-24 : c.x_type == Float::bf16 ? 0x1p-8 : 0x1p-11;
+  for (int row = 0; row < c.rows; ++row) {
+    const std::vector<double> values = seen(c, x, row, bf16);
+    for (int n = 0; n < c.out; ++n) {
+      double expected = c.has_bias ? bias[n] : 0, magnitude = std::fabs(expected);
+      for (int k = 0; k < c.in; ++k) {
+        const double product = values[k] * w[static_cast<size_t>(n) * c.in + k];
+        expected += product, magnitude += std::fabs(product);
+      }
+      const double error = std::fabs(y[static_cast<size_t>(row) * c.out + n] - expected);
+      if (!(error <= 1.01 * ulp * std::fabs(expected) + 3e-6 * magnitude + 1e-7)) return false;
+    }
+  }
+  return true;
+}
+
+// float16 has few enough values to try them all; a bfloat16 is the upper half of a float32.
+bool conversions_are_right() {
+  for (uint32_t half = 0; half < 0x10000; ++half) {
+    const auto bits = static_cast<uint16_t>(half);
+    const float value = from_f16(bits);
+    const bool is_nan = (bits & 0x7fff) > 0x7c00;
+    if (is_nan ? !std::isnan(value) || !std::isnan(from_f16(to_f16(value))) : to_f16(value) != bits)
+      return false;
+    const float upper = from_bf16(bits);
+    if (!std::isnan(upper) && to_bf16(upper) != bits) return false;
+  }
+  return to_f16(65519.0f) == 0x7bff && to_f16(65520.0f) == 0x7c00 && to_f16(0x1p-25f) == 0 &&
+         to_f16(0x1.8p-25f) == 1 && to_f16(1 + 0x1p-11f) == 0x3c00 && to_bf16(1 + 0x1p-8f) == 0x3f80;
+}
+
+}  // namespace
+}  // namespace fxquant
+
+int main(int count, char** arguments) {
+  using namespace fxquant;
+  const int cases = count > 1 ? atoi(arguments[1]) : 200;
+  if (!conversions_are_right()) return printf("a conversion is wrong\n"), 1;
+  for (const InstructionSet* set : {avx512(), avx2_vnni(), avx2(), portable()}) {
+    if (!set) continue;
+    for (int i = 0; i < cases; ++i) {
+      const Case c = random_case();
+      if (is_right(c, *set)) continue;
+      printf("%s is wrong: out %d in %d rows %d group %d symmetric %d int8 %d types %d %d\n",
+             set->name, c.out, c.in, c.rows, c.group_size, c.symmetric, c.int8,
+             static_cast<int>(c.x_type), c.has_bias ? static_cast<int>(c.bias_type) : -1);
+      return 1;
+    }
+    printf("%s: %d random products are right\n", set->name, cases);
+  }
+  return 0;
+}

@@ -1,0 +1,270 @@
+"""The C++ kernel. Without a compiler it is not built, and these tests have no instruction sets."""
+
+import concurrent.futures
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxquant.algorithms.rtn import round_to_nearest
+from fxquant.errors import OptionError
+from fxquant.kernels import native
+from fxquant.kernels.choose import choose_backend
+from fxquant.kernels.interface import LinearSpec
+from fxquant.kernels.native import LINEAR_INT4, NATIVE, NOT_BUILT
+from fxquant.kernels.native_layout import to_blocks
+from fxquant.kernels.reference import quantize_tokens
+
+CPU = torch.device("cpu")
+SETS = native._native.instruction_sets() if NOT_BUILT is None else []
+ULP = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+FLOATS = st.sampled_from(list(ULP))
+every_set = pytest.mark.parametrize("instructions", SETS)
+both_grids = pytest.mark.parametrize("symmetric", [True, False])
+both_activations = pytest.mark.parametrize("activation", ["float", "int8"])
+
+
+@pytest.fixture(autouse=True)
+def _fastest_set_afterwards():
+    yield
+    for name in SETS[:1]:
+        native._native.use(name)
+
+
+def layer(o, i, group_size=32, symmetric=True, activation="float"):
+    spec = LinearSpec(o, i, group_size, symmetric, activation)
+    weight = round_to_nearest(torch.randn(o, i), group_size=group_size, symmetric=symmetric)
+    return spec, weight, NATIVE.pack(weight, spec)
+
+
+@given(
+    o=st.integers(1, 200),
+    i=st.integers(1, 300),
+    rows=st.integers(0, 20) | st.just(200),
+    group_size=st.sampled_from([8, 32, 40, 64, 128, 256]),
+    symmetric=st.booleans(),
+    activation=st.sampled_from(["float", "int8"]),
+    dtype=FLOATS,
+    bias_dtype=st.none() | FLOATS,
+    zero_row=st.booleans(),
+    size=st.sampled_from([1e-3, 1.0, 100.0]),
+)
+@settings(max_examples=150, deadline=None)
+def test_every_instruction_set_computes_what_float64_computes(
+    o, i, rows, group_size, symmetric, activation, dtype, bias_dtype, zero_row, size
+):
+    spec, weight, tensors = layer(o, i, group_size, symmetric, activation)
+    x = (torch.randn(rows, i) * size + size / 2).to(dtype)
+    if rows and zero_row:
+        x[0] = 0
+    bias = None if bias_dtype is None else torch.randn(o).to(bias_dtype)
+    added = torch.zeros(o) if bias is None else bias
+    w = weight.dequantize().double()
+    for instructions in SETS:
+        native._native.use(instructions)
+        seen = x.bfloat16() if instructions == "avx512" else x
+        if activation == "int8":
+            seen = quantize_tokens(x.float(), group_size)
+        expected = seen.double() @ w.T + added
+        magnitude = seen.double().abs() @ w.abs().T + added.abs()
+        y = NATIVE.matmul(x, tensors, spec, bias)
+        assert y.dtype == dtype
+        error = (y.double() - expected).abs()
+        allowed = 1.01 * ULP[dtype] * expected.abs() + 3e-6 * magnitude + 1e-7
+        assert (error <= allowed).all(), instructions
+
+
+@every_set
+@both_grids
+@both_activations
+def test_a_row_does_not_depend_on_its_batch_or_on_threads(instructions, symmetric, activation):
+    native._native.use(instructions)
+    spec, _, tensors = layer(320, 1024, 128, symmetric, activation)
+    x = torch.randn(40, 1024)
+    together = NATIVE.matmul(x, tensors, spec)
+    assert torch.equal(together, NATIVE.matmul(x, tensors, spec))
+    for rows in (1, 3, 6, 7, 39):
+        assert torch.equal(NATIVE.matmul(x[:rows], tensors, spec), together[:rows])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = NATIVE.matmul(x, tensors, spec)
+    torch.set_num_threads(threads)
+    assert torch.equal(alone, together)
+
+
+@every_set
+@both_grids
+@pytest.mark.parametrize("bad", [[torch.nan], [torch.inf], [-torch.inf], [torch.inf, -torch.inf]])
+def test_nan_and_infinity_pass_as_through_a_float_linear(instructions, symmetric, bad):
+    native._native.use(instructions)
+    spec, weight, tensors = layer(70, 96, 32, symmetric)
+    x = torch.randn(3, 96)
+    x[1, 40 : 40 + len(bad)] = torch.tensor(bad)
+    y, expected = NATIVE.matmul(x, tensors, spec), F.linear(x, weight.dequantize())
+    torch.testing.assert_close(y[1], expected[1], equal_nan=True)
+    torch.testing.assert_close(y[[0, 2]], expected[[0, 2]], rtol=1e-2, atol=5e-2)
+
+
+@every_set
+@both_grids
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_int8_activations_turn_what_is_not_finite_into_nan(instructions, symmetric, bad):
+    native._native.use(instructions)
+    spec, _, tensors = layer(70, 96, 32, symmetric, "int8")
+    x = torch.randn(3, 96)
+    clean = NATIVE.matmul(x, tensors, spec)
+    x[1, 40] = bad
+    y = NATIVE.matmul(x, tensors, spec)
+    assert y[1].isnan().all()
+    assert torch.equal(y[[0, 2]], clean[[0, 2]])
+
+
+@every_set
+def test_values_at_the_ends_of_a_type_survive(instructions):
+    native._native.use(instructions)
+    spec, weight, tensors = layer(64, 32)
+    for dtype in ULP:
+        info = torch.finfo(dtype)
+        row = torch.tensor([info.tiny, info.max / 1e4, 0.0, -info.max / 1e4]).to(dtype)
+        x = row.repeat(8)[None]
+        y = NATIVE.matmul(x, tensors, spec)
+        expected = x.double() @ weight.dequantize().double().T
+        assert torch.allclose(y.double(), expected, rtol=2e-2, atol=1e-2 * info.max / 1e4)
+
+
+@pytest.mark.parametrize("instructions", SETS[:1])
+@both_activations
+def test_the_op_is_registered_properly(instructions, activation):
+    spec, _, (packed,) = layer(48, 96, 64)
+    for bias in (None, torch.randn(48)):
+        arguments = (torch.randn(2, 3, 96), packed, bias, spec.out_features, activation == "int8")
+        torch.library.opcheck(LINEAR_INT4, arguments)
+
+
+@pytest.mark.parametrize("instructions", SETS[:1])
+def test_tracers_transforms_and_modes_see_the_op(instructions):
+    spec, _, tensors = layer(48, 96, 64)
+    x = torch.randn(4, 96)
+    expected = NATIVE.matmul(x, tensors, spec)
+
+    def product(value):
+        return NATIVE.matmul(value, tensors, spec)
+
+    assert LINEAR_INT4 in {node.target for node in make_fx(product)(x).graph.nodes}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates the tracer
+        traced = torch.jit.trace(product, (torch.zeros_like(x),), check_trace=False)
+    assert torch.equal(traced(x), expected)
+    assert torch.equal(torch.func.functionalize(product)(x), expected)
+    assert torch.equal(torch.vmap(product)(x[:, None])[:, 0], expected)
+    with torch.inference_mode():
+        assert torch.equal(product(x), expected)
+    assert product(x.to("meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("instructions", SETS[:1])
+def test_inputs_of_any_stride_and_shape_are_read_rightly(instructions):
+    spec, _, tensors = layer(48, 96, 64)
+    x = torch.randn(96, 5).T
+    expected = NATIVE.matmul(x.contiguous(), tensors, spec)
+    assert torch.equal(NATIVE.matmul(x, tensors, spec), expected)
+    assert torch.equal(NATIVE.matmul(x.expand(2, 5, 96), tensors, spec)[1], expected)
+    assert torch.equal(NATIVE.matmul(x[0], tensors, spec), expected[0])
+    assert NATIVE.matmul(x[:0], tensors, spec).shape == (0, 48)
+    bias = torch.randn(96)[::2]
+    torch.testing.assert_close(NATIVE.matmul(x, tensors, spec, bias), expected + bias)
+    torch.testing.assert_close(NATIVE.matmul(x, tensors, spec, bias.double()), expected + bias)
+
+
+@pytest.mark.parametrize("instructions", SETS[:1])
+def test_threads_of_python_may_multiply_at_once(instructions):
+    spec, _, tensors = layer(256, 512, 128)
+    inputs = [torch.randn(rows, 512) for rows in (1, 9, 30, 64) for _ in range(8)]
+    expected = [NATIVE.matmul(x, tensors, spec) for x in inputs]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda x: NATIVE.matmul(x, tensors, spec), inputs))
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+FORKING = """
+import os, warnings
+import torch
+from fxquant.kernels.interface import LinearSpec
+from fxquant.kernels.native import NATIVE
+from fxquant.algorithms.rtn import round_to_nearest
+
+warnings.simplefilter("ignore")  # Python warns of forks in threaded processes
+torch.set_num_threads(2)
+spec = LinearSpec(512, 512, 128, True)
+tensors = NATIVE.pack(round_to_nearest(torch.randn(512, 512)), spec)
+x = torch.randn(64, 512)
+before = NATIVE.matmul(x, tensors, spec)  # OpenMP's threads exist now
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(NATIVE.matmul(x, tensors, spec), before) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert torch.equal(NATIVE.matmul(x, tensors, spec), before)
+"""
+
+
+@pytest.mark.parametrize("instructions", SETS[:1])
+def test_a_forked_process_multiplies_too(instructions):
+    subprocess.run([sys.executable, "-c", FORKING], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("instructions", SETS[:1])
+def test_arguments_that_do_not_fit_say_what_to_give(instructions):
+    spec, _, tensors = layer(48, 96, 64)
+    remedy = "Give x the in_features, and bias the out_features, of the layer"
+    with pytest.raises(OptionError, match=r"x \[2, 200\].*" + remedy):
+        NATIVE.matmul(torch.randn(2, 200), tensors, spec)
+    with pytest.raises(OptionError, match=r"bias \[47\].*" + remedy):
+        NATIVE.matmul(torch.randn(2, 96), tensors, spec, torch.randn(47))
+    with pytest.raises(OptionError, match=r"torch.float64 x.*needed a float32, bfloat16 or"):
+        NATIVE.matmul(torch.randn(2, 96).double(), tensors, spec)
+    with pytest.raises(OptionError, match=r"weight \[3, 1000\]"):
+        NATIVE.matmul(torch.randn(2, 96), (torch.zeros(3, 1000, dtype=torch.uint8),), spec)
+    with pytest.raises(ValueError, match="no such instruction set"):
+        native._native.use("mmx")
+
+
+@both_grids
+def test_the_layout_takes_little_more_than_four_bits(symmetric):
+    weight = round_to_nearest(torch.randn(256, 1024), symmetric=symmetric)
+    assert to_blocks(weight).nbytes * 8 / (256 * 1024) == (4.125 if symmetric else 4.25)
+
+
+@pytest.mark.parametrize("instructions", SETS[:1])
+def test_it_comes_first_for_both_kinds_of_activations(instructions):
+    for activation in ("float", "int8"):
+        spec = LinearSpec(64, 96, 64, True, activation)
+        assert choose_backend(spec, CPU)[0].name == "native"
+
+
+def test_it_says_what_it_does_not_serve():
+    assert "not on cuda" in NATIVE.unsupported(LinearSpec(8, 8, 8, True), torch.device("cuda"))
+    assert "group_size is 20" in NATIVE.unsupported(LinearSpec(8, 40, 20, True), CPU)
+    assert "group_size is 512" in NATIVE.unsupported(LinearSpec(8, 512, 512, True), CPU)
+
+
+def test_an_extension_that_is_missing_or_wrong_is_not_used(monkeypatch):
+    monkeypatch.setattr(native, "NOT_BUILT", "it was not built when fxquant was installed (x)")
+    assert native.find_fault() == "it was not built when fxquant was installed (x)"
+    monkeypatch.setattr(native, "FAULT", native.find_fault())
+    spec = LinearSpec(64, 96, 64, True)
+    backend, reasons = choose_backend(spec, CPU)
+    assert backend.name == "aten"
+    assert "not built" in reasons["native"]
+
+
+@pytest.mark.parametrize("instructions", SETS[:1])
+def test_wrong_results_are_found_when_fxquant_is_imported(instructions, monkeypatch):
+    assert native.find_fault() is None
+    monkeypatch.setattr(native._native, "linear", lambda *arguments: True)
+    assert "wrong results" in native.find_fault()
