@@ -55,7 +55,7 @@ def layer(o, i, group_size=32, symmetric=True, activation="float"):
     zero_row=st.booleans(),
     size=st.sampled_from([1e-3, 1.0, 100.0]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=1000, deadline=None)
 def test_every_instruction_set_computes_what_float64_computes(
     o, i, rows, group_size, symmetric, activation, dtype, bias_dtype, zero_row, size
 ):
