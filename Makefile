@@ -38,7 +38,7 @@ $(SANITIZED): tests/kernels/check_linear.cpp $(KERNEL) $(wildcard $(CSRC)/*.h)
 	    -I$(CSRC) $(filter %.cpp,$^) -o $@
 
 benchmark: $(VENV)/installed-dev
-	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/linear.py
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/int4.py
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/quantizing.py
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/sensitivity.py
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/accuracy.py
