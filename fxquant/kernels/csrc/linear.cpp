@@ -13,7 +13,9 @@
 namespace fxquant {
 namespace {
 
-constexpr int64_t kSmall = 1 << 18;  // multiplications for which waking a thread does not pay
+// Work for which waking a thread (50 microseconds, if it sleeps) does not pay, in multiplications;
+// reading and unpacking a weight costs as much as kUnpack of them.
+constexpr int64_t kSmall = 1 << 24, kUnpack = 6;
 
 bool forked = false;  // OpenMP's threads do not survive a fork
 
@@ -37,7 +39,8 @@ struct Scratch {
 };
 
 int threads_of(const Call& call) {
-  const int64_t work = call.weight.out_features * call.weight.in_features * call.rows;
+  const int64_t weights = call.weight.out_features * call.weight.in_features;
+  const int64_t work = weights * (kUnpack + call.rows);
   return forked || work < kSmall ? 1 : call.threads;
 }
 
