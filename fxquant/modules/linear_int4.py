@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import OptionError, check_choice
+from fxquant.errors import OptionError
 from fxquant.kernels.choose import choose_backend
 from fxquant.kernels.interface import LinearSpec
 from fxquant.modules.linear import QuantizedLinear, add_bias, check_linear, detached
@@ -17,8 +17,6 @@ from fxquant.numerics.weights import (
     Int4Weight,
     quantize_weight_int4,
 )
-
-ACTIVATIONS = ("float", "int8")
 
 
 class QuantizedLinearInt4(QuantizedLinear):
@@ -38,12 +36,11 @@ class QuantizedLinearInt4(QuantizedLinear):
     _zero_points: Tensor
 
     def __init__(self, weight: Int4Weight, bias: Tensor | None, activation: str = "float") -> None:
-        super().__init__(weight.in_features, weight.packed.shape[0], bias)
+        super().__init__(weight.in_features, weight.packed.shape[0], bias, activation)
         self.group_size, self.symmetric = weight.group_size, weight.symmetric
         self.register_buffer("_packed_weight", weight.packed.contiguous())
         self.register_buffer("_scales", detached(weight.scales, SCALE_DTYPE))
         self.register_buffer("_zero_points", _compact_zero_points(weight))
-        self._activation = activation
         self._prepare()
 
     @classmethod
@@ -65,17 +62,6 @@ class QuantizedLinearInt4(QuantizedLinear):
         packed = quantize_weight_int4(linear.weight.detach(), group_size, symmetric)
         weight = Int4Weight(*packed, group_size, linear.in_features, symmetric)
         return cls(weight, linear.bias)
-
-    @property
-    def activation(self) -> str:
-        """`"float"`, or `"int8"`: activations quantized on the fly, a scale a token and group."""
-        return self._activation
-
-    @activation.setter
-    def activation(self, value: str) -> None:
-        check_choice("activation", value, ACTIVATIONS)
-        self._activation = value
-        self._prepare()
 
     @property
     def backend(self) -> str:
