@@ -62,7 +62,7 @@ def parse_method(method: str, *, has_data: bool) -> Recipe:
                 "method",
                 found=f"{step!r} without calibration data",
                 needed="'rtn', 'hqq', 'best' or 'auto'",
-                remedy="Pass data to static_quantize, or use method='auto'.",
+                remedy="Pass data to static_quantize, or use method='rtn'.",
             )
     roundings = [step for step in steps if step in ROUNDINGS]
     scalings = tuple(step for step in steps if step in SCALINGS)
