@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-browser lint benchmark wheel clean
+.PHONY: demo test test-browser lint sanitize benchmark wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/fxquant demo
@@ -21,6 +21,21 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The C++ kernel on random products, checked against double, under two sanitizers. libgomp's own
+# memory would count as leaked.
+SANITIZED := build/sanitize/check_linear
+CSRC := fxquant/kernels/csrc
+KERNEL := $(filter-out $(CSRC)/module.cpp,$(wildcard $(CSRC)/*.cpp))
+
+sanitize: $(SANITIZED)
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive $< 500
+
+$(SANITIZED): tests/kernels/check_linear.cpp $(KERNEL) $(wildcard $(CSRC)/*.h)
+	mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -g -fopenmp -ffp-contract=off -Wall -Wextra \
+	    -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all \
+	    -I$(CSRC) $(filter %.cpp,$^) -o $@
 
 benchmark: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/linear.py

@@ -9,6 +9,7 @@ def linear(
     y: int,
     weight: int,
     weight_shape: tuple[int, ...],
+    in_features: int,
     out_features: int,
     int8: bool,
     threads: int,

@@ -89,8 +89,8 @@ class AtenBackend:
         spec: LinearSpec,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """Multiply through bfloat16 activations; a gradient of `x` does not change the bits."""
-        if needs_gradient(x):
+        """Multiply through bfloat16 activations; a gradient does not change the bits."""
+        if needs_gradient(x, bias):
             return multiply_with_gradient(self, x, tensors, spec, bias)
         return self.product(x, tensors, spec, bias)
 

@@ -23,6 +23,7 @@ def is_plain(x: Tensor) -> bool:
         and type(x) is Tensor
         and x.is_cpu
         and not torch.compiler.is_compiling()
+        and not x.is_neg()  # a view whose memory holds -x
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not is_in_torch_dispatch_mode()
         and transform_level() is None

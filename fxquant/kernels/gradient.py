@@ -21,9 +21,20 @@ class Product(Protocol):
         """The product x · weightᵀ + bias, without a gradient."""
 
 
-def needs_gradient(x: Tensor) -> bool:
-    """Whether autograd records what happens to `x`."""
-    return x.requires_grad and torch.is_grad_enabled()
+def needs_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd records what happens to `x` or `bias`."""
+    has_gradient = x.requires_grad or (bias is not None and bias.requires_grad)
+    return has_gradient and torch.is_grad_enabled()
+
+
+def gradients_of_linear(
+    gradient: Tensor, weight: Tensor, bias_type: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """From the gradient of y [..., out], those of x [..., in] and, given its dtype, of the bias."""
+    to_x = (gradient.float() @ weight).to(gradient.dtype)
+    if bias_type is None:
+        return to_x, None
+    return to_x, gradient.reshape(-1, gradient.shape[-1]).float().sum(0).to(bias_type)
 
 
 def multiply_with_gradient(
@@ -49,10 +60,6 @@ class _Multiply(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0]
         weight = ctx.backend.unpack(ctx.saved_tensors, ctx.spec).dequantize()
-        to_x = (gradient.float() @ weight).to(gradient.dtype)
-        to_bias = None
-        if ctx.bias_type is not None:
-            to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_type)
+        to_x, to_bias = gradients_of_linear(gradients[0], weight, ctx.bias_type)
         return None, None, to_x, to_bias, *[None] * len(ctx.saved_tensors)

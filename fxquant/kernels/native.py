@@ -5,14 +5,16 @@ serve. W4A16 multiplies bfloat16 (float32 with AVX2 and without both), W4A8 int8
 float32 and read one layout. A row's result does not depend on the other rows or on the threads.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fxquant.errors import OptionError
 from fxquant.kernels.eager import is_plain
-from fxquant.kernels.gradient import multiply_with_gradient, needs_gradient
+from fxquant.kernels.gradient import gradients_of_linear, needs_gradient
 from fxquant.kernels.interface import LinearSpec
-from fxquant.kernels.native_layout import from_blocks, to_blocks
+from fxquant.kernels.native_layout import from_blocks, spec_of_blocks, to_blocks
 from fxquant.kernels.reference import REFERENCE
 from fxquant.numerics.weights import Int4Weight, quantize_weight_int4
 
@@ -26,17 +28,25 @@ else:
 LARGEST_GROUP = 256
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+NEEDED = "a float32, bfloat16 or float16 x and a weight packed for its last dimension"
+REMEDY = "Give x the in_features, and bias the out_features, of the layer."
+
 _LIBRARY = torch.library.Library("fxquant", "DEF")
 _LIBRARY.define(
-    "linear_int4(Tensor x, Tensor weight, Tensor? bias, int out_features, bool int8_activations)"
-    " -> Tensor"
+    "linear_int4(Tensor x, Tensor weight, Tensor? bias, int in_features, int out_features,"
+    " bool int8_activations) -> Tensor"
 )
 
 
-@torch.library.impl(_LIBRARY, "linear_int4", "CPU")
-def _linear_int4(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, int8_activations: bool
+def _multiply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    int8_activations: bool,
 ) -> Tensor:
+    """The op, for a weight and a bias that a layer owns: where they lie is not checked."""
     x = x.contiguous()
     shape, x_type = x.shape, FLOAT_TYPES.get(x.dtype)
     y = x.new_empty(*shape[:-1], out_features)  # separate ints parse faster than a tuple
@@ -57,6 +67,7 @@ def _linear_int4(
             y.data_ptr(),
             weight.data_ptr(),
             weight.shape,
+            in_features,
             out_features,
             int8_activations,
             torch.get_num_threads(),
@@ -65,20 +76,68 @@ def _linear_int4(
         raise OptionError(
             "fxquant::linear_int4",
             found=f"{x.dtype} x {list(shape)}, weight {list(weight.shape)} and bias "
-            f"{None if bias is None else list(bias.shape)} for {out_features} outputs",
-            needed="a float32, bfloat16 or float16 x and a weight packed for its last dimension",
-            remedy="Give x the in_features, and bias the out_features, of the layer.",
+            f"{None if bias is None else list(bias.shape)} for {in_features} inputs and "
+            f"{out_features} outputs",
+            needed=NEEDED,
+            remedy=REMEDY,
         )
     return y
 
 
-def _linear_int4_shape(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, int8_activations: bool
+@torch.library.impl(_LIBRARY, "linear_int4", "CPU")
+def _linear_int4(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    int8_activations: bool,
 ) -> Tensor:
+    """The op for any caller, as an exported program that runs where nothing was built."""
+    if not weight.is_cpu or weight.dtype != torch.uint8 or not (bias is None or bias.is_cpu):
+        raise OptionError(
+            "fxquant::linear_int4",
+            found=f"a {weight.dtype} weight on {weight.device} and a bias on "
+            f"{None if bias is None else bias.device}",
+            needed="a torch.uint8 weight and a bias on the CPU",
+            remedy="Move the layer to the device of x.",
+        )
+    if NOT_BUILT is not None:
+        spec = spec_of_blocks(weight, in_features, out_features, int8_activations)
+        return REFERENCE.matmul(x, REFERENCE.pack(from_blocks(weight, spec), spec), spec, bias)
+    weight = weight.contiguous()
+    return _multiply(x, weight, bias, in_features, out_features, int8_activations)
+
+
+def _linear_int4_shape(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    int8_activations: bool,
+) -> Tensor:
+    torch._check(x.shape[-1] == in_features, lambda: f"x {list(x.shape)}. {REMEDY}")
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, bias, in_features, out_features, int8_activations = inputs
+    ctx.save_for_backward(weight)
+    ctx.spec = spec_of_blocks(weight, in_features, out_features, int8_activations)
+    ctx.bias_type = None if bias is None else bias.dtype
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    weight = from_blocks(ctx.saved_tensors[0], ctx.spec).dequantize()
+    to_x, to_bias = gradients_of_linear(gradient, weight, ctx.bias_type)
+    return to_x, None, to_bias, None, None, None
+
+
 torch.library.register_fake("fxquant::linear_int4", _linear_int4_shape, lib=_LIBRARY)
+torch.library.register_autograd(
+    "fxquant::linear_int4", _gradients, setup_context=_keep_for_gradient, lib=_LIBRARY
+)
 LINEAR_INT4 = torch.ops.fxquant.linear_int4.default
 
 
@@ -93,6 +152,8 @@ class NativeBackend:
             return f"it runs on CPUs, not on {device.type}"
         if spec.group_size % 8 or spec.group_size > LARGEST_GROUP:
             return f"group_size is {spec.group_size}, not a multiple of 8 up to {LARGEST_GROUP}"
+        if FAULT is None and spec.activation == "float" and not IS_VECTORIZED:
+            return "it has nothing for this CPU, which torch's own op may know"
         return FAULT
 
     def pack(self, weight: Int4Weight, spec: LinearSpec) -> tuple[Tensor, ...]:
@@ -110,17 +171,11 @@ class NativeBackend:
         spec: LinearSpec,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """Multiply; a gradient of `x` does not change the bits."""
-        if needs_gradient(x):
-            return multiply_with_gradient(self, x, tensors, spec, bias)
-        return self.product(x, tensors, spec, bias)
-
-    def product(
-        self, x: Tensor, tensors: tuple[Tensor, ...], spec: LinearSpec, bias: Tensor | None
-    ) -> Tensor:
-        """Call the op."""
-        call = _linear_int4 if is_plain(x) else LINEAR_INT4
-        return call(x, tensors[0], bias, spec.out_features, spec.activation == "int8")
+        """Call the op, past the dispatcher where that changes nothing."""
+        call = _multiply if is_plain(x) and not needs_gradient(x, bias) else LINEAR_INT4
+        return call(
+            x, tensors[0], bias, spec.in_features, spec.out_features, spec.activation == "int8"
+        )
 
 
 NATIVE = NativeBackend()
@@ -144,4 +199,5 @@ def find_fault() -> str | None:
     return None
 
 
+IS_VECTORIZED = NOT_BUILT is None and _native.instruction_sets() != ["portable"]
 FAULT = find_fault()  # once: later calls may run under a fake or meta device

@@ -51,6 +51,17 @@ def from_blocks(blocks: Tensor, spec: LinearSpec) -> Int4Weight:
     )
 
 
+def spec_of_blocks(
+    blocks: Tensor, in_features: int, out_features: int, int8_activations: bool
+) -> LinearSpec:
+    """What `to_blocks` was given: a group has 128 bytes of scales and 32 for each input."""
+    size = int(blocks.shape[2])  # a tracer fixes it
+    symmetric = size % (4 * BLOCK) != 0
+    group_size = (size - 2 * BLOCK * (1 if symmetric else 2)) // (BLOCK // 2)
+    activation = "int8" if int8_activations else "float"
+    return LinearSpec(out_features, in_features, group_size, symmetric, activation)
+
+
 def _grid_to_blocks(values: Tensor, dtype: torch.dtype, rows: int) -> Tensor:
     grid = F.pad(values, (0, 0, 0, rows)).to(dtype).unflatten(0, (-1, BLOCK)).transpose(1, 2)
     return grid.contiguous().view(torch.uint8)

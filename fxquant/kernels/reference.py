@@ -22,13 +22,18 @@ class ReferenceBackend:
 
     def pack(self, weight: Int4Weight, spec: LinearSpec) -> tuple[Tensor, ...]:
         """The saved layout itself."""
-        return weight.packed, weight.scales, weight.zero_points
+        return weight.to_saved()
 
     def unpack(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> Int4Weight:
         """The saved layout itself."""
         packed, scales, zero_points = tensors
         return Int4Weight(
-            packed, scales, zero_points, spec.group_size, spec.in_features, spec.symmetric
+            packed,
+            scales.float(),
+            zero_points.float(),
+            spec.group_size,
+            spec.in_features,
+            spec.symmetric,
         )
 
     def matmul(

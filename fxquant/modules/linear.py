@@ -75,6 +75,12 @@ class QuantizedLinear(nn.Module):
         return self
 
 
+def moved_only(fn: Any, tensor: Tensor) -> Tensor:
+    """What `fn` makes of `tensor`, without a change of dtype."""
+    new: Tensor = fn(tensor)
+    return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+
 def check_linear(linear: object) -> nn.Linear:
     """`linear` itself, or a `WeightError` if it is no Linear layer."""
     if isinstance(linear, nn.Linear):

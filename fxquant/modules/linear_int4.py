@@ -6,42 +6,37 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import OptionError
-from fxquant.kernels.choose import choose_backend
+from fxquant.kernels.choose import choose_backend, explain_backend
 from fxquant.kernels.interface import LinearSpec
-from fxquant.modules.linear import QuantizedLinear, add_bias, check_linear, detached
+from fxquant.modules.linear import QuantizedLinear, check_linear, moved_only
 from fxquant.numerics.grouping import group_count
-from fxquant.numerics.weights import (
-    SCALE_DTYPE,
-    SYMMETRIC_ZERO_POINT,
-    ZERO_POINT_DTYPE,
-    Int4Weight,
-    quantize_weight_int4,
-)
+from fxquant.numerics.weights import SYMMETRIC_ZERO_POINT, Int4Weight, quantize_weight_int4
+
+SAVED = ("_packed_weight", "_scales", "_zero_points")  # in a state_dict
 
 
 class QuantizedLinearInt4(QuantizedLinear):
     """`nn.Linear` with weights x ≈ scale · (q − zero_point), q in 0..15, one scale a group.
 
+    Only the layout of the layer's kernel is in memory, about 4.2 bits a weight. The layout that
+    files and `state_dict` hold is derived from it, exactly, whenever one of these is read:
+
+    - `_packed_weight`: uint8 [out, ceil(in / 2)], low nibble first.
+    - `_scales`: bfloat16 [out, groups].
+    - `_zero_points`: float16 [out, groups]; symmetric weights share one element, 8.
+
     Attributes:
-        _packed_weight: uint8 [out, ceil(in / 2)], low nibble first.
-        _scales: bfloat16 [out, groups].
-        _zero_points: float16 [out, groups]; symmetric weights share one element, 8.
         group_size: columns a group; the last group may be short.
         symmetric: whether every zero point is 8.
     """
 
     bits = 4
-    _packed_weight: Tensor
-    _scales: Tensor
-    _zero_points: Tensor
 
     def __init__(self, weight: Int4Weight, bias: Tensor | None, activation: str = "float") -> None:
         super().__init__(weight.in_features, weight.packed.shape[0], bias, activation)
         self.group_size, self.symmetric = weight.group_size, weight.symmetric
-        self.register_buffer("_packed_weight", weight.packed.contiguous())
-        self.register_buffer("_scales", detached(weight.scales, SCALE_DTYPE))
-        self.register_buffer("_zero_points", _compact_zero_points(weight))
-        self._prepare()
+        self._kernel_names: tuple[str, ...] = ()
+        self._hold(weight)
 
     @classmethod
     def from_float(
@@ -63,10 +58,26 @@ class QuantizedLinearInt4(QuantizedLinear):
         weight = Int4Weight(*packed, group_size, linear.in_features, symmetric)
         return cls(weight, linear.bias)
 
+    def _prepare(self) -> None:
+        """Go on with the kernel for the present kind of activation."""
+        backend, _ = choose_backend(self._current_spec(), self._device)
+        if backend.name == self.backend:
+            self._spec = self._current_spec()  # every kind of activation reads one layout
+        else:
+            self._hold(self.int4_weight)
+
     @property
     def backend(self) -> str:
         """The name of the kernel this layer uses."""
         return self._backend.name
+
+    def explain_backend(self) -> dict[str, str]:
+        """For each backend, in order of preference, why this layer uses it or does not.
+
+        Raises:
+            OptionError: the environment variable FXQUANT_BACKEND names no backend that serves it.
+        """
+        return explain_backend(self._spec, self._device)
 
     @property
     def weight(self) -> Tensor:
@@ -75,48 +86,113 @@ class QuantizedLinearInt4(QuantizedLinear):
 
     @property
     def int4_weight(self) -> Int4Weight:
-        """The integers with their scales and zero points."""
-        return Int4Weight(
-            self._packed_weight,
-            self._scales.float(),
-            self._zero_points.float(),
-            self.group_size,
-            self.in_features,
-            self.symmetric,
-        )
+        """The integers with their scales and zero points, derived from the kernel's layout."""
+        return self._backend.unpack(self._kernel_tensors(), self._spec)
+
+    @property
+    def _packed_weight(self) -> Tensor:
+        return self.int4_weight.to_saved()[0]
+
+    @property
+    def _scales(self) -> Tensor:
+        return self.int4_weight.to_saved()[1]
+
+    @property
+    def _zero_points(self) -> Tensor:
+        return self.int4_weight.to_saved()[2]
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of the weight in a file."""
+        groups = self.out_features * group_count(self.in_features, self.group_size)
+        zero_points = 1 if self.symmetric else groups
+        return self.out_features * -(-self.in_features // 2) + 2 * groups + 2 * zero_points
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [..., in], float32, bfloat16 or float16, to [..., out] of the same dtype."""
-        tensors = tuple(getattr(self, name) for name in self._kernel_names)
-        return add_bias(self._backend.matmul(x, tensors, self._spec), self.bias)
+        return self._backend.matmul(x, self._kernel_tensors(), self._spec, self._buffers["bias"])
 
-    def _prepare(self) -> None:
-        """Choose a kernel and derive its layout; it is never saved."""
-        self._spec = LinearSpec(
+    @property
+    def _device(self) -> torch.device:
+        return self._kernel_tensors()[0].device
+
+    def _kernel_tensors(self) -> tuple[Tensor, ...]:
+        buffers: dict[str, Any] = self._buffers  # sooner read than attributes of a module
+        return tuple([buffers[name] for name in self._kernel_names])
+
+    def _current_spec(self) -> LinearSpec:
+        return LinearSpec(
             out_features=self.out_features,
             in_features=self.in_features,
             group_size=self.group_size,
             symmetric=self.symmetric,
             activation=self._activation,
         )
-        self._backend, _ = choose_backend(self._spec, self._packed_weight.device)
-        layout = self._backend.pack(self.int4_weight, self._spec)
+
+    def _hold(self, weight: Int4Weight) -> None:
+        """Choose a kernel and keep `weight` in its layout."""
+        self._spec = self._current_spec()
+        self._backend, _ = choose_backend(self._spec, weight.packed.device)
+        for name in self._kernel_names:
+            del self._buffers[name]
+        layout = self._backend.pack(weight, self._spec)
         self._kernel_names = tuple(f"_kernel_{i}" for i in range(len(layout)))
         for name, tensor in zip(self._kernel_names, layout, strict=True):
             self.register_buffer(name, tensor, persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinearInt4":
-        device = self._packed_weight.device
+        is_moved = fn(torch.empty(0, dtype=torch.uint8, device=self._device)).device != self._device
+        if not is_moved:
+            super()._apply(fn, recurse)
+            return self
+        # Another device may have another kernel, and only this one can unpack its layout.
+        weight = self.int4_weight
+        packed = moved_only(fn, weight.packed)
+        grid = moved_only(fn, weight.scales), moved_only(fn, weight.zero_points)
         super()._apply(fn, recurse)
-        if self._packed_weight.device != device:
-            self._prepare()
+        self._hold(Int4Weight(packed, *grid, self.group_size, self.in_features, self.symmetric))
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._zero_points = self._zero_points.contiguous()  # an expanded one cannot be written to
-        super()._load_from_state_dict(*args, **kwargs)
-        self._zero_points = _compact_zero_points(self.int4_weight)
-        self._prepare()
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        saved = self.int4_weight.to_saved()
+        destination.update({prefix + name: t for name, t in zip(SAVED, saved, strict=True)})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = [prefix + name for name in SAVED]
+        rest = {key: value for key, value in state_dict.items() if key not in names}
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        missing = [name for name in names if name not in state_dict]
+        missing_keys += missing if strict else []
+        if len(missing) == len(names):
+            return
+        old = self.int4_weight.to_saved()
+        new = [state_dict.get(name, tensor) for name, tensor in zip(names, old, strict=True)]
+        for name, one, other in zip(names, old, new, strict=True):
+            if one.shape != other.shape or one.dtype != other.dtype:
+                error_msgs.append(
+                    f"{name} is {other.dtype} {list(other.shape)}; this layer, with group_size "
+                    f"{self.group_size}, needs {one.dtype} {list(one.shape)}."
+                )
+                return
+        if self.symmetric and not other.is_meta and (other != SYMMETRIC_ZERO_POINT).any():
+            error_msgs.append(f"{name} is not {SYMMETRIC_ZERO_POINT:g} everywhere; this layer is.")
+            return
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        packed, scales, zero_points = (t if assign else t.to(self._device) for t in new)
+        grid = scales.float(), zero_points.float()
+        self._hold(Int4Weight(packed, *grid, self.group_size, self.in_features, self.symmetric))
 
     def describe(self) -> dict[str, Any]:
         """Plain data from which `rebuild` makes the layer again, with `saved_tensors`."""
@@ -129,9 +205,10 @@ class QuantizedLinearInt4(QuantizedLinear):
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """The tensors to save."""
-        tensors = {"packed_weight": self._packed_weight, "scales": self._scales}
+        packed, scales, zero_points = self.int4_weight.to_saved()
+        tensors = {"packed_weight": packed, "scales": scales}
         if not self.symmetric:
-            tensors["zero_points"] = self._zero_points
+            tensors["zero_points"] = zero_points
         if self.bias is not None:
             tensors["bias"] = self.bias
         return tensors
@@ -158,19 +235,11 @@ class QuantizedLinearInt4(QuantizedLinear):
                 needed=f"a uint8 weight and scales and zero points of shapes {needed}",
                 remedy="The file is damaged: save the model again.",
             )
-        weight = Int4Weight(
-            packed, scales, zero_points, group_size, in_features, description["symmetric"]
-        )
+        grid = scales.float(), zero_points.float()
+        weight = Int4Weight(packed, *grid, group_size, in_features, description["symmetric"])
         return cls(weight, tensors.get("bias"), description["activation"])
 
     def extra_repr(self) -> str:
         """The shape and format, for printing a model."""
         kind = "symmetric" if self.symmetric else "asymmetric"
         return f"{super().extra_repr()}, group_size={self.group_size}, {kind}, {self.backend}"
-
-
-def _compact_zero_points(weight: Int4Weight) -> Tensor:
-    if not weight.symmetric:
-        return detached(weight.zero_points, ZERO_POINT_DTYPE)
-    one = torch.full((1, 1), SYMMETRIC_ZERO_POINT, dtype=ZERO_POINT_DTYPE)
-    return one.to(weight.packed.device).expand(weight.scales.shape)

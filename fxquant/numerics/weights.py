@@ -189,6 +189,22 @@ class Int4Weight:
         packed = pack_nibbles(q)
         return cls(packed, scales, zero_points, group_size, q.shape[1], symmetric)
 
+    def to_saved(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a file holds, from which the fields come back exactly.
+
+        Returns:
+            `(packed, scales, zero_points)`: uint8 [out, ceil(in / 2)], bfloat16 [out, groups] and
+            float16 [out, groups]; the zero points of symmetric weights share one element in memory.
+        """
+        zero_points = self.zero_points.detach()
+        if self.symmetric:
+            one = zero_points.new_full((1, 1), SYMMETRIC_ZERO_POINT)
+            zero_points = one.to(ZERO_POINT_DTYPE).expand(self.scales.shape)
+        else:
+            zero_points = zero_points.to(ZERO_POINT_DTYPE).contiguous()
+        scales = self.scales.detach().to(SCALE_DTYPE)
+        return self.packed.contiguous(), scales.contiguous(), zero_points
+
     def dequantize(self) -> Tensor:
         """The float32 weight [out, in]."""
         return dequantize_weight_int4(

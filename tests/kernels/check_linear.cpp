@@ -1,14 +1,11 @@
-// Random products of every instruction set against sums in double, for a run under sanitizers:
-//
-//   g++ -std=c++17 -O1 -g -fopenmp -ffp-contract=off -fsanitize=address,undefined
-//       -fno-sanitize-recover=all -Ifxquant/kernels/csrc tests/kernels/check_linear.cpp
-//       fxquant/kernels/csrc/{linear,avx512,avx2,avx2_vnni,portable}.cpp -o check_linear
-//   ./check_linear 2000
+// Random products of every instruction set against sums in double: `make sanitize` runs it under
+// sanitizers. Its argument is the number of products for each instruction set.
 //
 // Every buffer has exactly the bytes it needs, so that reading or writing beyond one is found.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -23,6 +20,12 @@ std::mt19937 random_bits(0);
 int pick(int from, int to) { return std::uniform_int_distribution<int>(from, to)(random_bits); }
 
 float normal() { return std::normal_distribution<float>()(random_bits); }
+
+float bad_value() {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const float values[] = {infinity, -infinity, std::numeric_limits<float>::quiet_NaN()};
+  return values[pick(0, 2)];
+}
 
 int bytes_of(Float type) { return type == Float::f32 ? 4 : 2; }
 
@@ -44,7 +47,7 @@ struct Values {
 
 struct Case {
   int out, in, rows, group_size;
-  bool symmetric, int8, has_bias;
+  bool symmetric, int8, has_bias, has_bad;
   Float x_type, bias_type;
 };
 
@@ -54,17 +57,33 @@ Case random_case() {
   c.out = pick(1, 200), c.in = pick(1, 400), c.rows = pick(0, 3) ? pick(0, 14) : pick(180, 400);
   c.group_size = sizes[pick(0, 5)];
   c.symmetric = pick(0, 1), c.int8 = pick(0, 1), c.has_bias = pick(0, 1);
+  c.has_bad = pick(0, 3) == 0;
   c.x_type = static_cast<Float>(pick(0, 2)), c.bias_type = static_cast<Float>(pick(0, 2));
   return c;
 }
 
-// x [in] as the kernel sees it: rounded to int8 by groups, or to bfloat16.
+bool is_close(float y, double expected, double allowed) {
+  if (std::isnan(expected)) return std::isnan(y);
+  if (std::isinf(expected)) return y == expected;
+  return std::fabs(y - expected) <= allowed;
+}
+
+// x [in] as the kernel sees it: rounded to int8 by groups (NaN if a value is not finite), or to
+// bfloat16.
 std::vector<double> seen(const Case& c, const Values& x, int row, bool bf16) {
   std::vector<double> values(c.in);
   for (int start = 0; start < c.in; start += c.group_size) {
     const int end = start + c.group_size < c.in ? start + c.group_size : c.in;
     float largest = 0;
-    for (int k = start; k < end; ++k) largest = std::fmax(largest, std::fabs(x[row * c.in + k]));
+    bool is_finite = true;
+    for (int k = start; k < end; ++k) {
+      largest = std::fmax(largest, std::fabs(x[row * c.in + k]));
+      is_finite = is_finite && std::isfinite(x[row * c.in + k]);
+    }
+    if (c.int8 && !is_finite) {
+      for (int k = start; k < end; ++k) values[k] = std::numeric_limits<double>::quiet_NaN();
+      continue;
+    }
     const float scale = std::fmax(largest / 127.0f, 0x1p-126f), reciprocal = 1.0f / scale;
     for (int k = start; k < end; ++k) {
       const float value = x[row * c.in + k];
@@ -104,6 +123,9 @@ bool is_right(const Case& c, const InstructionSet& set) {
   Values x(c.x_type, static_cast<size_t>(c.rows) * c.in), bias(c.bias_type, c.out);
   Values y(c.x_type, static_cast<size_t>(c.rows) * c.out);
   for (size_t i = 0; i < static_cast<size_t>(c.rows) * c.in; ++i) x.set(i, normal() + 0.5f);
+  for (int row = 0; row < c.rows && c.has_bad; row += 3) {
+    for (int i = pick(1, 2); i > 0; --i) x.set(row * c.in + pick(0, c.in - 1), bad_value());
+  }
   for (int n = 0; n < c.out; ++n) bias.set(n, normal());
   const void* added = c.has_bias ? bias.data.data() : nullptr;
   const Call call{weight, c.int8,           x.data.data(), c.x_type, added,
@@ -120,8 +142,8 @@ bool is_right(const Case& c, const InstructionSet& set) {
         const double product = values[k] * w[static_cast<size_t>(n) * c.in + k];
         expected += product, magnitude += std::fabs(product);
       }
-      const double error = std::fabs(y[static_cast<size_t>(row) * c.out + n] - expected);
-      if (!(error <= 1.01 * ulp * std::fabs(expected) + 3e-6 * magnitude + 1e-7)) return false;
+      const double allowed = 1.01 * ulp * std::fabs(expected) + 3e-6 * magnitude + 1e-7;
+      if (!is_close(y[static_cast<size_t>(row) * c.out + n], expected, allowed)) return false;
     }
   }
   return true;

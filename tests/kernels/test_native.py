@@ -19,7 +19,7 @@ from fxquant.kernels.choose import choose_backend
 from fxquant.kernels.interface import LinearSpec
 from fxquant.kernels.native import LINEAR_INT4, NATIVE, NOT_BUILT
 from fxquant.kernels.native_layout import to_blocks
-from fxquant.kernels.reference import quantize_tokens
+from fxquant.kernels.reference import REFERENCE, quantize_tokens
 
 CPU = torch.device("cpu")
 SETS = native._native.instruction_sets() if NOT_BUILT is None else []
@@ -55,7 +55,7 @@ def layer(o, i, group_size=32, symmetric=True, activation="float"):
     zero_row=st.booleans(),
     size=st.sampled_from([1e-3, 1.0, 100.0]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=1000, deadline=None)
 def test_every_instruction_set_computes_what_float64_computes(
     o, i, rows, group_size, symmetric, activation, dtype, bias_dtype, zero_row, size
 ):
@@ -143,8 +143,10 @@ def test_values_at_the_ends_of_a_type_survive(instructions):
 def test_the_op_is_registered_properly(instructions, activation):
     spec, _, (packed,) = layer(48, 96, 64)
     for bias in (None, torch.randn(48)):
-        arguments = (torch.randn(2, 3, 96), packed, bias, spec.out_features, activation == "int8")
-        torch.library.opcheck(LINEAR_INT4, arguments)
+        for needs_gradient in (False, True):
+            x = torch.randn(2, 3, 96, requires_grad=needs_gradient)
+            arguments = (x, packed, bias, 96, spec.out_features, activation == "int8")
+            torch.library.opcheck(LINEAR_INT4, arguments)
 
 
 @pytest.mark.parametrize("instructions", SETS[:1])
@@ -222,16 +224,80 @@ def test_a_forked_process_multiplies_too(instructions):
 def test_arguments_that_do_not_fit_say_what_to_give(instructions):
     spec, _, tensors = layer(48, 96, 64)
     remedy = "Give x the in_features, and bias the out_features, of the layer"
-    with pytest.raises(OptionError, match=r"x \[2, 200\].*" + remedy):
-        NATIVE.matmul(torch.randn(2, 200), tensors, spec)
+    for columns in (95, 97, 200):  # 97 to 128 would fill as many groups
+        with pytest.raises(OptionError, match=rf"x \[2, {columns}\].*for 96 inputs.*" + remedy):
+            NATIVE.matmul(torch.randn(2, columns), tensors, spec)
     with pytest.raises(OptionError, match=r"bias \[47\].*" + remedy):
         NATIVE.matmul(torch.randn(2, 96), tensors, spec, torch.randn(47))
     with pytest.raises(OptionError, match=r"torch.float64 x.*needed a float32, bfloat16 or"):
         NATIVE.matmul(torch.randn(2, 96).double(), tensors, spec)
     with pytest.raises(OptionError, match=r"weight \[3, 1000\]"):
         NATIVE.matmul(torch.randn(2, 96), (torch.zeros(3, 1000, dtype=torch.uint8),), spec)
+    arguments = (torch.randn(2, 96), tensors[0].int(), None, 96, 48, False)
+    with pytest.raises(OptionError, match=r"torch.int32 weight.*Move the layer to the device of x"):
+        LINEAR_INT4(*arguments)
     with pytest.raises(ValueError, match="no such instruction set"):
         native._native.use("mmx")
+
+
+@both_grids
+@both_activations
+def test_an_op_that_was_not_built_computes_slowly(symmetric, activation, monkeypatch):
+    spec, weight, tensors = layer(48, 96, 64, symmetric, activation)
+    monkeypatch.setattr(native, "NOT_BUILT", "it was not built")
+    x, bias = torch.randn(3, 96), torch.randn(48)
+    y = LINEAR_INT4(x, tensors[0], bias, 96, 48, activation == "int8")
+    assert torch.equal(y, REFERENCE.matmul(x, REFERENCE.pack(weight, spec), spec, bias))
+
+
+@pytest.mark.parametrize("instructions", SETS[:1])
+@both_grids
+def test_gradients_are_those_of_a_float_linear(instructions, symmetric):
+    spec, weight, tensors = layer(48, 96, 64, symmetric)
+    for x_needs, bias_needs in ((True, True), (True, False), (False, True)):
+        inputs = torch.randn(2, 3, 96), torch.randn(48)
+        x, bias = (v.requires_grad_(n) for v, n in zip(inputs, (x_needs, bias_needs), strict=True))
+        direction = torch.randn(2, 3, 48)
+        NATIVE.matmul(x, tensors, spec, bias).backward(direction)
+        found = x.grad, bias.grad
+        x.grad = bias.grad = None
+        F.linear(x, weight.dequantize(), bias).backward(direction)
+        torch.testing.assert_close(found, (x.grad, bias.grad))
+
+
+@pytest.mark.parametrize("instructions", SETS[:1])
+def test_a_step_of_training_compiles_without_a_graph_break(instructions):
+    spec, _, tensors = layer(48, 96, 64)
+    compiled = torch.compile(
+        lambda x: NATIVE.matmul(x, tensors, spec).square().sum(),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    one, two = (torch.randn(3, 96, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    compiled(one.requires_grad_()).backward()
+    NATIVE.matmul(two.requires_grad_(), tensors, spec).square().sum().backward()
+    torch.testing.assert_close(one.grad, two.grad)
+
+
+@pytest.mark.parametrize("instructions", SETS[:1])
+def test_a_view_that_negates_is_read_negated(instructions):
+    spec, _, tensors = layer(48, 96, 64)
+    x = torch.randn(3, 96)
+    assert torch.equal(
+        NATIVE.matmul(torch._neg_view(x), tensors, spec), -NATIVE.matmul(x, tensors, spec)
+    )
+
+
+@every_set
+def test_many_rows_of_a_batch_may_hold_infinities(instructions):
+    native._native.use(instructions)
+    spec, weight, tensors = layer(70, 96, 32, symmetric=False)
+    x = torch.randn(400, 96)
+    clean = NATIVE.matmul(x, tensors, spec)
+    x[::3, 40] = torch.inf
+    y, expected = NATIVE.matmul(x, tensors, spec), F.linear(x, weight.dequantize())
+    torch.testing.assert_close(y[::3], expected[::3], equal_nan=True)
+    assert torch.equal(y[1::3], clean[1::3])
 
 
 @both_grids
@@ -245,6 +311,13 @@ def test_it_comes_first_for_both_kinds_of_activations(instructions):
     for activation in ("float", "int8"):
         spec = LinearSpec(64, 96, 64, True, activation)
         assert choose_backend(spec, CPU)[0].name == "native"
+
+
+def test_a_cpu_without_vector_instructions_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(native, "FAULT", None)
+    monkeypatch.setattr(native, "IS_VECTORIZED", False)
+    assert "nothing for this CPU" in NATIVE.unsupported(LinearSpec(8, 8, 8, True), CPU)
+    assert NATIVE.unsupported(LinearSpec(8, 8, 8, True, "int8"), CPU) is None
 
 
 def test_it_says_what_it_does_not_serve():

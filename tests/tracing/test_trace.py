@@ -33,13 +33,11 @@ def quantized_and_used(model, *inputs, **kwargs):
         assert sqnr_db(expected, before) > 12
         for site in sites(q):
             if isinstance(site.module, QuantizedLinear):
-                scales = site.module._scales.clone()
-                site.module._scales.mul_(3)
-                site.module._prepare()
+                state = {k: v.clone() for k, v in site.module.state_dict().items()}
+                site.module.load_state_dict({**state, "_scales": 3 * state["_scales"]})
                 changed = fxquant.graph.structures.main_output(q(*inputs, **kwargs))
                 assert not torch.equal(changed, before), f"{site.name} is not on the path"
-                site.module._scales.copy_(scales)
-                site.module._prepare()
+                site.module.load_state_dict(state)
     return q, info
 
 

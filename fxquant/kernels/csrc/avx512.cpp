@@ -70,8 +70,10 @@ struct Int8Mode {
     }
     *scale = int8_step(static_cast<uint32_t>(_mm512_reduce_max_epi32(largest)));
     const __m512 reciprocal = _mm512_set1_ps(1.0f / *scale);
+    const __mmask16 known = *scale == *scale ? 0xffff : 0;  // NaN would sum to an overflow
     for (int k = 0; k < size; k += kLanes, to += 2 * stride) {
-      const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k), reciprocal));
+      const __m512 quotient = _mm512_mul_ps(_mm512_loadu_ps(x + k), reciprocal);
+      const __m512i q = _mm512_maskz_cvtps_epi32(known, quotient);
       total = _mm512_add_epi32(total, q);
       store_steps(_mm512_cvtepi32_epi8(q), k + kStep < size, to, stride);
     }

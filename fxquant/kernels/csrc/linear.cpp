@@ -51,15 +51,6 @@ bool has_infinite_sum(const Panel& panel, int64_t groups, int row) {
   return false;
 }
 
-bool repeat_portably(const Call& call, int64_t row) {
-  const int bytes = call.x_type == Float::f32 ? 4 : 2;
-  Call one = call;
-  one.x = static_cast<const uint8_t*>(call.x) + row * call.weight.in_features * bytes;
-  one.y = static_cast<uint8_t*>(call.y) + row * call.weight.out_features * bytes;
-  one.rows = 1;
-  return linear(one, *portable());
-}
-
 void run(const Call& call, const Kernel& kernel, const Panel& panel, int threads) {
   const int64_t inputs = panel.tiles * call.weight.groups();
   const int64_t outputs = call.weight.blocks() * panel.tiles;
@@ -82,9 +73,9 @@ void run(const Call& call, const Kernel& kernel, const Panel& panel, int threads
 #endif
 }
 
-}  // namespace
+bool repeat_portably(const Call& call, int64_t row);
 
-bool linear(const Call& call, const InstructionSet& set) {
+bool linear_in(Scratch& scratch, const Call& call, const InstructionSet& set) {
   const Kernel& kernel = call.int8 ? set.int8_kernel : set.float_kernel;
   const Weight& weight = call.weight;
   const int64_t groups = weight.groups(), panels = (call.rows + kPanelRows - 1) / kPanelRows;
@@ -92,8 +83,6 @@ bool linear(const Call& call, const InstructionSet& set) {
   const int64_t height = (call.rows + panels - 1) / panels;
   const size_t value_bytes = height * groups * weight.group_size * kernel.value_bytes;
   const size_t grid_bytes = height * groups * sizeof(float);
-
-  static thread_local Scratch scratch;
   uint8_t* memory = scratch.take(value_bytes + 2 * grid_bytes);
   if (!memory) return false;
   auto* scales = reinterpret_cast<float*>(memory + value_bytes);
@@ -114,6 +103,23 @@ bool linear(const Call& call, const InstructionSet& set) {
     }
   }
   return true;
+}
+
+bool repeat_portably(const Call& call, int64_t row) {
+  const int bytes = call.x_type == Float::f32 ? 4 : 2;
+  Call one = call;
+  one.x = static_cast<const uint8_t*>(call.x) + row * call.weight.in_features * bytes;
+  one.y = static_cast<uint8_t*>(call.y) + row * call.weight.out_features * bytes;
+  one.rows = 1;
+  Scratch scratch;  // its own: the caller still reads its panel
+  return linear_in(scratch, one, *portable());
+}
+
+}  // namespace
+
+bool linear(const Call& call, const InstructionSet& set) {
+  static thread_local Scratch scratch;
+  return linear_in(scratch, call, set);
 }
 
 }  // namespace fxquant

@@ -52,7 +52,7 @@ PyObject* use(PyObject*, PyObject* name) {
   return nullptr;
 }
 
-// A weight [blocks, groups, bytes of a group] for an x of so many columns. Scales and zero points
+// A weight [blocks, groups, bytes of a group]. Scales and zero points
 // are 128 bytes each, the codes of 8 inputs 256.
 fxquant::Weight weight_of(const void* data, int64_t out, int64_t in, int64_t group_bytes) {
   constexpr int64_t kGrid = 2 * fxquant::kColumns, kInput = fxquant::kColumns / 2;
@@ -79,13 +79,13 @@ bool read_shape(PyObject* tuple, int64_t* sizes, Py_ssize_t* count) {
   return !PyErr_Occurred();
 }
 
-// linear(x, x_shape, x_type, bias, bias_type, y, weight, weight_shape, out, int8, threads) -> whether
-// the shapes belong together; with addresses as int, and types as 0 (float32), 1 (bfloat16) or
-// 2 (float16).
+// linear(x, x_shape, x_type, bias, bias_type, y, weight, weight_shape, in, out, int8, threads) ->
+// whether the shapes belong together; with addresses as int, and types as 0 (float32),
+// 1 (bfloat16) or 2 (float16).
 PyObject* linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  constexpr Py_ssize_t kCount = 11;
+  constexpr Py_ssize_t kCount = 12;
   if (count != kCount) {
-    PyErr_SetString(PyExc_TypeError, "linear takes 11 arguments");
+    PyErr_SetString(PyExc_TypeError, "linear takes 12 arguments");
     return nullptr;
   }
   const auto number = [&](int i) { return PyLong_AsLongLong(arguments[i]); };
@@ -105,11 +105,14 @@ PyObject* linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   call.y = address(5);
   call.rows = 1;
   for (Py_ssize_t i = 0; i + 1 < x_dimensions; ++i) call.rows *= x_shape[i];
-  call.weight = weight_of(address(6), number(8), x_shape[x_dimensions - 1], weight_shape[2]);
-  call.int8 = number(9) != 0;
-  call.threads = static_cast<int>(number(10));
+  call.weight = weight_of(address(6), number(9), number(8), weight_shape[2]);
+  call.int8 = number(10) != 0;
+  call.threads = static_cast<int>(number(11));
   if (PyErr_Occurred()) return nullptr;
-  if (!is_sound(call.weight, weight_shape[0], weight_shape[1])) Py_RETURN_FALSE;
+  if (x_shape[x_dimensions - 1] != call.weight.in_features ||
+      !is_sound(call.weight, weight_shape[0], weight_shape[1])) {
+    Py_RETURN_FALSE;
+  }
 
   const InstructionSet* set = in_use;
   bool done = false;

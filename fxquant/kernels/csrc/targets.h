@@ -3,7 +3,19 @@
 // of an inline function, and it must not be one that an older CPU cannot run.
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__)
+// Here, so that later includes find them done.
+#include <cstring>
+#include <type_traits>
+
+#if defined(__clang__)
+#define FXQUANT_KNOWS_TARGETS (__clang_major__ >= 12)
+#elif defined(__GNUC__)
+#define FXQUANT_KNOWS_TARGETS (__GNUC__ >= 11)  // the first with AVX-VNNI
+#else
+#define FXQUANT_KNOWS_TARGETS 0
+#endif
+
+#if defined(__x86_64__) && FXQUANT_KNOWS_TARGETS
 #define FXQUANT_X86 1
 #define FXQUANT_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)

@@ -1,13 +1,16 @@
-"""The INT4 product against torch's float layers and every INT4 peer that is installed.
+"""INT4 against torch's float layers and every INT4 peer that is installed.
 
-    OMP_WAIT_POLICY=passive python benchmarks/int4_products.py
-    OMP_WAIT_POLICY=passive python benchmarks/int4_products.py --shape 11008x4096 --group 32
+    OMP_WAIT_POLICY=passive python benchmarks/int4.py --json int4.json
+    OMP_WAIT_POLICY=passive python benchmarks/int4.py products --shape 4096x4096 --group 32
 
-All candidates take turns in one process; several layers of a shape rotate, so that weights come
-from memory. Columns are milliseconds a layer; below them, time against others (below 1 is faster).
+Three tables: single products, the overhead of a call, and whole models. All candidates take turns
+in one process. For products, several layers of a shape rotate, so that weights come from memory;
+below the times, they are divided by others' (below 1 is faster). Peers, where installed:
+onnxruntime and onnx, openvino, bitsandbytes.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -16,10 +19,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from int4_models import language_model_rows, minilm_rows
 from kernel_peers import installed_peers
-from timing import report
-from torch import Tensor
+from timing import median_seconds, report
+from torch import Tensor, nn
 
+import fxquant
 from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.kernels.choose import BACKENDS
 from fxquant.kernels.interface import LinearSpec
@@ -28,6 +33,8 @@ SHAPES = ("4096x4096", "11008x4096", "384x1536", "768x3072", "256x256")
 ROWS = (1, 4, 16, 128)
 MEMORY = 140e6  # bytes of weights that take turns: more than caches hold
 LAYERS = 128  # at most
+CALLS = 1000
+TABLES = ("products", "overhead", "models")
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Run = Callable[[Tensor], Any]
@@ -106,19 +113,10 @@ def ratios(times: dict[str, float]) -> dict[str, float]:
     return result
 
 
-def main() -> None:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", nargs="*", default=SHAPES, help="out x in, as 4096x4096")
-    parser.add_argument("--rows", nargs="*", type=int, default=ROWS)
-    parser.add_argument("--group", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--minimum", action="store_true", help="instead of medians: a busy machine")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-
+def product_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Milliseconds a layer, and ratios, for each shape and number of rows."""
     statistic = min if arguments.minimum else statistics.median
-    table: list[dict[str, Any]] = []
+    table = []
     for text in arguments.shape:
         out_features, in_features = map(int, text.split("x"))
         with torch.inference_mode():
@@ -127,18 +125,73 @@ def main() -> None:
                 x = torch.randn(rows, in_features)
                 times = milliseconds(runs, x, arguments.rounds, statistic)
                 table.append({"shape": text, "M": rows, **times, **ratios(times)})
-    title = (
-        f"ms a layer, group {arguments.group}, {torch.get_num_threads()} threads, "
-        f"{'minimum' if arguments.minimum else 'median'} of {arguments.rounds} rounds, "
-        f"torch {torch.__version__}"
-    )
-    split = [{k: v for k, v in row.items() if "/" not in k} for row in table]
-    report(title, split, None)
-    keys = ("shape", "M")
-    against = [{k: v for k, v in row.items() if "/" in k or k in keys} for row in table]
-    report("time against others", against, None)
+    return table
+
+
+def overhead_rows(rounds: int) -> list[dict[str, Any]]:
+    """Microseconds a call of the smallest product, 1 x 64 by 64 x 64."""
+    linear = nn.Linear(64, 64, bias=False)
+    layer = fxquant.QuantizedLinearInt4.from_float(linear, 64)
+    backend = BACKENDS[layer.backend]
+    spec = LinearSpec(64, 64, 64, True)
+    packed = backend.pack(layer.int4_weight, spec)
+    with torch.inference_mode():
+        x = torch.randn(1, 64)
+        calls: dict[str, Callable[[], Any]] = {
+            "F.linear": lambda: F.linear(x, linear.weight),
+            "nn.Linear": lambda: linear(x),
+            "fxquant product": lambda: backend.matmul(x, packed, spec),
+            "fxquant layer": lambda: layer(x),
+        }
+        seconds = median_seconds(
+            {
+                name: lambda call=call: [call() for _ in range(CALLS)]
+                for name, call in calls.items()
+            },
+            rounds,
+        )
+    return [{name: 1e6 * value / CALLS for name, value in seconds.items()}]
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tables", nargs="*", metavar="table", help=f"of {', '.join(TABLES)}")
+    parser.add_argument("--shape", nargs="*", default=SHAPES, help="out x in, as 4096x4096")
+    parser.add_argument("--rows", nargs="*", type=int, default=ROWS)
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--minimum", action="store_true", help="instead of medians: a busy machine")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    wanted = arguments.tables or TABLES
+    if not set(wanted) <= set(TABLES):
+        parser.error(f"there is no table {wanted}; there are {', '.join(TABLES)}")
+
+    tables: dict[str, list[dict[str, Any]]] = {}
+    if "products" in wanted:
+        tables["products"] = table = product_rows(arguments)
+        kind = "minimum" if arguments.minimum else "median"
+        title = (
+            f"ms a layer, group {arguments.group}, {torch.get_num_threads()} threads, "
+            f"{kind} of {arguments.rounds} rounds, torch {torch.__version__}"
+        )
+        report(title, [{k: v for k, v in r.items() if "/" not in k} for r in table], None)
+        keys = ("shape", "M")
+        against = [{k: v for k, v in r.items() if "/" in k or k in keys} for r in table]
+        report("time against others", against, None)
+    if "overhead" in wanted:
+        tables["overhead"] = overhead_rows(arguments.rounds)
+        report("microseconds a call, 1 x 64 by 64 x 64", tables["overhead"], None)
+    if "models" in wanted:
+        rounds = arguments.rounds
+        tables["models"] = language_model_rows(rounds) + minilm_rows(rounds)
+        report("a second, whole models", tables["models"], None)
     if arguments.json is not None:
-        report(title, table, arguments.json)
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        settings = {k: v for k, v in vars(arguments).items() if k != "json"}
+        record = {"torch": torch.__version__, "threads": torch.get_num_threads(), **settings}
+        arguments.json.write_text(json.dumps({**record, "tables": tables}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
