@@ -46,6 +46,7 @@ class Observer(nn.Module):
 
     Attributes:
         node_name: what is observed, for errors.
+        divisor: [channels], by which values are divided before they are noted; None leaves them.
     """
 
     minimum: Tensor
@@ -58,6 +59,7 @@ class Observer(nn.Module):
         check_choice("integer", integer, INTEGERS)
         self.integer, self.symmetric = integer, symmetric
         self.node_name = type(self).__name__
+        self.divisor: Tensor | None = None
         self.register_buffer("minimum", torch.tensor(torch.inf))
         self.register_buffer("maximum", torch.tensor(-torch.inf))
         self.register_buffer("square_sum", torch.zeros((), dtype=torch.float64))
@@ -82,7 +84,8 @@ class Observer(nn.Module):
                 remedy="Observe activations, not token ids or masks.",
             )
         if x.numel():
-            self._note(x.detach().float())
+            values = x.detach().float()
+            self._note(values if self.divisor is None else values / self.divisor)
         return x
 
     def _note(self, values: Tensor) -> None:

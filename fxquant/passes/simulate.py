@@ -3,7 +3,11 @@
 from torch import Tensor
 
 from fxquant.kernels.reference import quantize_tokens
-from fxquant.modules.activation import dequantize_activation, quantize_activation
+from fxquant.modules.activation import (
+    channel_divisor,
+    dequantize_activation,
+    quantize_activation,
+)
 from fxquant.numerics.int8_weight import quantize_weight_int8
 from fxquant.numerics.weights import dequantize_weight_int4, quantize_weight_int4
 from fxquant.observers import create_observer
@@ -47,7 +51,8 @@ class SimulatedActivations:
         if self.observer == DYNAMIC:
             return quantize_tokens(x, self.group_size)
         observer = create_observer(self.observer)
+        observer.divisor = divisor = channel_divisor(x.abs().amax(0))
         observer(x)
         scale, zero_point = observer.calculate_qparams()
         grid = float(scale), int(zero_point)
-        return dequantize_activation(quantize_activation(x, *grid), *grid, x)
+        return dequantize_activation(quantize_activation(x, *grid, divisor), *grid, x, divisor)
