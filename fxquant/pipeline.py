@@ -20,7 +20,7 @@ from fxquant.passes.calibration_data import Call, calls
 from fxquant.passes.decide import DecisionOptions, decide
 from fxquant.passes.insert_observers import insert_observers, observed_inputs
 from fxquant.passes.observe_inputs import expected_inputs, observe_inputs
-from fxquant.passes.quantize_activations import equalized_ranges, quantize_activations
+from fxquant.passes.quantize_activations import quantize_activations
 from fxquant.passes.quantize_sequentially import quantize_sequentially
 from fxquant.passes.recipe import Recipe, parse_method
 from fxquant.passes.rewrite import rewrite
@@ -70,8 +70,8 @@ def static_quantize(
             `"dynamic"`: with `activation_bits=8`, ranges are found while the model runs, one for
             each token and group.
         activation_bits: 8 quantizes the inputs of quantized layers: by quantize/dequantize nodes
-            in the graph (one range for a value, whose channels are first brought to one magnitude),
-            or inside the layers if `observer="dynamic"`. None leaves them float.
+            in the graph (a range for each channel, within the one that the observer gives the
+            value), or inside the layers if `observer="dynamic"`. None leaves them float.
         layer_types: quantize only these classes.
         modules_to_not_convert: names that stay float, on top of the skip rules.
         skip_layer_types: replaces `DEFAULT_INT4_SKIP.skip_types`.
@@ -128,9 +128,7 @@ def static_quantize(
         _quantize_activations_dynamically(qmodel)
     elif activation_bits is not None:
         statistics = observe_inputs(gm, info.selected_layers, batches)
-        items = [_as_item(call) for call in batches]
-        ranges = equalized_ranges(gm, observer, statistics, items)
-        qmodel = quantize_activations(qmodel, ranges)
+        qmodel = quantize_activations(qmodel, observers, statistics)
     _measure(gm, qmodel, info, batches, observers)
     return _finish(qmodel, info, sqnr_warning_threshold, sqnr_error_threshold, accuracy_warning)
 

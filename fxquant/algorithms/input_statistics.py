@@ -17,13 +17,16 @@ class InputStatistics:
         mean: of each channel, float32 [channels].
         mean_square: the mean square of each channel.
         mean_abs: the mean magnitude of each channel.
-        largest: the largest magnitude of each channel.
+        lowest: the smallest value of each channel.
+        highest: the largest value of each channel.
         sample: tokens spread over all batches, [at most 512, channels].
     """
 
     def __init__(self, channels: int) -> None:
         self.tokens = 0
-        self.mean, self.mean_square, self.mean_abs, self.largest = torch.zeros(4, channels)
+        self.mean, self.mean_square, self.mean_abs = torch.zeros(3, channels)
+        self.lowest = torch.full((channels,), torch.inf)
+        self.highest = -self.lowest
         self.sample = torch.zeros(0, channels)
 
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
@@ -42,8 +45,14 @@ class InputStatistics:
         self.mean = torch.lerp(self.mean, x.mean(0), share)
         self.mean_square = torch.lerp(self.mean_square, x.square().mean(0), share)
         self.mean_abs = torch.lerp(self.mean_abs, x.abs().mean(0), share)
-        self.largest = torch.maximum(self.largest, x.abs().amax(0))
+        self.lowest = torch.minimum(self.lowest, x.amin(0))
+        self.highest = torch.maximum(self.highest, x.amax(0))
         self._add_to_sample(x, share)
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest magnitude of each channel, [channels]."""
+        return torch.maximum(-self.lowest, self.highest)
 
     def _add_to_sample(self, x: Tensor, share: float) -> None:
         """Keep as many of the new tokens as their share, evenly spaced; the same every time."""

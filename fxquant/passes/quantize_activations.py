@@ -1,11 +1,11 @@
 """Turn calibrated ranges into quantize/dequantize nodes.
 
 before: `fc = self.fc(x)`
-after:  `q = quantize_activation(x, scale, zero_point, self.x_divisor)`
-        `fc = self.fc(dequantize_activation(q, scale, zero_point, x, self.x_divisor))`
+after:  `q = quantize_activation(x, self.x_scale, self.x_zero_point)`
+        `fc = self.fc(dequantize_activation(q, self.x_scale, self.x_zero_point, x))`
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch.fx import GraphModule, Node
 
@@ -15,22 +15,28 @@ from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.scopes import Site, sites
 from fxquant.graph.shapes import MODULE_PATH
 from fxquant.modules.activation import (
-    channel_divisor,
+    channel_grid,
     dequantize_activation,
+    finer_by,
     quantize_activation,
 )
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.observers import Observer
-from fxquant.passes.calibrate import calibrate
-from fxquant.passes.insert_observers import insert_observers, observed_inputs
 
 
-def quantize_activations(gm: GraphModule, observers: Mapping[str, Observer]) -> GraphModule:
-    """Quantize the input of every quantized linear layer, statically, per tensor.
+def quantize_activations(
+    gm: GraphModule,
+    observers: Mapping[str, Observer],
+    statistics: Mapping[str, InputStatistics] | None = None,
+) -> GraphModule:
+    """Quantize the input of every quantized linear layer, statically.
 
     Args:
         gm: a rewritten graph; it is not changed.
-        observers: the calibrated observer of each layer's input, by the layer's name.
+        observers: the calibrated observer of each layer's input, by the layer's name. Its range
+            says what is clipped.
+        statistics: of the layers' inputs, by name: each channel gets a grid of its own. Without
+            them, all channels share the observer's.
 
     Returns:
         A new graph; a value that feeds several layers is quantized once. Layers whose input is
@@ -49,54 +55,34 @@ def quantize_activations(gm: GraphModule, observers: Mapping[str, Observer]) -> 
         if source.target is dequantize_activation or site.name not in observers:
             continue
         if source not in made:
-            made[source] = _insert(site, source, observers[site.name])
+            made[source] = _insert(
+                site, source, observers[site.name], (statistics or {}).get(site.name)
+            )
         site.node.replace_input_with(source, made[source])
         site.scope.gm.graph.lint()
         site.scope.gm.recompile()
     return rewritten
 
 
-def equalized_ranges(
-    gm: GraphModule,
-    observer: str,
-    statistics: Mapping[str, InputStatistics],
-    data: Iterable[object],
-) -> dict[str, Observer]:
-    """Observe the inputs of layers with their channels brought to one magnitude.
-
-    Args:
-        gm: the float graph; it is not changed.
-        observer: a name that `create_observer` knows.
-        statistics: of the layers' inputs, by name.
-        data: as for `calibrate`.
-
-    Returns:
-        A calibrated observer with a divisor for each layer of `statistics`, by name.
-    """
-    observed = insert_observers(gm, observer)
-    watchers = {n: w for n, w in observed_inputs(observed).items() if n in statistics}
-    for name, watcher in watchers.items():
-        watcher.divisor = channel_divisor(statistics[name].largest)
-    calibrate(observed, data, progress=False)
-    return watchers
-
-
-def _insert(site: Site, source: Node, observer: Observer) -> Node:
+def _insert(
+    site: Site, source: Node, observer: Observer, statistics: InputStatistics | None
+) -> Node:
     """The dequantized value that takes the place of `source`."""
     _check_integer(site.name, observer)
-    scale, zero_point = observer.calculate_qparams()
-    grid, gm = (float(scale), int(zero_point)), site.scope.gm
-    divisor: list[Node] = []
-    if observer.divisor is not None:
-        name = f"{source.name}_divisor"
-        gm.register_buffer(name, observer.divisor)
-        with gm.graph.inserting_after(source):
-            divisor = [gm.graph.get_attr(name)]
-    with gm.graph.inserting_after(*divisor or [source]):
-        q = gm.graph.call_function(quantize_activation, (source, *grid, *divisor))
+    grid = observer.calculate_qparams()
+    if statistics is not None and statistics.tokens:
+        ends = statistics.lowest, statistics.highest
+        grid = channel_grid(*ends, *observer.clipping_range(finer_by(*ends)))
+    gm, nodes = site.scope.gm, list[Node]()
+    for kind, values in zip(("scale", "zero_point"), grid, strict=True):
+        gm.register_buffer(f"{source.name}_{kind}", values.float())
+        with gm.graph.inserting_after(nodes[-1] if nodes else source):
+            nodes.append(gm.graph.get_attr(f"{source.name}_{kind}"))
+    with gm.graph.inserting_after(nodes[-1]):
+        q = gm.graph.call_function(quantize_activation, (source, *nodes))
     with gm.graph.inserting_after(q):
-        made = gm.graph.call_function(dequantize_activation, (q, *grid, source, *divisor))
-    for node in (*divisor, q, made):
+        made = gm.graph.call_function(dequantize_activation, (q, *nodes, source))
+    for node in (*nodes, q, made):
         node.meta[MODULE_PATH] = site.node.meta.get(MODULE_PATH)
     return made
 

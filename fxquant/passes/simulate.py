@@ -4,8 +4,9 @@ from torch import Tensor
 
 from fxquant.kernels.reference import quantize_tokens
 from fxquant.modules.activation import (
-    channel_divisor,
+    channel_grid,
     dequantize_activation,
+    finer_by,
     quantize_activation,
 )
 from fxquant.numerics.int8_weight import quantize_weight_int8
@@ -51,8 +52,7 @@ class SimulatedActivations:
         if self.observer == DYNAMIC:
             return quantize_tokens(x, self.group_size)
         observer = create_observer(self.observer)
-        observer.divisor = divisor = channel_divisor(x.abs().amax(0))
         observer(x)
-        scale, zero_point = observer.calculate_qparams()
-        grid = float(scale), int(zero_point)
-        return dequantize_activation(quantize_activation(x, *grid, divisor), *grid, x, divisor)
+        ends = x.amin(0), x.amax(0)
+        grid = channel_grid(*ends, *observer.clipping_range(finer_by(*ends)))
+        return dequantize_activation(quantize_activation(x, *grid), *grid, x)
