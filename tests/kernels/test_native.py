@@ -99,6 +99,22 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(instructions, symmetri
 
 
 @every_set
+@both_activations
+@pytest.mark.parametrize("rows", [8, 62, 80], ids=["share columns", "and prepare", "share rows"])
+def test_every_way_to_share_work_among_threads_gives_the_same_bits(instructions, activation, rows):
+    native._native.use(instructions)
+    spec, _, tensors = layer(256, 4608, 128, False, activation)
+    x, threads = torch.randn(rows, 4608), torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(NATIVE.matmul(x, tensors, spec))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@every_set
 @both_grids
 @pytest.mark.parametrize("bad", [[torch.nan], [torch.inf], [-torch.inf], [torch.inf, -torch.inf]])
 def test_nan_and_infinity_pass_as_through_a_float_linear(instructions, symmetric, bad):

@@ -134,6 +134,7 @@ struct FloatMode {
       memcpy(to + k / kStep * stride, x + k, 4 * kStep);
       for (int j = 0; j < kStep; ++j) partial[j] += x[k + j];
     }
+    if (!sum) return;
     *sum = ((partial[0] + partial[4]) + (partial[2] + partial[6])) +
            ((partial[1] + partial[5]) + (partial[3] + partial[7]));
   }

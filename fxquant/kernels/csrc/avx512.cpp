@@ -133,22 +133,39 @@ struct FloatMode {
   static constexpr int tile_rows = 6;
   static constexpr bool sums_may_cancel = true;
 
-  // The order within a step in which the nibbles of a lane pair up: see `pairs_at`.
   static void prepare_group(const float* x, int size, uint16_t* to, int stride, float*,
                             float* sum) {
+    const auto bits_at = [x](int k) {
+      return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(x + k)));
+    };
+    prepare(bits_at, size, to, stride, sum);
+  }
+
+  static void prepare_bf16(const uint16_t* x, int size, uint16_t* to, int stride, float* sum) {
+    const auto bits_at = [x](int k) {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k));
+    };
+    prepare(bits_at, size, to, stride, sum);
+  }
+
+  template <class BitsAt>
+  static void prepare(const BitsAt& bits_at, int size, uint16_t* to, int stride, float* sum) {
+    // The order within a step in which the nibbles of a lane pair up: see `pairs_at`.
     const __m256i order = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
     __m512 total = _mm512_setzero_ps();
     for (int k = 0; k < size; k += kLanes, to += 2 * stride) {
-      const auto bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(x + k)));
-      const __m512i rounded = _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-      total = _mm512_add_ps(total, _mm512_castsi512_ps(rounded));
+      const __m256i bits = bits_at(k);
       const __m256i steps = _mm256_shuffle_epi8(bits, order);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(steps));
+      if (sum) {
+        const __m512i rounded = _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+        total = _mm512_add_ps(total, _mm512_castsi512_ps(rounded));
+      }
       if (k + kStep == size) continue;
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + stride), _mm256_extracti128_si256(steps, 1));
     }
-    *sum = _mm512_reduce_add_ps(total);
+    if (sum) *sum = _mm512_reduce_add_ps(total);
   }
 
   // Two bfloat16 (q − 8) for each output: the low nibbles of both 16-bit halves after a shift. They

@@ -3,11 +3,15 @@
 //   Value                      the type of a prepared value
 //   tile_rows                  at most so many rows in a tile
 //   sums_may_cancel            see `Kernel`
-//   prepare_group(...)         a group of one row, from float32, zeros behind it up to `kLanes`
+//   prepare_group(...)         a group of one row, from float32, zeros behind it up to `kLanes`; the
+//                              sum is null where nobody reads it
+//   prepare_bf16(...)          the same from bfloat16, if Value is that
 //   multiply<R, Symmetric>(...)  adds a group's product to the outputs of a tile of R rows
 // Each output is summed in the same order whatever the number of rows and threads, so a row's
 // result does not depend on what else is in its batch.
 #pragma once
+
+#include <type_traits>
 
 #include "numbers.h"
 
@@ -46,20 +50,29 @@ void prepare(const Call& call, const Panel& panel, int64_t first, int64_t last) 
     const int count = rest < size ? static_cast<int>(rest) : size;
     const int start = panel.tile_start(tile), end = panel.tile_start(tile + 1);
     for (int row = start; row < end; ++row) {
-      alignas(64) float buffer[kMaxGroup + kLanes];
       const int64_t offset = (panel.first_row + row) * columns + g * size;
+      auto* values = reinterpret_cast<typename Mode::Value*>(panel.values) +
+                     (g * panel.rows + start) * size + (row - start) * kStep;
+      const int64_t at = g * panel.rows + row;
+      const int stride = (end - start) * kStep;
+      const bool is_whole = count == size && size % kLanes == 0;
+      float* sum = Mode::sums_may_cancel && call.weight.symmetric ? nullptr : &panel.sums[at];
+      if constexpr (std::is_same_v<typename Mode::Value, uint16_t>) {
+        if (is_whole && call.x_type == Float::bf16) {
+          const uint16_t* x = static_cast<const uint16_t*>(call.x) + offset;
+          Mode::prepare_bf16(x, size, values, stride, sum);
+          continue;
+        }
+      }
+      alignas(64) float buffer[kMaxGroup + kLanes];
       const float* x = buffer;
-      if (call.x_type == Float::f32 && count == size && size % kLanes == 0) {
+      if (is_whole && call.x_type == Float::f32) {
         x = static_cast<const float*>(call.x) + offset;
       } else {
         load_floats(call.x, call.x_type, offset, count, buffer);
         for (int k = count; k < size + kLanes; ++k) buffer[k] = 0;
       }
-      auto* values = reinterpret_cast<typename Mode::Value*>(panel.values) +
-                     (g * panel.rows + start) * size + (row - start) * kStep;
-      const int64_t at = g * panel.rows + row;
-      const int stride = (end - start) * kStep;
-      Mode::prepare_group(x, size, values, stride, &panel.scales[at], &panel.sums[at]);
+      Mode::prepare_group(x, size, values, stride, &panel.scales[at], sum);
     }
   }
 }

@@ -13,9 +13,12 @@
 namespace fxquant {
 namespace {
 
-// Work for which waking a thread (50 microseconds, if it sleeps) does not pay, in multiplications;
-// reading and unpacking a weight costs as much as kUnpack of them.
-constexpr int64_t kSmall = 1 << 24, kUnpack = 6;
+// A thread that sleeps wakes up in 5 to 50 microseconds. Alone, one thread does so many
+// multiplications in 40, and prepares so many values in 20; reading and unpacking a weight costs as
+// much as kUnpack multiplications.
+constexpr int64_t kSmallWork = 1 << 24, kUnpack = 6;
+constexpr int64_t kSmallInput = 1 << 18;
+constexpr int64_t kRowsOfThread = 32;  // so many are worth reading all of the weight
 
 bool forked = false;  // OpenMP's threads do not survive a fork
 
@@ -40,8 +43,8 @@ struct Scratch {
 
 int threads_of(const Call& call) {
   const int64_t weights = call.weight.out_features * call.weight.in_features;
-  const int64_t work = weights * (kUnpack + call.rows);
-  return forked || work < kSmall ? 1 : call.threads;
+  const bool is_small = weights * (kUnpack + call.rows) < kSmallWork;
+  return forked || is_small ? 1 : call.threads;
 }
 
 bool has_infinite_sum(const Panel& panel, int64_t groups, int row) {
@@ -54,8 +57,8 @@ bool has_infinite_sum(const Panel& panel, int64_t groups, int row) {
 void run(const Call& call, const Kernel& kernel, const Panel& panel, int threads) {
   const int64_t inputs = panel.tiles * call.weight.groups();
   const int64_t outputs = call.weight.blocks() * panel.tiles;
-  // Few rows are prepared sooner than a barrier is passed.
-  const bool together = threads > 1 && panel.tiles > 1;
+  // At a barrier, threads may fall asleep.
+  const bool together = threads > 1 && panel.rows * call.weight.in_features >= kSmallInput;
   if (!together) kernel.prepare(call, panel, 0, inputs);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -71,6 +74,16 @@ void run(const Call& call, const Kernel& kernel, const Panel& panel, int threads
   if (together) kernel.prepare(call, panel, 0, inputs);
   kernel.multiply(call, panel, 0, outputs);
 #endif
+}
+
+// Some rows of a call, as a call.
+Call rows_of(const Call& call, int64_t first, int64_t rows) {
+  const int bytes = call.x_type == Float::f32 ? 4 : 2;
+  Call part = call;
+  part.x = static_cast<const uint8_t*>(call.x) + first * call.weight.in_features * bytes;
+  part.y = static_cast<uint8_t*>(call.y) + first * call.weight.out_features * bytes;
+  part.rows = rows;
+  return part;
 }
 
 bool repeat_portably(const Call& call, int64_t row);
@@ -106,20 +119,35 @@ bool linear_in(Scratch& scratch, const Call& call, const InstructionSet& set) {
 }
 
 bool repeat_portably(const Call& call, int64_t row) {
-  const int bytes = call.x_type == Float::f32 ? 4 : 2;
-  Call one = call;
-  one.x = static_cast<const uint8_t*>(call.x) + row * call.weight.in_features * bytes;
-  one.y = static_cast<uint8_t*>(call.y) + row * call.weight.out_features * bytes;
-  one.rows = 1;
   Scratch scratch;  // its own: the caller still reads its panel
-  return linear_in(scratch, one, *portable());
+  return linear_in(scratch, rows_of(call, row, 1), *portable());
+}
+
+bool linear_in_own(const Call& call, const InstructionSet& set) {
+  static thread_local Scratch scratch;
+  return linear_in(scratch, call, set);
 }
 
 }  // namespace
 
 bool linear(const Call& call, const InstructionSet& set) {
-  static thread_local Scratch scratch;
-  return linear_in(scratch, call, set);
+  const int threads = threads_of(call);
+  if (threads == 1 || call.rows < kRowsOfThread * threads) return linear_in_own(call, set);
+  // Threads that share no rows never wait for each other.
+  bool done = true;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) reduction(&& : done)
+  {
+    const int64_t number = omp_get_thread_num(), team = omp_get_num_threads();
+    const int64_t first = call.rows * number / team, end = call.rows * (number + 1) / team;
+    Call part = rows_of(call, first, end - first);
+    part.threads = 1;
+    done = linear_in_own(part, set);
+  }
+#else
+  done = linear_in_own(call, set);
+#endif
+  return done;
 }
 
 }  // namespace fxquant

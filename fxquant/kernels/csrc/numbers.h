@@ -66,6 +66,12 @@ inline void store_floats(const float* from, int count, void* to, Float type, int
     memcpy(static_cast<float*>(to) + offset, from, sizeof(float) * count);
   } else if (type == Float::bf16) {
     uint16_t* bits = static_cast<uint16_t*>(to) + offset;
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+    for (; count >= 16; count -= 16, from += 16, bits += 16) {
+      const auto rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(from)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits), rounded);
+    }
+#endif
     for (int i = 0; i < count; ++i) bits[i] = to_bf16(from[i]);
   } else {
     uint16_t* bits = static_cast<uint16_t*>(to) + offset;
