@@ -1,4 +1,4 @@
-"""The pipeline: trace, observe, calibrate, decide, rewrite, report."""
+"""The pipeline: trace, decide, observe, calibrate, scale, rewrite, report."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,19 +13,22 @@ from fxquant.analysis.quantization_info import QuantizationInfo, check_accuracy_
 from fxquant.analysis.rounded_layers import RoundedLayers
 from fxquant.analysis.sizes import MEGABYTE, model_bytes
 from fxquant.errors import OptionError, check_choice, check_positive_int
-from fxquant.observers import Observer
+from fxquant.modules.linear import QuantizedLinear
+from fxquant.observers import OBSERVERS, Observer
 from fxquant.passes.calibrate import calibrate
 from fxquant.passes.calibration_data import Call, calls
 from fxquant.passes.decide import DecisionOptions, decide
 from fxquant.passes.insert_observers import insert_observers, observed_inputs
+from fxquant.passes.observe_inputs import expected_inputs, observe_inputs
 from fxquant.passes.quantize_activations import quantize_activations
 from fxquant.passes.quantize_sequentially import quantize_sequentially
+from fxquant.passes.recipe import Recipe, parse_method
 from fxquant.passes.rewrite import rewrite
+from fxquant.passes.scale_channels import scale_channels
+from fxquant.passes.simulate import DYNAMIC, SimulatedActivations, SimulatedWeights
 from fxquant.tracing.signature import ExampleInputs
 from fxquant.tracing.trace import graph_of
 from fxquant.tracing.trace_report import trace_report
-
-METHODS = ("rtn", "gptq", "auto")
 
 
 def static_quantize(
@@ -58,11 +61,17 @@ def static_quantize(
         bits: 4, 8, or a mapping from module name to bits (16 leaves it float).
         group_size: weights along `in_features` that share a scale.
         symmetric: one fixed zero point, or one for each group.
-        method: `"rtn"` (rounding to nearest, with a clip search), `"gptq"` (fitted to the
-            calibration data, layer by layer) or `"auto"`, which is the latter.
-        observer: the observer of activations, a name that `create_observer` knows.
-        activation_bits: 8 puts static quantize/dequantize nodes in the graph; None leaves
-            activations float.
+        method: how to choose the integers: `"rtn"` (rounding to nearest, with a clip search
+            weighted by the data), `"hqq"` (half-quadratic, without data), `"gptq"` (fitted to the
+            data, layer by layer); `"awq"` or `"smoothquant"` (channel scales folded into the
+            graph, then `"rtn"`); some of these joined by `+`, as in `"smoothquant+gptq"`;
+            `"best"` (`"gptq"`, then refined); or `"auto"`, which is `"gptq"`.
+        observer: the observer of activations, a name that `create_observer` knows, or
+            `"dynamic"`: with `activation_bits=8`, ranges are found while the model runs, one for
+            each token and group.
+        activation_bits: 8 quantizes the inputs of quantized layers: by quantize/dequantize nodes
+            in the graph (a range for each channel, within the one that the observer gives the
+            value), or inside the layers if `observer="dynamic"`. None leaves them float.
         layer_types: quantize only these classes.
         modules_to_not_convert: names that stay float, on top of the skip rules.
         skip_layer_types: replaces `DEFAULT_INT4_SKIP.skip_types`.
@@ -88,24 +97,38 @@ def static_quantize(
         skip_layer_names,
         skip_param_threshold,
     )
-    _check_options(method, accuracy_warning, activation_bits)
+    recipe = parse_method(method, has_data=True)
+    _check_options(accuracy_warning, activation_bits, observer)
     check_positive_int("num_calibration_samples", num_calibration_samples)
     batches = list(calls(calibration_data, model, num_calibration_samples))
     gm = graph_of(model, *(batches[0] if batches else (None, {})))
-    observed = insert_observers(gm, observer)
+    watch = "minmax" if observer == DYNAMIC else observer
+    observed = insert_observers(gm, watch)
     used = calibrate(observed, [_as_item(call) for call in batches])
-    info = _plan(gm, options, symmetric, "gptq" if method == "auto" else method)
+    info = _plan(gm, options, symmetric, recipe)
     info.observer, info.activation_bits = observer, activation_bits
     info.calibration_samples_used = used
-    if info.method == "gptq":
-        layers = FittedLayers(group_size, symmetric)
-        qmodel = quantize_sequentially(gm, info.decisions, batches, layers.quantize)
-        info.decisions = layers.explain(info.decisions)
-    else:
-        qmodel = rewrite(gm, info.decisions, RoundedLayers(group_size, symmetric).quantize)
+    if recipe.scalings:
+        scaled = scale_channels(
+            gm,
+            info.decisions,
+            batches,
+            recipe.scalings,
+            SimulatedWeights(group_size, symmetric),
+            None if activation_bits is None else SimulatedActivations(observer, group_size),
+        )
+        gm, info.decisions = scaled.gm, scaled.explain(info.decisions)
+        info.folded_scales = scaled.folded
+        if scaled.folded:
+            observed = insert_observers(gm, watch)
+            calibrate(observed, [_as_item(call) for call in batches], progress=False)
+    qmodel = _quantize_with_data(gm, info, recipe, batches)
     observers = observed_inputs(observed)
-    if activation_bits is not None:
-        qmodel = quantize_activations(qmodel, observers)
+    if activation_bits is not None and observer == DYNAMIC:
+        _quantize_activations_dynamically(qmodel)
+    elif activation_bits is not None:
+        statistics = observe_inputs(gm, info.selected_layers, batches)
+        qmodel = quantize_activations(qmodel, observers, statistics)
     _measure(gm, qmodel, info, batches, observers)
     return _finish(qmodel, info, sqnr_warning_threshold, sqnr_error_threshold, accuracy_warning)
 
@@ -118,6 +141,7 @@ def quantize(
     group_size: int = 128,
     symmetric: bool = True,
     method: str = "auto",
+    activation_bits: int | None = None,
     layer_types: Sequence[Any] | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
     skip_layer_types: Sequence[Any] | None = None,
@@ -129,8 +153,11 @@ def quantize(
 ) -> tuple[GraphModule, QuantizationInfo]:
     """Quantize a model's weights without calibration data.
 
-    The options are those of `static_quantize`. With `example_inputs` (one call's arguments),
-    models that `torch.fx` cannot trace symbolically are exported instead.
+    The options are those of `static_quantize`, with `method` one of `"rtn"`, `"hqq"`, `"best"` and
+    `"auto"` (the last two are `"rtn"`), and with activations quantized dynamically if
+    `activation_bits` is 8. With `example_inputs` (one call's arguments), models that `torch.fx`
+    cannot trace symbolically are exported instead. Of layers that follow a norm, the norm's
+    parameters tell roughly what their inputs are, which rounding makes use of.
 
     Returns:
         The quantized graph, and the record of what was done; its `sqnr_db` is None.
@@ -144,18 +171,17 @@ def quantize(
         skip_layer_names,
         skip_param_threshold,
     )
-    _check_options(method, accuracy_warning, None)
-    if method == "gptq":
-        raise OptionError(
-            "method",
-            found="'gptq' without calibration data",
-            needed="'rtn' or 'auto'",
-            remedy="Pass data to static_quantize, or use method='rtn'.",
-        )
+    recipe = parse_method(method, has_data=False)
+    _check_options(accuracy_warning, activation_bits, DYNAMIC)
     example = None if example_inputs is None else ExampleInputs.of(example_inputs)
     gm = graph_of(model, *((None, {}) if example is None else (example.args, example.kwargs)))
-    info = _plan(gm, options, symmetric, method)
-    qmodel = rewrite(gm, info.decisions, RoundedLayers(group_size, symmetric).quantize)
+    info = _plan(gm, options, symmetric, recipe)
+    info.observer, info.activation_bits = DYNAMIC, activation_bits
+    layers = RoundedLayers(group_size, symmetric, recipe.rounding, expected_inputs(gm))
+    qmodel = rewrite(gm, info.decisions, layers.quantize)
+    info.decisions = layers.explain(info.decisions)
+    if activation_bits is not None:
+        _quantize_activations_dynamically(qmodel)
     _measure(gm, qmodel, info, [], {})
     return _finish(qmodel, info, sqnr_warning_threshold, sqnr_error_threshold, accuracy_warning)
 
@@ -173,12 +199,13 @@ def plan(model: nn.Module, example_inputs: object = None, **rules: Any) -> Quant
     """
     example = None if example_inputs is None else ExampleInputs.of(example_inputs)
     gm = graph_of(model, *((None, {}) if example is None else (example.args, example.kwargs)))
-    return _plan(gm, DecisionOptions(**rules), symmetric=True, method="auto")
+    recipe = parse_method("auto", has_data=False)
+    return _plan(gm, DecisionOptions(**rules), symmetric=True, recipe=recipe)
 
 
-def _check_options(method: str, accuracy_warning: str, activation_bits: int | None) -> None:
-    check_choice("method", method, METHODS)
+def _check_options(accuracy_warning: str, activation_bits: int | None, observer: str) -> None:
     check_choice("accuracy_warning", accuracy_warning, ("error", "warn", "ignore"))
+    check_choice("observer", observer, (*OBSERVERS, DYNAMIC))
     if activation_bits not in (None, 8):
         raise OptionError(
             "activation_bits",
@@ -189,16 +216,38 @@ def _check_options(method: str, accuracy_warning: str, activation_bits: int | No
 
 
 def _plan(
-    gm: GraphModule, options: DecisionOptions, symmetric: bool, method: str
+    gm: GraphModule, options: DecisionOptions, symmetric: bool, recipe: Recipe
 ) -> QuantizationInfo:
     return QuantizationInfo(
         decide(gm, options),
         bits=options.bits,
         group_size=options.group_size,
         symmetric=symmetric,
-        method="rtn" if method == "auto" else method,
+        method=recipe.name,
         trace=trace_report(gm).to_dict(),
     )
+
+
+def _quantize_with_data(
+    gm: GraphModule, info: QuantizationInfo, recipe: Recipe, batches: list[Call]
+) -> GraphModule:
+    """The rewritten graph; the ledger is told what the layers have to say."""
+    if recipe.rounding == "gptq":
+        fitted = FittedLayers(info.group_size, info.symmetric, refined=recipe.refined)
+        qmodel = quantize_sequentially(gm, info.decisions, batches, fitted.quantize)
+        info.decisions = fitted.explain(info.decisions)
+        return qmodel
+    statistics = observe_inputs(gm, info.selected_layers, batches)
+    rounded = RoundedLayers(info.group_size, info.symmetric, recipe.rounding, statistics)
+    qmodel = rewrite(gm, info.decisions, rounded.quantize)
+    info.decisions = rounded.explain(info.decisions)
+    return qmodel
+
+
+def _quantize_activations_dynamically(qmodel: GraphModule) -> None:
+    for module in qmodel.modules():
+        if isinstance(module, QuantizedLinear):
+            module.activation = "int8"
 
 
 def _measure(

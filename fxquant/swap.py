@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxquant.analysis.graph_view import INFO_KEY
 from fxquant.errors import OptionError
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.scopes import scopes, sites, tensor_attribute
@@ -35,7 +36,8 @@ def swap_modules(model: M, qmodel: GraphModule) -> M:
         `fxquant_left_float` and in a `LeftFloatWarning`.
 
     Raises:
-        OptionError: `qmodel` was made from another model.
+        OptionError: `qmodel` was made from another model, or has a channel scale folded into a
+            layer that would stay float.
     """
     return _apply(copy_sharing_tensors(model), _plan(model, qmodel))
 
@@ -67,18 +69,22 @@ class _Plan:
 def _plan(model: nn.Module, qmodel: GraphModule) -> _Plan:
     plan = _Plan()
     own = dict(model.named_modules(remove_duplicate=False))
+    unmatched: list[str] = []
     for site in sites(qmodel):
         original = own.get(site.name)
         if isinstance(site.module, QuantizedLinear):
             weight = getattr(original, "weight", None)
             if original is None or not isinstance(weight, Tensor):
                 plan.left_float.append(site.name)
+                unmatched.append(site.name)
             else:
                 _check_same_layer(site.name, weight, site.module)
                 plan.modules[site.name] = site.module
         elif type(original) is type(site.module):
             for name, parameter in site.module.named_parameters():
                 _note_parameter(plan, model, f"{site.name}.{name}", parameter)
+        elif next(site.module.parameters(), None) is not None:
+            unmatched.append(site.name)
     for scope in scopes(qmodel):
         for node in scope.gm.graph.nodes:
             if node.op == "get_attr":
@@ -86,7 +92,23 @@ def _plan(model: nn.Module, qmodel: GraphModule) -> _Plan:
                 _note_parameter(plan, model, scope.name_of(str(node.target)), value)
     if not plan.modules and not plan.left_float and not plan.parameters:
         raise _other_model("model", "no layer that both have")
+    _check_scales(qmodel, unmatched)
     return plan
+
+
+def _check_scales(qmodel: GraphModule, unmatched: list[str]) -> None:
+    """Refuse if one side of a folded scale would be taken over and the other not."""
+    for folded in qmodel.meta.get(INFO_KEY, {}).get("folded_scales", ()):
+        missing = [n for n in (*folded["producers"], *folded["readers"]) if n in unmatched]
+        if missing:
+            raise OptionError(
+                "swap_modules",
+                found=f"a channel scale folded into {', '.join(missing)}, which the model holds in "
+                "another form",
+                needed="layers that are modules of the same class in the model",
+                remedy="Use the graph itself, or quantize with a method without awq or "
+                "smoothquant.",
+            )
 
 
 def _note_parameter(plan: _Plan, model: nn.Module, name: str, value: object) -> None:

@@ -75,21 +75,49 @@ def test_the_table_has_every_column_and_node():
 
 def test_activation_bits_put_nodes_into_the_graph_and_observers_matter():
     model = models.Plain().eval()
-    spiky = X.clone()
-    spiky[0, 0, 0] = 80.0
+    spiky = X.repeat(4, 1, 1)
+    spiky[0, 0, :] = 160.0  # in all channels: an outlier of one would be divided away
     plain, _ = fxquant.static_quantize(model, [spiky], **QUIET)
     results = {}
     for observer in ("minmax", "histogram", "movingaverage"):
         q, info = fxquant.static_quantize(
-            model, spiky.split(16), observer=observer, activation_bits=8, **QUIET
+            model,
+            spiky.split(16),
+            observer=observer,
+            activation_bits=8,
+            num_calibration_samples=256,
+            **QUIET,
         )
         count = sum(n.target is quantize_activation for n in q.graph.nodes)
         assert count == 2
         results[observer] = fxquant.sqnr_db(plain(X[1:]), q(X[1:]))
-        assert info.rows[0].input_high == pytest.approx(80.0)
-        assert info.rows[0].input_outlier_ratio > 20
+        assert info.rows[0].input_high == pytest.approx(160.0)
+        assert info.rows[0].input_outlier_ratio > 15
     assert results["histogram"] > results["minmax"] + 6
     assert len({round(v, 2) for v in results.values()}) == 3
+
+
+def test_a_large_channel_costs_the_others_nothing():
+    model = models.Plain().eval()
+    uneven = X * torch.where(torch.arange(WIDTH) == 3, 200.0, 1.0)
+    model.first.weight.data[:, 3] = 0  # nothing depends on it
+    plain, _ = fxquant.static_quantize(model, [uneven], **QUIET)
+    for observer in ("minmax", "histogram", "dynamic"):
+        q, _ = fxquant.static_quantize(
+            model, [uneven], observer=observer, activation_bits=8, **QUIET
+        )
+        with torch.no_grad():
+            figure = fxquant.sqnr_db(plain(uneven), q(uneven))
+        assert figure > (10 if observer == "dynamic" else 30)
+
+
+def test_dynamic_activations_need_no_data():
+    q, info = fxquant.quantize(models.Plain().eval(), activation_bits=8, **QUIET)
+    assert q.first.activation == q.second.activation == "int8"
+    assert info.observer == "dynamic"
+    with torch.no_grad():
+        weights_only, _ = fxquant.quantize(models.Plain().eval(), **QUIET)
+        assert not torch.equal(q.first(X), weights_only.first(X))
 
 
 def test_eight_bits_are_more_accurate_than_four_and_a_mapping_mixes_them():

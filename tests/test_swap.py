@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 import fxquant
 from fxquant.errors import OptionError
@@ -40,3 +41,25 @@ def test_another_model_is_refused_and_left_as_it_was(tmp_path):
     with pytest.raises(OptionError, match="first.*same class and configuration"):
         fxquant.load_into(other, tmp_path / "m.safetensors")
     assert type(other.first) is torch.nn.Linear
+
+
+def test_a_scale_folded_into_a_layer_that_stays_float_is_an_error():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+            with torch.no_grad():  # values with outlier channels
+                self.attention.in_proj_weight[128::8] *= 40
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    torch.manual_seed(0)
+    model, x = Encoder().eval(), torch.randn(8, 6, 64)
+    q, info = fxquant.static_quantize(
+        model, [x], method="awq+hqq", group_size=32, skip_param_threshold=0,
+        accuracy_warning="ignore",
+    )  # fmt: skip
+    assert info.folded_scales
+    with pytest.raises(OptionError, match="scale folded into .*without awq"):
+        fxquant.swap_modules(model, q)

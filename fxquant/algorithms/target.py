@@ -5,7 +5,8 @@ With x the quantized model's input of the layer and the shift what its output la
 and H = Σ x xᵀ: rounding that weight for H is what remains to do. Aiming at the float model's
 activations is the idea of Li et al., "GPTAQ", arXiv:2504.02692. C is an estimate from few tokens,
 so it is shrunk, by a ridge and a factor: those that do best from one half of the tokens to the
-other.
+other. What all tokens say has half the noise of what one half says, so the factor a, which is
+signal / (signal + noise), becomes 2a / (1 + a).
 """
 
 import torch
@@ -33,6 +34,7 @@ def float_target(weight: Tensor, moments: LayerMoments) -> Tensor:
     gain, share, ridge = max(_try(moments, ridge) for ridge in RIDGES)
     if not gain > 0:
         return weight
+    share = 2 * share / (1 + share)
     return weight + share * _regression(moments.second, moments.crosses.sum(0), ridge)
 
 

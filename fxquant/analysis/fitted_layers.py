@@ -1,7 +1,6 @@
 """Layers fitted to the inputs they see: GPTQ toward the float output, with corrected biases."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from torch import nn
 
@@ -12,7 +11,7 @@ from fxquant.algorithms.target import float_target
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
-from fxquant.passes.decide import Decision
+from fxquant.passes.decide import Decision, add_notes
 
 
 class FittedLayers:
@@ -45,9 +44,5 @@ class FittedLayers:
 
     def explain(self, decisions: Iterable[Decision]) -> list[Decision]:
         """The ledger, with a word on layers that no calibration token reached."""
-        return [
-            replace(d, reason=f"{d.reason}; no calibration token reached it: rounded to nearest")
-            if d.module in self.unreached
-            else d
-            for d in decisions
-        ]
+        why = "no calibration token reached it: rounded to nearest"
+        return add_notes(decisions, dict.fromkeys(self.unreached, why))

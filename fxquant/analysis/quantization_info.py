@@ -8,6 +8,7 @@ from typing import Any
 from fxquant.analysis.sensitivity_report import SensitivityRow
 from fxquant.errors import AccuracyError, check_choice
 from fxquant.passes.decide import Decision
+from fxquant.passes.scale_channels import FoldedScale
 from fxquant.report.tables import format_db, format_shape, text_table
 
 FEW_SAMPLES = 50
@@ -38,6 +39,7 @@ class QuantizationInfo:
         method: the algorithm that chose the integers.
         observer: the name of the observer of activations.
         activation_bits: 8 if activations are quantized in the graph, else None.
+        folded_scales: channel scales that were folded into the graph's parameters.
         trace: what tracing did, as plain data.
         warnings: what `check_accuracy_warnings` found.
     """
@@ -54,6 +56,7 @@ class QuantizationInfo:
     method: str = "rtn"
     observer: str = "minmax"
     activation_bits: int | None = None
+    folded_scales: list[FoldedScale] = field(default_factory=list)
     trace: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     warning_threshold: float = 20.0

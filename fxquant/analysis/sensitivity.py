@@ -1,9 +1,9 @@
 """`sensitivity`: which layer hurts, by three methods in one report."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from fxquant.graph.structures import main_output
 from fxquant.numerics.metrics import SqnrMeter
 from fxquant.passes.calibration_data import calls, row_count
 from fxquant.passes.decide import Decision, DecisionOptions, decide
+from fxquant.passes.observe_inputs import observe_inputs
 from fxquant.passes.rewrite import rewrite
 from fxquant.tracing.trace import graph_of
 
@@ -103,7 +104,7 @@ def sensitivity(
         metric=metric if isinstance(metric, str) else "custom",
         decisions=[asdict(d) for d in decisions],
         graph=to_networkx(qmodel, {row.module: asdict(row) for row in rows}),
-        evaluate=partial(_evaluate, gm, decisions, layers, batches, select),
+        evaluate=_Evaluation(gm, decisions, layers, batches, select),
     )
     if method == "local":
         return replace(report, flows=error_flow(run.nodes))
@@ -164,20 +165,36 @@ def _shared_inputs(candidates: Sequence[Candidate]) -> dict[str, str]:
     return {c.name: weights.setdefault(c.linear.weight.data_ptr(), c.shares) for c in candidates}
 
 
-@torch.no_grad()
-def _evaluate(
-    gm: GraphModule,
-    decisions: Sequence[Decision],
-    layers: RoundedLayers,
-    batches: Sequence[Call],
-    select: Callable[[Any], Tensor],
-    bits: dict[str, int],
-) -> float:
-    """Output SQNR with the layers of `bits` at these widths and all others float."""
-    actions = {4: "int4", 8: "int8"}
-    planned = [replace(d, action=actions.get(bits.get(d.module, 16), "float")) for d in decisions]
-    qmodel = rewrite(gm, planned, layers.quantize)
-    meter = SqnrMeter()
-    for args, kwargs in batches:
-        meter.add(select(gm(*args, **kwargs)), select(qmodel(*args, **kwargs)))
-    return meter.db
+class _Evaluation:
+    """Runs an allocation with the layers that `static_quantize(method="rtn")` makes."""
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        decisions: Sequence[Decision],
+        layers: RoundedLayers,
+        batches: Sequence[Call],
+        select: Callable[[Any], Tensor],
+    ) -> None:
+        self.gm, self.decisions, self.batches, self.select = gm, decisions, batches, select
+        self.options = layers.group_size, layers.symmetric
+
+    @functools.cached_property
+    def layers(self) -> RoundedLayers:
+        """Made when first needed: the statistics take a pass over the data."""
+        names = [d.module for d in self.decisions if d.bits is not None]
+        statistics = observe_inputs(self.gm, names, self.batches)
+        return RoundedLayers(*self.options, statistics=statistics)
+
+    @torch.no_grad()
+    def __call__(self, bits: dict[str, int]) -> float:
+        """Output SQNR with the layers of `bits` at these widths and all others float."""
+        actions = {4: "int4", 8: "int8"}
+        planned = [
+            replace(d, action=actions.get(bits.get(d.module, 16), "float")) for d in self.decisions
+        ]
+        qmodel = rewrite(self.gm, planned, self.layers.quantize)
+        meter = SqnrMeter()
+        for args, kwargs in self.batches:
+            meter.add(self.select(self.gm(*args, **kwargs)), self.select(qmodel(*args, **kwargs)))
+        return meter.db

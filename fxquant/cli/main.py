@@ -17,7 +17,7 @@ from fxquant.cli.sources import load_data, load_graph, load_source
 from fxquant.demo.run import run_demo
 from fxquant.errors import OptionError
 from fxquant.passes.calibration_data import as_call
-from fxquant.pipeline import METHODS, plan, quantize, static_quantize
+from fxquant.pipeline import plan, quantize, static_quantize
 from fxquant.report.tables import format_db, format_shape, text_table
 from fxquant.serialization.files import load_model, save_model
 from fxquant.tracing.signature import ExampleInputs
@@ -70,7 +70,8 @@ def rule_options(command: Callable[..., None]) -> Callable[..., None]:
         bits_option,
         group_option,
         click.option("--asymmetric", is_flag=True, help="A zero point for each group."),
-        click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True),
+        click.option("--method", default="auto", show_default=True,
+                     help="rtn, hqq, gptq, awq, smoothquant, some joined by +, best or auto."),
         click.option("--observer", default="minmax", show_default=True),
         click.option("--activation-bits", type=click.Choice(["8"]), help="Quantize activations."),
         click.option("--keep-float", multiple=True, metavar="NAME",
@@ -106,7 +107,7 @@ def quantize_command(
             example = None if batches is None else _example(batches, source)
             info = plan(source, example, **{key: options[key] for key in keys})
         elif batches is None:
-            for key in ("observer", "activation_bits", "num_calibration_samples"):
+            for key in ("observer", "num_calibration_samples"):
                 options.pop(key)
             qmodel, info = quantize(source, accuracy_warning="ignore", **options)
         else:

@@ -1,23 +1,64 @@
 """Static activation quantization: two functions that a graph calls.
 
 before: `fc = self.fc(x)`
-after:  `q = quantize_activation(x, scale, zero_point)`
-        `fc = self.fc(dequantize_activation(q, scale, zero_point, x))`
+after:  `q = quantize_activation(x, self.x_scale, self.x_zero_point)`
+        `fc = self.fc(dequantize_activation(q, self.x_scale, self.x_zero_point, x))`
+
+Each channel has a grid of its own. In many transformers a few channels are much larger than the
+others, and with one grid for all of them the others would be left with a few levels.
 """
 
 import torch
 from torch import Tensor
 
-from fxquant.numerics.integers import UINT8, dequantize_affine, quantize_affine
+from fxquant.numerics.integers import UINT8, dequantize_affine, quantize_affine, safe_scale
+
+SMALLEST = 1e-6  # of the widest channel's grid: a channel with a finer one is as good as zero
+FINEST = 1024
 
 
-def quantize_activation(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """Round `x`, any shape, to uint8 on a per-tensor grid: x ≈ scale · (q − zero_point)."""
-    grid = torch.tensor(scale), torch.tensor(float(zero_point))
-    return quantize_affine(x.float(), *grid, UINT8).to(torch.uint8)
+def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Round `x` to uint8 on a static grid: x ≈ scale · (q − zero_point).
+
+    Args:
+        x: [..., channels].
+        scale: float32, [channels] or a scalar.
+        zero_point: whole numbers in 0..255 as float32, the same shape.
+    """
+    return quantize_affine(x.float(), scale, zero_point, UINT8).to(torch.uint8)
 
 
-def dequantize_activation(q: Tensor, scale: float, zero_point: int, like: Tensor) -> Tensor:
+def dequantize_activation(q: Tensor, scale: Tensor, zero_point: Tensor, like: Tensor) -> Tensor:
     """The float values of `q` in the dtype of `like`, the tensor that was quantized."""
-    values = dequantize_affine(q.float(), torch.tensor(scale), torch.tensor(float(zero_point)))
-    return values.to(like.dtype)
+    return dequantize_affine(q.float(), scale, zero_point).to(like.dtype)
+
+
+def channel_grid(
+    lowest: Tensor, highest: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A grid for each channel.
+
+    Args:
+        lowest: the smallest value of each channel, [channels].
+        highest: the largest.
+        low: what lies below in any channel is clipped, a scalar.
+        high: what lies above.
+
+    Returns:
+        `(scale, zero_point)`, float32 [channels]. Zero is on every grid.
+    """
+    zero = torch.zeros_like(lowest)
+    low = torch.minimum(torch.maximum(lowest, low.float()), zero)
+    high = torch.maximum(torch.minimum(highest, high.float()), zero)
+    scale = (high - low) / (UINT8.levels - 1)
+    scale = torch.where(scale > scale.max() * SMALLEST, scale, scale.max())
+    scale = safe_scale(scale)
+    return scale, (-low / scale).round().clamp(UINT8.quant_min, UINT8.quant_max)
+
+
+def finer_by(lowest: Tensor, highest: Tensor) -> int:
+    """How much finer the grids of most channels are than one for all of them, at least 1."""
+    widths = highest - lowest
+    common = highest.max() - lowest.min()
+    finer = common / widths.median().clamp(min=torch.finfo(torch.float32).tiny)
+    return int(finer.clamp(1, FINEST))

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import WeightError
+from fxquant.errors import WeightError, check_choice
+
+ACTIVATIONS = ("float", "int8")
 
 
 class QuantizedLinear(nn.Module):
@@ -21,15 +23,33 @@ class QuantizedLinear(nn.Module):
     bits: int
     bias: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, bias: Tensor | None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: Tensor | None, activation: str = "float"
+    ) -> None:
         super().__init__()
+        check_choice("activation", activation, ACTIVATIONS)
         self.in_features, self.out_features = in_features, out_features
+        self._activation = activation
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @property
     def weight(self) -> Tensor:
         """The dequantized weight [out, in], float32."""
         raise TypeError(f"{type(self).__name__} has no weight")
+
+    @property
+    def activation(self) -> str:
+        """`"float"`, or `"int8"`: activations quantized on the fly, a scale a token and group."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, value: str) -> None:
+        check_choice("activation", value, ACTIVATIONS)
+        self._activation = value
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Choose a kernel and derive its layout; it is never saved."""
 
     def to_linear(self) -> nn.Linear:
         """A float `nn.Linear` with the same weights."""

@@ -5,14 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import OptionError, check_choice
+from fxquant.errors import OptionError
 from fxquant.kernels.choose import choose_backend, explain_backend
 from fxquant.kernels.interface import LinearSpec
 from fxquant.modules.linear import QuantizedLinear, check_linear, moved_only
 from fxquant.numerics.grouping import group_count
 from fxquant.numerics.weights import SYMMETRIC_ZERO_POINT, Int4Weight, quantize_weight_int4
 
-ACTIVATIONS = ("float", "int8")
 SAVED = ("_packed_weight", "_scales", "_zero_points")  # in a state_dict
 
 
@@ -34,9 +33,8 @@ class QuantizedLinearInt4(QuantizedLinear):
     bits = 4
 
     def __init__(self, weight: Int4Weight, bias: Tensor | None, activation: str = "float") -> None:
-        super().__init__(weight.in_features, weight.packed.shape[0], bias)
+        super().__init__(weight.in_features, weight.packed.shape[0], bias, activation)
         self.group_size, self.symmetric = weight.group_size, weight.symmetric
-        self._activation = activation
         self._kernel_names: tuple[str, ...] = ()
         self._hold(weight)
 
@@ -60,15 +58,8 @@ class QuantizedLinearInt4(QuantizedLinear):
         weight = Int4Weight(*packed, group_size, linear.in_features, symmetric)
         return cls(weight, linear.bias)
 
-    @property
-    def activation(self) -> str:
-        """`"float"`, or `"int8"`: activations quantized on the fly, a scale a token and group."""
-        return self._activation
-
-    @activation.setter
-    def activation(self, value: str) -> None:
-        check_choice("activation", value, ACTIVATIONS)
-        self._activation = value
+    def _prepare(self) -> None:
+        """Go on with the kernel for the present kind of activation."""
         backend, _ = choose_backend(self._current_spec(), self._device)
         if backend.name == self.backend:
             self._spec = self._current_spec()  # every kind of activation reads one layout

@@ -7,9 +7,12 @@ from torch import Tensor, nn
 
 from fxquant.errors import OptionError
 from fxquant.kernels.int8 import matmul_int8, pad_int8
+from fxquant.kernels.reference import quantize_tokens
 from fxquant.modules.linear import QuantizedLinear, add_bias, check_linear, detached
 from fxquant.numerics.int8_weight import Int8Weight, quantize_weight_int8
 from fxquant.numerics.weights import SCALE_DTYPE
+
+ACTIVATION_GROUP = 128  # inputs of a token that share a scale, if activations are quantized
 
 
 class QuantizedLinearInt8(QuantizedLinear):
@@ -25,8 +28,8 @@ class QuantizedLinearInt8(QuantizedLinear):
     _scales: Tensor
     _kernel_weight: Tensor
 
-    def __init__(self, weight: Int8Weight, bias: Tensor | None) -> None:
-        super().__init__(weight.q.shape[1], weight.q.shape[0], bias)
+    def __init__(self, weight: Int8Weight, bias: Tensor | None, activation: str = "float") -> None:
+        super().__init__(weight.q.shape[1], weight.q.shape[0], bias, activation)
         self.register_buffer("_weight_int8", weight.q.contiguous())
         self.register_buffer("_scales", detached(weight.scales, SCALE_DTYPE))
         self._prepare()
@@ -56,11 +59,13 @@ class QuantizedLinearInt8(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [..., in], float32, bfloat16 or float16, to [..., out] of the same dtype."""
+        if self._activation == "int8":
+            x = quantize_tokens(x.float(), ACTIVATION_GROUP).to(x.dtype)
         return add_bias(matmul_int8(x, self._kernel_weight, self._scales), self.bias)
 
     def describe(self) -> dict[str, Any]:
-        """Nothing: the tensors say it all."""
-        return {}
+        """Plain data from which `rebuild` makes the layer again, with `saved_tensors`."""
+        return {"activation": self._activation}
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """The tensors to save."""
@@ -84,4 +89,5 @@ class QuantizedLinearInt8(QuantizedLinear):
                 needed="an int8 matrix and one scale a row",
                 remedy="The file is damaged: save the model again.",
             )
-        return cls(Int8Weight(q, scales.float()), tensors.get("bias"))
+        activation = description.get("activation", "float")  # files of version 0.1 have none
+        return cls(Int8Weight(q, scales.float()), tensors.get("bias"), activation)

@@ -1,5 +1,6 @@
 """Cutting a weight into groups along its input dimension."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,6 +28,12 @@ def to_groups(matrix: Tensor, group_size: int) -> Tensor:
 def from_groups(groups: Tensor, columns: int) -> Tensor:
     """Undo `to_groups`: [rows, groups, group_size] back to [rows, columns]."""
     return groups.flatten(1)[:, :columns]
+
+
+def group_mask(columns: int, group_size: int) -> Tensor:
+    """Where `to_groups` has elements of the matrix: 1.0, else 0.0; [groups, group_size]."""
+    groups = group_count(columns, group_size)
+    return (torch.arange(groups * group_size) < columns).float().view(groups, group_size)
 
 
 def expand_groups(values: Tensor, group_size: int, columns: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -140,8 +140,25 @@ class Observer(nn.Module):
             CalibrationError: it saw nothing, NaN or Inf.
         """
         self._check_ready()
-        scale, zero_point = self.grid.qparams(*self._range())
+        scale, zero_point = self.grid.qparams(*self._range(self.grid))
         return scale.float(), zero_point.to(torch.int32)
+
+    def clipping_range(self, finer: int = 1) -> tuple[Tensor, Tensor]:
+        """What a grid with `finer` times as many integers should span.
+
+        The finer the grid, the less there is to gain by clipping.
+
+        Returns:
+            `(low, high)`, scalars.
+
+        Raises:
+            CalibrationError: it saw nothing, NaN or Inf.
+        """
+        self._check_ready()
+        integer = self.grid.integer
+        most = (integer.quant_max + 1) * finer - 1
+        finer_integer = replace(integer, quant_min=integer.quant_min * finer, quant_max=most)
+        return self._range(replace(self.grid, integer=finer_integer))
 
     def _check_ready(self) -> None:
         if not self.has_seen_values:
@@ -154,7 +171,7 @@ class Observer(nn.Module):
         self.check()
 
     @abstractmethod
-    def _range(self) -> tuple[Tensor, Tensor]:
+    def _range(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """The values that the grid spans."""
 
     def reset(self) -> None:

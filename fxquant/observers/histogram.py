@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fxquant.errors import OptionError, check_positive_int
 from fxquant.observers.base import Observer
+from fxquant.observers.grid import Grid
 from fxquant.observers.kl import best_range
 
 FINEST = 2.0**-24  # of the largest magnitude: float32 tells no finer bins apart
@@ -79,10 +80,10 @@ class HistogramObserver(Observer):
         """Bins that exist: where NaN and Inf are counted does not matter, they are reported."""
         return index.clamp_(0, self.bins - 1)
 
-    def _range(self) -> tuple[Tensor, Tensor]:
+    def _range(self, grid: Grid) -> tuple[Tensor, Tensor]:
         centres = (self._numbers() + 0.5).double() * self.width
         histogram = self.histogram.double()
-        return best_range(histogram, centres, self.width, self.minimum, self.maximum, self.grid)
+        return best_range(histogram, centres, self.width, self.minimum, self.maximum, grid)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -110,7 +111,7 @@ class AutoObserver(HistogramObserver):
     There are outliers if the outlier ratio of the statistics exceeds 10.
     """
 
-    def _range(self) -> tuple[Tensor, Tensor]:
+    def _range(self, grid: Grid) -> tuple[Tensor, Tensor]:
         if self.statistics().outlier_ratio > OUTLIER_RATIO:
-            return super()._range()
+            return super()._range(grid)
         return self.minimum, self.maximum

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fxquant.errors import OptionError
 from fxquant.observers.base import Observer
+from fxquant.observers.grid import Grid
 
 
 class MinMaxObserver(Observer):
@@ -17,7 +18,7 @@ class MinMaxObserver(Observer):
         symmetric: whether zero lies in the middle of them.
     """
 
-    def _range(self) -> tuple[Tensor, Tensor]:
+    def _range(self, grid: Grid) -> tuple[Tensor, Tensor]:
         return self.minimum, self.maximum
 
 
@@ -61,7 +62,7 @@ class MovingAverageMinMaxObserver(Observer):
         self.average_maximum = torch.lerp(self.average_maximum, high, share)
         self.batches = self.batches + 1
 
-    def _range(self) -> tuple[Tensor, Tensor]:
+    def _range(self, grid: Grid) -> tuple[Tensor, Tensor]:
         return self.average_minimum, self.average_maximum
 
     def reset(self) -> None:

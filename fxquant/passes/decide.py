@@ -13,7 +13,7 @@ The first rule of this list that applies decides:
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -139,6 +139,14 @@ def decide(gm: GraphModule, options: DecisionOptions) -> list[Decision]:
         for p in node.parameters
     }
     return [_decide_node(node, options, float_weights) for node in nodes]
+
+
+def add_notes(decisions: Iterable[Decision], notes: Mapping[str, str]) -> list[Decision]:
+    """The ledger with what later passes have to say, by name, at the end of its reasons."""
+    return [
+        replace(d, reason=f"{d.reason}; {notes[d.module]}") if d.module in notes else d
+        for d in decisions
+    ]
 
 
 def _check_rules(nodes: list[WeightedNode], options: DecisionOptions) -> None:

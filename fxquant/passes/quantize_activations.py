@@ -1,29 +1,42 @@
 """Turn calibrated ranges into quantize/dequantize nodes.
 
 before: `fc = self.fc(x)`
-after:  `q = quantize_activation(x, scale, zero_point)`
-        `fc = self.fc(dequantize_activation(q, scale, zero_point, x))`
+after:  `q = quantize_activation(x, self.x_scale, self.x_zero_point)`
+        `fc = self.fc(dequantize_activation(q, self.x_scale, self.x_zero_point, x))`
 """
 
 from collections.abc import Mapping
 
 from torch.fx import GraphModule, Node
 
+from fxquant.algorithms.input_statistics import InputStatistics
 from fxquant.errors import OptionError
 from fxquant.graph.copying import copy_sharing_tensors
-from fxquant.graph.scopes import sites
+from fxquant.graph.scopes import Site, sites
 from fxquant.graph.shapes import MODULE_PATH
-from fxquant.modules.activation import dequantize_activation, quantize_activation
+from fxquant.modules.activation import (
+    channel_grid,
+    dequantize_activation,
+    finer_by,
+    quantize_activation,
+)
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.observers import Observer
 
 
-def quantize_activations(gm: GraphModule, observers: Mapping[str, Observer]) -> GraphModule:
-    """Quantize the input of every quantized linear layer, statically, per tensor.
+def quantize_activations(
+    gm: GraphModule,
+    observers: Mapping[str, Observer],
+    statistics: Mapping[str, InputStatistics] | None = None,
+) -> GraphModule:
+    """Quantize the input of every quantized linear layer, statically.
 
     Args:
         gm: a rewritten graph; it is not changed.
-        observers: the calibrated observer of each layer's input, by the layer's name.
+        observers: the calibrated observer of each layer's input, by the layer's name. Its range
+            says what is clipped.
+        statistics: of the layers' inputs, by name: each channel gets a grid of its own. Without
+            them, all channels share the observer's.
 
     Returns:
         A new graph; a value that feeds several layers is quantized once. Layers whose input is
@@ -42,21 +55,36 @@ def quantize_activations(gm: GraphModule, observers: Mapping[str, Observer]) -> 
         if source.target is dequantize_activation or site.name not in observers:
             continue
         if source not in made:
-            _check_integer(site.name, observers[site.name])
-            scale, zero_point = observers[site.name].calculate_qparams()
-            grid = float(scale), int(zero_point)
-            with site.scope.gm.graph.inserting_after(source):
-                q = site.scope.gm.graph.call_function(quantize_activation, (source, *grid))
-            with site.scope.gm.graph.inserting_after(q):
-                made[source] = site.scope.gm.graph.call_function(
-                    dequantize_activation, (q, *grid, source)
-                )
-            for node in (q, made[source]):
-                node.meta[MODULE_PATH] = site.node.meta.get(MODULE_PATH)
+            made[source] = _insert(
+                site, source, observers[site.name], (statistics or {}).get(site.name)
+            )
         site.node.replace_input_with(source, made[source])
         site.scope.gm.graph.lint()
         site.scope.gm.recompile()
     return rewritten
+
+
+def _insert(
+    site: Site, source: Node, observer: Observer, statistics: InputStatistics | None
+) -> Node:
+    """The dequantized value that takes the place of `source`."""
+    _check_integer(site.name, observer)
+    grid = observer.calculate_qparams()
+    if statistics is not None and statistics.tokens:
+        ends = statistics.lowest, statistics.highest
+        grid = channel_grid(*ends, *observer.clipping_range(finer_by(*ends)))
+    gm, nodes = site.scope.gm, list[Node]()
+    for kind, values in zip(("scale", "zero_point"), grid, strict=True):
+        gm.register_buffer(f"{source.name}_{kind}", values.float())
+        with gm.graph.inserting_after(nodes[-1] if nodes else source):
+            nodes.append(gm.graph.get_attr(f"{source.name}_{kind}"))
+    with gm.graph.inserting_after(nodes[-1]):
+        q = gm.graph.call_function(quantize_activation, (source, *nodes))
+    with gm.graph.inserting_after(q):
+        made = gm.graph.call_function(dequantize_activation, (q, *nodes, source))
+    for node in (*nodes, q, made):
+        node.meta[MODULE_PATH] = site.node.meta.get(MODULE_PATH)
+    return made
 
 
 def _check_integer(name: str, observer: Observer) -> None:

@@ -23,9 +23,9 @@ from fxquant.graph.scopes import Site, sites
 from fxquant.graph.stepper import Call, Stepper
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.passes.decide import Decision
+from fxquant.passes.padding import fitting_mask, padding_mask
 
 QuantizeWithMoments = Callable[[str, nn.Linear, int, LayerMoments], QuantizedLinear]
-PADDING_MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,7 @@ def quantize_sequentially(
 
 
 def _start(float_gm: GraphModule, rewritten: GraphModule, call: Call) -> _Batch:
-    given = call[1].get(PADDING_MASK)
-    mask = given.bool() if isinstance(given, Tensor) and given.ndim == 2 else None
-    return _Batch(Stepper(float_gm, call), Stepper(rewritten, call), {}, {}, mask)
+    return _Batch(Stepper(float_gm, call), Stepper(rewritten, call), {}, {}, padding_mask(call))
 
 
 def _sites_by_root(gm: GraphModule, bits: dict[str, int]) -> dict[Node, list[Any]]:
@@ -176,15 +174,8 @@ def _add(moments: LayerMoments, seen: _Seen, batch: _Batch, residual: Node | Non
             difference = batch.difference(residual) if residual is not None else None
             if difference is not None and _is_reshaped(difference, output):
                 shift = shift + difference.reshape(output.shape)
-        moments.add(x, shift, _fitting(batch.mask, x))
+        moments.add(x, shift, fitting_mask(batch.mask, x))
 
 
 def _is_reshaped(one: Tensor, other: Tensor) -> bool:
     return one.shape[-1:] == other.shape[-1:] and one.numel() == other.numel()
-
-
-def _fitting(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The mask in the shape of the tokens of `x`; None where they are others."""
-    if mask is None or x.shape[:-1] not in (mask.shape, (mask.numel(),)):
-        return None
-    return mask.reshape(x.shape[:-1])

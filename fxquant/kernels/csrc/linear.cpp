@@ -14,9 +14,9 @@ namespace fxquant {
 namespace {
 
 // A thread that sleeps wakes up in 5 to 50 microseconds. Alone, one thread does so many
-// multiplications, reads so many weights and prepares so many values in about 20.
-constexpr int64_t kSmallWork = 1 << 22;
-constexpr int64_t kSmallWeight = 1 << 20;
+// multiplications in 40, and prepares so many values in 20; reading and unpacking a weight costs as
+// much as kUnpack multiplications.
+constexpr int64_t kSmallWork = 1 << 24, kUnpack = 6;
 constexpr int64_t kSmallInput = 1 << 18;
 constexpr int64_t kRowsOfThread = 32;  // so many are worth reading all of the weight
 
@@ -43,7 +43,7 @@ struct Scratch {
 
 int threads_of(const Call& call) {
   const int64_t weights = call.weight.out_features * call.weight.in_features;
-  const bool is_small = weights < kSmallWeight && weights * call.rows < kSmallWork;
+  const bool is_small = weights * (kUnpack + call.rows) < kSmallWork;
   return forked || is_small ? 1 : call.threads;
 }
 

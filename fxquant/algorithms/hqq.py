@@ -1,0 +1,98 @@
+"""HQQ: half-quadratic quantization, which needs no data.
+
+Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023: instead of
+squared error, ‖W − Ŵ‖ₚ with p < 1 is minimised, which lets few weights be far off for the sake of
+all others. In turns, the few are taken out by a shrinkage operator, and each group's zero point (of
+symmetric weights the scale) is fitted to the rest.
+"""
+
+import torch
+from torch import Tensor
+
+from fxquant.numerics.grouping import from_groups, group_mask, to_groups
+from fxquant.numerics.integers import UINT4, dequantize_affine, quantize_affine, safe_scale
+from fxquant.numerics.weights import (
+    SCALE_DTYPE,
+    SYMMETRIC_ZERO_POINT,
+    ZERO_POINT_DTYPE,
+    Int4Weight,
+    calculate_scale_zp_groupwise,
+)
+
+NORM = 0.7  # p
+STRENGTH = 10.0  # of the first shrinkage; a multiple of the inverse group magnitude
+GROWTH = 1.01
+ITERATIONS = 20
+BLOCK_ELEMENTS = 1 << 17
+
+
+def half_quadratic(weight: Tensor, *, group_size: int = 128, symmetric: bool = True) -> Int4Weight:
+    """Quantize a weight to INT4, robustly against outliers.
+
+    Args:
+        weight: floating point [out, in].
+        group_size: columns a group; the last group may be short. Without groups (one for a whole
+            row) the method is known to fail on models: use smaller ones.
+        symmetric: one fixed zero point (8), or one for each group.
+
+    Returns:
+        The integers with their scales and zero points.
+
+    Raises:
+        WeightError: the weight is not a finite matrix.
+        OptionError: `group_size` is not positive.
+    """
+    scales, zero_points = calculate_scale_zp_groupwise(weight, group_size, symmetric)
+    rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
+    counts = group_mask(weight.shape[1], group_size)
+    parts = [
+        _solve(to_groups(block.float(), group_size), counts, scale, zero, symmetric)
+        for block, scale, zero in zip(
+            weight.detach().split(rows), scales.split(rows), zero_points.split(rows), strict=True
+        )
+    ]
+    q, scales, zero_points = (torch.cat(part) for part in zip(*parts, strict=True))
+    integers = from_groups(q, weight.shape[1]).to(torch.uint8)
+    return Int4Weight.from_integers(integers, scales, zero_points, group_size, symmetric)
+
+
+def _solve(
+    groups: Tensor, counts: Tensor, scale: Tensor, zero_point: Tensor, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers [rows, groups, size] and the grid [rows, groups] of a block of rows.
+
+    `counts` [groups, size] is 1 for elements and 0 where a short group was filled up.
+    """
+    # In units of the group's step, so that the strength does not depend on the weight's unit.
+    unit = scale.abs()[..., None]
+    best_error = torch.full_like(scale, torch.inf)
+    best_scale, best_zero = scale, zero_point
+    strength = STRENGTH
+    for _ in range(ITERATIONS):
+        q = quantize_affine(groups, scale[..., None], zero_point[..., None], UINT4)
+        residual = (groups - dequantize_affine(q, scale[..., None], zero_point[..., None])) / unit
+        error = (residual.abs().pow(NORM) * counts).sum(-1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero_point, best_zero)
+        rest = groups - _shrink(residual, strength) * unit  # without the few that are far off
+        if symmetric:
+            levels = q - SYMMETRIC_ZERO_POINT
+            levels = levels * counts
+            fitted = (levels * rest).sum(-1) / levels.square().sum(-1)
+            fitted = torch.where(torch.isfinite(fitted), fitted, scale)
+            scale = safe_scale(fitted.to(SCALE_DTYPE).float())
+        else:
+            fitted = ((q - rest / scale[..., None]) * counts).sum(-1) / counts.sum(-1)
+            zero_point = fitted.to(ZERO_POINT_DTYPE).float()
+        strength *= GROWTH
+    q = quantize_affine(groups, best_scale[..., None], best_zero[..., None], UINT4)
+    return q, best_scale, best_zero
+
+
+def _shrink(x: Tensor, strength: float) -> Tensor:
+    """The generalized soft threshold: what minimises |y|ᵖ + strength · (x − y)² / 2 over y."""
+    magnitude = x.abs()
+    pull = magnitude.clamp(min=1e-8).pow(NORM - 1) / strength
+    return torch.sign(x) * (magnitude - pull).clamp(min=0)

@@ -1,0 +1,285 @@
+"""The one table of ops through which a scale of channels passes: to support an op, add a row.
+
+A label says which channel scales each element of a value: an integer tensor that broadcasts to the
+value's shape, with -1 where nothing is scaled. Two ways lead through an op: from its output back to
+the operands that have to carry the scale (`pull`), and from an operand on to the output (`push`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+# Positive scales pass: f(x · s) = f(x) · s.
+HOMOGENEOUS = frozenset(
+    ("relu", "relu_", "leaky_relu", "neg", "abs", "dropout", "contiguous", "clone", "detach", "to",
+     "float", "half", "bfloat16", "type", "type_as", "alias", "_to_copy", "lift_fresh_copy")
+)  # fmt: skip
+PRODUCTS = frozenset(("mul", "imul", "mul_", "multiply"))
+QUOTIENTS = frozenset(("div", "div_", "truediv", "divide"))
+SUMS = frozenset(("add", "iadd", "add_", "sub", "isub", "sub_", "subtract"))
+MATRIX_PRODUCTS = frozenset(("matmul", "bmm"))
+ATTENTION = "scaled_dot_product_attention"
+SPLITS = frozenset(("split", "chunk", "unbind", "split_with_sizes", "tensor_split"))
+NORMS = {"layer_norm": (2, 3), "rms_norm": (2,)}  # where weight and bias are among the arguments
+# Ask for sizes and the like, which no scale changes.
+INQUIRIES = frozenset(
+    ("size", "sym_size", "dim", "ndimension", "numel", "sym_numel", "len", "is_floating_point",
+     "get_device", "expect_constant")
+)  # fmt: skip
+MOVES = SPLITS | {
+    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "t",
+    "numpy_T", "swapaxes", "swapdims", "movedim", "squeeze", "unsqueeze", "expand", "expand_as",
+    "repeat_interleave", "slice", "select", "getitem", "narrow", "index_select", "getattr",
+}  # fmt: skip
+
+
+class CannotScaleError(Exception):
+    """Why no scale can pass; the text completes "no fold: ..."."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """What one run of the graph showed.
+
+    Attributes:
+        shapes: of each node whose value is a tensor.
+        others: the values of all other nodes (sizes, tuples, None).
+    """
+
+    shapes: Mapping[Node, torch.Size]
+    others: Mapping[Node, Any]
+
+
+def op_name(node: Node) -> str:
+    """The op's short name, the same for functions, methods and their aten forms.
+
+    >>> graph = torch.fx.Graph()
+    >>> op_name(graph.call_function(torch.ops.aten.mul.Tensor, (graph.placeholder("x"), 2)))
+    'mul'
+    """
+    if node.op == "call_method":
+        return str(node.target)
+    return str(getattr(node.target, "__name__", node.target)).split(".")[0]
+
+
+def is_sum(node: Node) -> bool:
+    """Whether `node` adds or subtracts without further options."""
+    return op_name(node) in SUMS and not node.kwargs and len(node.args) == 2
+
+
+def compress(label: Tensor) -> Tensor:
+    """`label` with each dimension along which it is constant reduced to one element."""
+    for axis in range(label.ndim):
+        first = label.narrow(axis, 0, 1)
+        if label.shape[axis] > 1 and bool((label == first).all()):
+            label = first
+    return label
+
+
+def pull(
+    node: Node, label: Tensor, values: Values, tie: Callable[[Tensor, Tensor], None]
+) -> list[list[tuple[Node, Tensor]]]:
+    """Which operands may carry a label of the output instead.
+
+    Args:
+        node: a `call_function` or `call_method` node.
+        label: of its output.
+        values: of the graph.
+        tie: is told pairs of channels that must have one scale.
+
+    Returns:
+        Alternatives, each a list of operands with their labels.
+
+    Raises:
+        CannotScaleError: no operand can carry it.
+    """
+    name = op_name(node)
+    operands = [a for a in node.args if isinstance(a, Node) and a in values.shapes]
+    if name in HOMOGENEOUS and operands:
+        return [[(operands[0], label)]]
+    if name in PRODUCTS and len(set(operands)) == len(operands):
+        fitting = [o for o in operands if _fits(label, values.shapes[o])]
+        return [[(o, _cut(label, values.shapes[o]))] for o in fitting]
+    if name in QUOTIENTS and operands[:1] == [node.args[0]]:
+        return [[(operands[0], label)]] if _fits(label, values.shapes[operands[0]]) else []
+    if is_sum(node) and len(operands) == 2:
+        fit = all(_fits(label, values.shapes[o]) for o in operands)
+        labelled = [(o, _cut(label, values.shapes[o])) for o in dict.fromkeys(operands)]
+        return [labelled] if fit else []
+    if name in NORMS:
+        found = [
+            _argument(node, i, n) for i, n in zip(NORMS[name], ("weight", "bias"), strict=False)
+        ]
+        affine = [n for n in found if isinstance(n, Node)]
+        return [[(n, label.flatten()) for n in affine]] if found[0] in affine else []
+    if name in MATRIX_PRODUCTS and len(operands) == 2:
+        return [[_pull_matmul(label, operands, values)]]
+    if name == ATTENTION:
+        value = _argument(node, 2, "value")
+        return [[(value, _pull_attention(node, label, values.shapes[value], tie))]]
+    if name in MOVES:
+        source = _moved(node)
+        if source in values.shapes:
+            return [[(source, _pull_moved(node, source, label, values, tie))]]
+    raise CannotScaleError(f"{name} ({node.name}) does not commute with a scale")
+
+
+def push(node: Node, operand: Node, label: Tensor, values: Values) -> list[tuple[Node, Tensor]]:
+    """Which values carry the label after `node` has used the labelled `operand`.
+
+    Raises:
+        CannotScaleError: the op does not commute with the scale.
+    """
+    name = op_name(node)
+    if name in INQUIRIES or (name == "getattr" and node not in values.shapes):
+        return []
+    uses = [a for a in node.args if a is operand]
+    is_plain = len(uses) == 1 and operand not in node.kwargs.values()
+    is_first = bool(node.args) and node.args[0] is operand
+    if is_plain and (
+        (name in HOMOGENEOUS | QUOTIENTS and is_first) or name in PRODUCTS or is_sum(node)
+    ):
+        return [(node, _raise_rank(label, len(values.shapes[node])))]
+    if is_plain and name in MATRIX_PRODUCTS:
+        inner = -1 if is_first else -2
+        if label.ndim >= 2 and label.shape[inner] == 1:
+            return [(node, _raise_rank(label, len(values.shapes[node])))]
+    if name == ATTENTION and _argument(node, 2, "value") is operand and is_plain:
+        return [(node, _push_attention(node, label, values))]
+    if is_plain and name in MOVES and _moved(node) is operand:
+        return _push_moved(node, operand, label, values)
+    raise CannotScaleError(f"{name} ({node.name}) reads it too and does not commute with a scale")
+
+
+def _fits(label: Tensor, shape: torch.Size) -> bool:
+    """Whether a value of `shape`, which broadcasts against the label's, has a place for it."""
+    missing = label.ndim - len(shape)
+    leading, rest = label.shape[:missing], label.shape[missing:]
+    return all(n == 1 for n in leading) and all(
+        n in (1, size) for n, size in zip(rest, shape, strict=True)
+    )
+
+
+def _cut(label: Tensor, shape: torch.Size) -> Tensor:
+    """The label without the dimensions that a value of `shape` does not have."""
+    while label.ndim > len(shape):
+        label = label[0]
+    return label
+
+
+def _raise_rank(label: Tensor, rank: int) -> Tensor:
+    return label.reshape((1,) * (rank - label.ndim) + tuple(label.shape))
+
+
+def _argument(node: Node, position: int, name: str) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def _pull_matmul(label: Tensor, operands: list[Node], values: Values) -> tuple[Node, Tensor]:
+    left, right = operands
+    if label.ndim < 2 or len(values.shapes[right]) < 2 or len(values.shapes[left]) < 2:
+        raise CannotScaleError("a product with a vector has no place for a scale")
+    operand = right if label.shape[-2] == 1 else left
+    inner = label.shape[-2 if operand is right else -1]
+    if inner != 1 or not _fits(label, values.shapes[operand]):
+        raise CannotScaleError("no operand of the matrix product has a place for the scale")
+    return operand, _cut(label, values.shapes[operand])
+
+
+def _heads(node: Node, shape: torch.Size, label: Tensor) -> int:
+    """How many query heads share one of the value's: 1 without grouped queries."""
+    if not node.kwargs.get("enable_gqa") or label.ndim < 3 or label.shape[-3] == 1:
+        return 1
+    return label.shape[-3] // shape[-3]
+
+
+def _pull_attention(
+    node: Node, label: Tensor, shape: torch.Size, tie: Callable[[Tensor, Tensor], None]
+) -> Tensor:
+    if label.shape[-2] != 1:
+        raise CannotScaleError("the scale differs between tokens")
+    shared = _heads(node, shape, label)
+    if shared > 1:
+        grouped = label.unflatten(-3, (-1, shared))
+        label = grouped.select(-3, 0)
+        tie(grouped, label.unsqueeze(-3).expand_as(grouped))
+    if not _fits(label, shape):
+        raise CannotScaleError("the value has no place for the scale")
+    return label
+
+
+def _push_attention(node: Node, label: Tensor, values: Values) -> Tensor:
+    if label.shape[-2] != 1:
+        raise CannotScaleError("the scale differs between tokens")
+    heads = values.shapes[node][-3] if len(values.shapes[node]) > 2 else 1
+    if node.kwargs.get("enable_gqa") and label.ndim > 2 and 1 < label.shape[-3] < heads:
+        label = label.repeat_interleave(heads // label.shape[-3], dim=-3)
+    return label
+
+
+def _moved(node: Node) -> Any:
+    """The value whose elements `node` moves: for a part of a split, what was split."""
+    source = node.args[0] if node.args else None
+    if op_name(node) == "getitem" and isinstance(source, Node) and op_name(source) in SPLITS:
+        return source.args[0]
+    return source
+
+
+def _positions(node: Node, source: Node, values: Values) -> Any:
+    """The op run on the numbers of its input's elements: where each element comes from."""
+    shape = values.shapes[source]
+    numbers = torch.arange(shape.numel()).reshape(shape)
+
+    def run(part: Node) -> Any:
+        args, kwargs = map_arg(
+            (part.args, part.kwargs),
+            lambda n: numbers if n is source else run(n) if n is part.args[0] else values.others[n],
+        )
+        if part.op == "call_method":
+            return getattr(args[0], str(part.target))(*args[1:], **kwargs)
+        function: Any = part.target
+        return function(*args, **kwargs)
+
+    try:
+        return run(node)
+    except Exception as error:
+        raise CannotScaleError(f"{node.name} cannot be followed: {error}") from error
+
+
+def _pull_moved(
+    node: Node,
+    source: Node,
+    label: Tensor,
+    values: Values,
+    tie: Callable[[Tensor, Tensor], None],
+) -> Tensor:
+    positions = _positions(node, source, values)
+    shape = values.shapes[source]
+    if not isinstance(positions, Tensor) or positions.shape != values.shapes[node]:
+        raise CannotScaleError(f"{node.name} cannot be followed")
+    full = label.expand(positions.shape).flatten()
+    found = torch.full((shape.numel(),), -1)
+    found[positions.flatten()] = full
+    tie(found[positions.flatten()], full)  # an element that was repeated has one scale
+    return found.reshape(shape)
+
+
+def _push_moved(
+    node: Node, operand: Node, label: Tensor, values: Values
+) -> list[tuple[Node, Tensor]]:
+    full = label.expand(values.shapes[operand]).flatten()
+    parts = list(node.users) if op_name(node) in SPLITS else [node]
+    found = []
+    for part in parts:
+        if part is not node and op_name(part) != "getitem":
+            raise CannotScaleError(f"{part.name} reads the parts of {node.name} in another way")
+        positions = _positions(part, operand, values)
+        if not isinstance(positions, Tensor):
+            raise CannotScaleError(f"{part.name} cannot be followed")
+        found.append((part, full[positions.flatten()].reshape(positions.shape)))
+    return found

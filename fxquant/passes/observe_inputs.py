@@ -1,0 +1,95 @@
+"""Collect statistics of the inputs of linear layers, from data or from what a graph promises."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxquant.algorithms.input_statistics import InputStatistics
+from fxquant.graph.scopes import Site, sites
+from fxquant.graph.stepper import Call
+from fxquant.passes.padding import fitting_mask, padding_mask
+
+NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+
+@torch.no_grad()
+def observe_inputs(
+    gm: GraphModule, names: Iterable[str], calls: Sequence[Call]
+) -> dict[str, InputStatistics]:
+    """Run data through a graph and watch the inputs of its linear layers.
+
+    Args:
+        gm: a traced model.
+        names: of the layers to watch.
+        calls: batches as `(args, kwargs)`. A two-dimensional `attention_mask` among the keyword
+            arguments masks padding out.
+
+    Returns:
+        The statistics by name. Layers that share an input share the object; it is collected once.
+    """
+    wanted, found = set(names), dict[str, InputStatistics]()
+    by_input: dict[tuple[object, ...], InputStatistics] = {}
+    watched: dict[nn.Module, InputStatistics] = {}
+    for site in sites(gm):
+        if site.name not in wanted or not isinstance(site.module, nn.Linear):
+            continue
+        statistics = by_input.setdefault(
+            _input_of(site), watched.get(site.module) or InputStatistics(site.module.in_features)
+        )
+        if statistics not in watched.values():
+            watched[site.module] = statistics
+        found.setdefault(site.name, statistics)
+    mask: Tensor | None = None
+
+    def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        watched[module].add(args[0], fitting_mask(mask, args[0]))
+
+    handles = [module.register_forward_pre_hook(watch) for module in watched]
+    try:
+        for call in calls:
+            mask = padding_mask(call)
+            gm(*call[0], **call[1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def expected_inputs(gm: GraphModule) -> Mapping[str, InputStatistics]:
+    """What is known without data: the input statistics of layers that follow a norm.
+
+    A norm's output has about the mean of its bias in each channel (zero without one), and the mean
+    square of its bias and its weight.
+
+    Args:
+        gm: a traced model.
+
+    Returns:
+        Statistics without tokens, by the layer's name; only `mean` and `mean_square` are set.
+    """
+    found = {}
+    for site in sites(gm):
+        norm = _module_before(site)
+        if not isinstance(site.module, nn.Linear) or not isinstance(norm, NORMS):
+            continue
+        if norm.weight is None or norm.weight.shape != (site.module.in_features,):
+            continue
+        found[site.name] = statistics = InputStatistics(site.module.in_features)
+        bias = getattr(norm, "bias", None)
+        if bias is not None:
+            statistics.mean = bias.detach().float()
+        statistics.mean_square = norm.weight.detach().float().square() + statistics.mean.square()
+    return found
+
+
+def _module_before(site: Site) -> nn.Module | None:
+    source = site.node.args[0] if site.node.args else None
+    if not isinstance(source, Node) or source.op != "call_module":
+        return None
+    return site.scope.gm.get_submodule(str(source.target))
+
+
+def _input_of(site: Site) -> tuple[object, ...]:
+    return site.scope.path, site.node.args[0] if site.node.args else site.node

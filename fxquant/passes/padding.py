@@ -1,0 +1,20 @@
+"""Tokens that do not count: padding, as an attention mask tells it."""
+
+from torch import Tensor
+
+from fxquant.graph.stepper import Call
+
+ARGUMENT = "attention_mask"
+
+
+def padding_mask(call: Call) -> Tensor | None:
+    """The two-dimensional `attention_mask` among a call's keyword arguments, as booleans."""
+    given = call[1].get(ARGUMENT)
+    return given.bool() if isinstance(given, Tensor) and given.ndim == 2 else None
+
+
+def fitting_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The mask in the shape of the tokens of `x` [..., channels]; None where they are others."""
+    if mask is None or x.shape[:-1] not in (mask.shape, (mask.numel(),)):
+        return None
+    return mask.reshape(x.shape[:-1])
