@@ -10,13 +10,15 @@ from torch import Tensor
 
 from fxquant.errors import check_positive_int
 from fxquant.numerics.grouping import from_groups, to_groups
-from fxquant.numerics.integers import UINT4, dequantize_affine, quantize_affine, safe_scale
+from fxquant.numerics.integers import UINT4, quantize_affine, safe_scale
+from fxquant.numerics.packing import pack_nibbles
 from fxquant.numerics.weights import (
     SCALE_DTYPE,
     SYMMETRIC_ZERO_POINT,
     ZERO_POINT_DTYPE,
     Int4Weight,
     check_weight,
+    empty_int4,
     scales_from_extreme,
     scales_from_range,
 )
@@ -51,13 +53,14 @@ def round_to_nearest(
     """
     check_positive_int("group_size", group_size)
     check_weight(weight)
+    weight = weight.detach()
+    result = empty_int4(weight, group_size)
     rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
-    blocks = [
-        _round_block(block.float(), group_size, symmetric, importance)
-        for block in weight.split(rows)
-    ]
-    q, scales, zero_points = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    return Int4Weight.from_integers(q, scales, zero_points, group_size, symmetric)
+    for block, *parts in zip(weight.split(rows), *(t.split(rows) for t in result), strict=True):
+        q, *grid = _round_block(block.float(), group_size, symmetric, importance)
+        for part, values in zip(parts, (pack_nibbles(q), *grid), strict=True):
+            part.copy_(values)
+    return Int4Weight(*result, group_size, weight.shape[1], symmetric)
 
 
 def _round_block(
@@ -73,32 +76,44 @@ def _round_block(
         else:
             fit.offer(*scales_from_range(low * shrink, high * shrink))
     for _ in range(REFITS):
-        fit.offer(*_refit(groups, fit.q, weights, fit.scale, symmetric))
-    return from_groups(fit.q, block.shape[1]).to(torch.uint8), fit.scale, fit.zero_point
+        if not fit.offer(*_refit(groups, fit.integers(), weights, fit.scale, symmetric)):
+            break
+    return from_groups(fit.integers(), block.shape[1]).to(torch.uint8), fit.scale, fit.zero_point
 
 
 class _Fit:
-    """The best integers so far for each group."""
+    """The best grid so far for each group."""
 
     def __init__(self, groups: Tensor, weights: Tensor) -> None:
-        self.groups, self.weights = groups, weights
-        self.error: Tensor | None = None
-        self.scale = self.zero_point = self.q = torch.empty(0)
+        self.groups = groups
+        self.root = None if bool((weights == 1).all()) else weights.sqrt()
+        self.exact, self.q = torch.empty_like(groups), torch.empty_like(groups)
+        self.error = groups.new_full(groups.shape[:2], torch.inf)
+        self.scale = self.zero_point = torch.empty(0)
 
-    def offer(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Keep this grid where it has the smaller error."""
-        grid = scale[..., None], zero_point[..., None]
-        q = quantize_affine(self.groups, *grid, UINT4)
-        difference = dequantize_affine(q, *grid).sub_(self.groups)
-        error = difference.square_().mul_(self.weights).sum(-1)
-        if self.error is None:
-            self.error, self.scale, self.zero_point, self.q = error, scale, zero_point, q
-            return
+    def offer(self, scale: Tensor, zero_point: Tensor) -> bool:
+        """Keep this grid where it has the smaller error; whether it has anywhere."""
+        # In steps of the grid: the distance to the nearest level is found before it is scaled.
+        torch.div(self.groups, scale[..., None], out=self.exact).add_(zero_point[..., None])
+        torch.round(self.exact, out=self.q).clamp_(UINT4.quant_min, UINT4.quant_max)
+        distance = self.q.sub_(self.exact)
+        if self.root is not None:
+            distance.mul_(self.root)
+        error = torch.linalg.vector_norm(distance, dim=-1).mul_(scale.abs())
+        if not self.scale.numel():
+            self.error, self.scale, self.zero_point = error, scale, zero_point
+            return True
         better = error < self.error
         self.error = torch.where(better, error, self.error)
         self.scale = torch.where(better, scale, self.scale)
         self.zero_point = torch.where(better, zero_point, self.zero_point)
-        self.q = torch.where(better[..., None], q, self.q)
+        return bool(better.any())
+
+    def integers(self) -> Tensor:
+        """The nearest integers on the best grid, as floats [rows, groups, group_size]."""
+        return quantize_affine(
+            self.groups, self.scale[..., None], self.zero_point[..., None], UINT4
+        )
 
 
 def _refit(

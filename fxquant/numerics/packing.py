@@ -1,5 +1,8 @@
 """Two 4-bit integers in a byte, low nibble first."""
 
+import sys
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,6 +18,9 @@ def pack_nibbles(q: Tensor) -> Tensor:
     """
     if q.shape[1] % 2:
         q = F.pad(q, (0, 1))
+    if sys.byteorder == "little":  # two bytes at a time: low | high << 8 becomes low | high << 4
+        pairs = q.reshape(-1).view(torch.int16)
+        return (pairs | (pairs >> 4)).to(torch.uint8).view(len(q), -1)
     return q[:, 0::2] | (q[:, 1::2] << 4)
 
 

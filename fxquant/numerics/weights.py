@@ -18,12 +18,13 @@ from torch import Tensor
 
 from fxquant.errors import OptionError, WeightError, check_positive_int
 from fxquant.numerics.grouping import expand_groups, from_groups, group_count, to_groups
-from fxquant.numerics.integers import UINT4, dequantize_affine, quantize_affine, safe_scale
+from fxquant.numerics.integers import UINT4, quantize_affine, safe_scale
 from fxquant.numerics.packing import pack_nibbles, unpack_nibbles
 
 SCALE_DTYPE = torch.bfloat16  # float32's range: no weight is too small for it
 ZERO_POINT_DTYPE = torch.float16
 SYMMETRIC_ZERO_POINT = 8.0
+BLOCK_ELEMENTS = 1 << 19  # of a block of rows: its temporaries stay in the cache
 FARTHEST_ZERO_POINT = 64.0  # beyond, float16 would round it by more than 1/32 of a level
 
 
@@ -36,9 +37,11 @@ def check_weight(weight: Tensor, where: str = "weight") -> None:
             needed="a floating-point matrix [out, in] that is not empty",
             remedy="Pass the weight of a Linear layer.",
         )
-    # The sum of a tensor is finite only if its elements are, and needs no boolean copy.
-    if not torch.isfinite(weight.sum(dtype=torch.float64)):
+    # A finite sum has finite terms, and needs no boolean copy; an infinite one may have them too.
+    if not torch.isfinite(weight.sum(dtype=torch.float32)):
         bad = int((~torch.isfinite(weight)).sum())
+        if not bad:
+            return
         raise WeightError(
             where,
             found=f"{bad} of {weight.numel()} elements NaN or Inf",
@@ -87,7 +90,11 @@ def calculate_scale_zp_groupwise(
     """
     check_positive_int("group_size", group_size)
     check_weight(weight)
-    groups = to_groups(weight, group_size)  # [out, groups, group_size]
+    return _full_range(to_groups(weight, group_size), symmetric)
+
+
+def _full_range(groups: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scales and zero points of groups [rows, groups, group_size]."""
     low, high = groups.amin(-1), groups.amax(-1)
     if symmetric:
         return scales_from_extreme(torch.where(high > -low, high, low))
@@ -119,12 +126,31 @@ def quantize_weight_int4(
         WeightError: the weight is not a finite matrix.
         OptionError: `group_size` is not positive.
     """
-    scales, zero_points = calculate_scale_zp_groupwise(weight, group_size, symmetric)
-    return (
-        pack_nibbles(round_to_groups(weight, scales, zero_points, group_size)),
-        scales,
-        zero_points,
+    check_positive_int("group_size", group_size)
+    check_weight(weight)
+    weight = weight.detach()
+    result = empty_int4(weight, group_size)
+    rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
+    for block, *parts in zip(weight.split(rows), *(t.split(rows) for t in result), strict=True):
+        grid = _full_range(to_groups(block, group_size), symmetric)
+        q = round_to_groups(block, *grid, group_size)
+        for part, values in zip(parts, (pack_nibbles(q), *grid), strict=True):
+            part.copy_(values)
+    return result
+
+
+def empty_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the packed integers, scales and zero points of `weight` [out, in].
+
+    Results are written there block by block: small blocks that stay would cut memory to pieces.
+    """
+    out_features, in_features = weight.shape
+    packed = torch.empty(
+        out_features, -(-in_features // 2), dtype=torch.uint8, device=weight.device
     )
+    groups = group_count(in_features, group_size)
+    scales, zero_points = torch.empty(2, out_features, groups, device=weight.device)
+    return packed, scales, zero_points
 
 
 def dequantize_weight_int4(
@@ -153,12 +179,14 @@ def dequantize_weight_int4(
             needed=f"[out, {-(-in_features // 2)}] and twice {expected}",
             remedy="Pass the group_size and in_features the weight was quantized with.",
         )
-    q = unpack_nibbles(packed, in_features)
-    return dequantize_affine(
-        q,
-        expand_groups(scales.float(), group_size, in_features),
-        expand_groups(zero_points.float(), group_size, in_features),
-    )
+    weight = torch.empty(out_features, in_features, device=packed.device)
+    rows = max(1, BLOCK_ELEMENTS // max(in_features, 1))
+    parts = (t.split(rows) for t in (weight, packed, scales.float(), zero_points.float()))
+    for block, bytes_, scale, zero in zip(*parts, strict=True):
+        zeros = expand_groups(zero, group_size, in_features)
+        torch.sub(unpack_nibbles(bytes_, in_features), zeros, out=block)
+        block.mul_(expand_groups(scale, group_size, in_features))
+    return weight
 
 
 @dataclass(frozen=True)
