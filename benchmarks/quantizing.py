@@ -1,21 +1,34 @@
-"""What quantizing costs: time in copies of the weights, and peak memory.
+"""What quantizing costs: time in copies of the weights, peak memory, and growth with layers.
 
-OMP_WAIT_POLICY=passive python benchmarks/quantizing.py
+    OMP_WAIT_POLICY=passive python benchmarks/quantizing.py
+    OMP_WAIT_POLICY=passive python benchmarks/quantizing.py rounding calibration
+
+Tables: `memory`, `rounding`, `calibration`, `gptq`, `stages`.
 """
 
 import argparse
+import json
 import resource
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from timing import median_seconds, report
-from torch import nn
+from torch import Tensor, nn
 
 import fxquant
+from fxquant.algorithms.gptq import gptq
+from fxquant.algorithms.moments import LayerMoments, damped
 from fxquant.algorithms.rtn import round_to_nearest
+from fxquant.demo.language_model import calibration_tokens, load_language_model
+from fxquant.numerics.grouping import expand_groups
 
 WIDTH = 4096
 LAYERS = 4
+Rows = list[dict[str, Any]]
 
 
 def peak_bytes() -> int:
@@ -23,19 +36,15 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main() -> None:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-
+def memory() -> Rows:
+    """Comes first: the peak is the process's."""
     model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])
     model_bytes = sum(p.numel() * 4 for p in model.parameters())
     # Imports and code paths are paid for once, by a small model.
     fxquant.quantize(nn.Sequential(nn.Linear(256, 256)), accuracy_warning="ignore")
     before = peak_bytes()
     fxquant.quantize(model, accuracy_warning="ignore")
-    memory = [
+    return [
         {
             "model": f"{LAYERS} x {WIDTH} x {WIDTH} float32",
             "model MB": model_bytes / 1e6,
@@ -43,8 +52,10 @@ def main() -> None:
             "in layers": (peak_bytes() - before) / (model_bytes / LAYERS),
         }
     ]
-    report("peak memory of quantize (resident set)", memory, None)
 
+
+def rounding() -> Rows:
+    """One weight."""
     weight = torch.randn(WIDTH, WIDTH)
     target = torch.empty_like(weight)
     seconds = median_seconds(
@@ -57,11 +68,121 @@ def main() -> None:
         rounds=5,
         warm_up=1,
     )
-    rows = [
+    return [
         {"what": name, "ms": 1e3 * value, "copies": value / seconds["copy"]}
         for name, value in seconds.items()
     ]
-    report(f"time to quantize one {WIDTH} x {WIDTH} float32 weight", rows, arguments.json)
+
+
+def calibration() -> Rows:
+    """Against plain forwards of the traced graph."""
+    batches = list(calibration_tokens()[:64].split(16))
+    gm = fxquant.trace(load_language_model(), batches[0])
+    observed = {
+        n: fxquant.insert_observers(gm, n) for n in ("minmax", "movingaverage", "histogram")
+    }
+
+    @torch.no_grad()
+    def forwards() -> None:
+        for batch in batches:
+            gm(batch)
+
+    runs: dict[str, Callable[[], Any]] = {"forward": forwards}
+    for name, graph in observed.items():
+        runs[name] = lambda graph=graph: fxquant.calibrate(graph, batches, progress=False)
+    seconds = median_seconds(runs, rounds=7, warm_up=1)
+    return [
+        {"embedded language model": name, "s": value, "of a forward": value / seconds["forward"]}
+        for name, value in seconds.items()
+    ]
+
+
+def unblocked(weight: Tensor, moments: LayerMoments) -> Tensor:
+    """GPTQ's column loop as it is written down: each column updates all that follow."""
+    columns = weight.shape[1]
+    grid = round_to_nearest(weight)
+    scales, zeros = (expand_groups(t, 128, columns) for t in (grid.scales, grid.zero_points))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moments.second, 0.05)))
+    factor, rest = torch.linalg.cholesky(inverse, upper=True), weight.clone()
+    q = torch.empty_like(rest)
+    for i in range(columns):
+        column = rest[:, i]
+        q[:, i] = (column / scales[:, i] + zeros[:, i]).round().clamp(0, 15)
+        error = (column - scales[:, i] * (q[:, i] - zeros[:, i])) / factor[i, i]
+        rest[:, i + 1 :] -= error[:, None] * factor[i, i + 1 :]
+    return q
+
+
+def gptq_layer() -> Rows:
+    """One layer; the loop takes a minute, so both run once."""
+    weight, moments = torch.randn(WIDTH, WIDTH), LayerMoments(WIDTH, 1)
+    moments.add(torch.randn(2 * WIDTH, WIDTH))
+    seconds = median_seconds(
+        {
+            "gptq": lambda: gptq(weight, moments),
+            "unblocked column loop": lambda: unblocked(weight, moments),
+        },
+        rounds=1,
+        warm_up=0,
+    )
+    return [
+        {f"{WIDTH} x {WIDTH}": name, "s": value, "of the loop": value / list(seconds.values())[1]}
+        for name, value in seconds.items()
+    ]
+
+
+def stages() -> Rows:
+    """Milliseconds a layer of each stage, for models of more and more layers."""
+    return [{"layers": count, **_stages_of(count)} for count in (8, 32, 128)]
+
+
+def _stages_of(count: int) -> dict[str, float]:
+    layers = [m for _ in range(count) for m in (nn.Linear(256, 256), nn.ReLU())]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(64, 256)
+    quiet = {"accuracy_warning": "ignore"}
+    times: dict[str, float] = {}
+
+    def timed(name: str, run: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        result = run()
+        times[f"{name} ms"] = 1e3 * (time.perf_counter() - began) / count
+        return result
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        gm = timed("trace", lambda: fxquant.trace(model, x))
+        observed = timed("insert", lambda: fxquant.insert_observers(gm))
+        timed("calibrate", lambda: fxquant.calibrate(observed, [x], progress=False))
+        q, _ = timed("quantize", lambda: fxquant.quantize(gm, **quiet))
+        timed("gptq", lambda: fxquant.static_quantize(gm, [x], method="gptq", **quiet))
+        timed("sensitivity", lambda: fxquant.sensitivity(gm, [x], progress=False))
+        timed("save", lambda: fxquant.save_model(q, path))
+        timed("load", lambda: fxquant.load_model(path))
+    return times
+
+
+TABLES: dict[str, tuple[str, Callable[[], Rows]]] = {
+    "memory": ("peak memory of quantize (resident set)", memory),
+    "rounding": (f"time to quantize one {WIDTH} x {WIDTH} float32 weight", rounding),
+    "calibration": ("time to calibrate", calibration),
+    "gptq": ("time of gptq for one layer", gptq_layer),
+    "stages": ("milliseconds a layer", stages),
+}
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tables", nargs="*", help=", ".join(TABLES))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    results = {}
+    for name, (title, make) in TABLES.items():
+        if not arguments.tables or name in arguments.tables:
+            results[name] = make()
+            report(title, results[name], None)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,13 @@ def sites(gm: torch.fx.GraphModule) -> Iterator[Site]:
                 yield Site(scope, node, scope.name_of(node.target), module)
 
 
+def finish(gm: torch.fx.GraphModule) -> None:
+    """Check and recompile every graph, once after all changes: each time costs a walk of all."""
+    for scope in scopes(gm):
+        scope.gm.graph.lint()
+        scope.gm.recompile()
+
+
 def tensor_attribute(gm: torch.fx.GraphModule, node: torch.fx.Node) -> Any:
     """The value a `get_attr` node reads."""
     owner, _, name = str(node.target).rpartition(".")

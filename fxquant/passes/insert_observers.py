@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.copying import copy_sharing_tensors
-from fxquant.graph.scopes import sites
+from fxquant.graph.scopes import finish, sites
 from fxquant.graph.shapes import MODULE_PATH
 from fxquant.observers import Observer, create_observer
 
@@ -37,7 +37,7 @@ def insert_observers(gm: GraphModule, observer: str = "minmax", **options: Any) 
     for site in list(sites(observed)):
         if not isinstance(site.module, nn.Linear) or not isinstance(site.node.args[0], Node):
             continue
-        graph, source = site.scope.gm.graph, site.node.args[0]
+        source = site.node.args[0]
         if isinstance(_module_of(site.scope.gm, source), Observer):
             continue
         existing = _observer_of(site.scope.gm, source)
@@ -45,8 +45,7 @@ def insert_observers(gm: GraphModule, observer: str = "minmax", **options: Any) 
             existing = _insert(site.scope.gm, source, create_observer(observer, **options))
             existing.meta[MODULE_PATH] = site.node.meta.get(MODULE_PATH)
         site.node.replace_input_with(source, existing)
-        graph.lint()
-        site.scope.gm.recompile()
+    finish(observed)
     return observed
 
 

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from fxquant.algorithms.input_statistics import InputStatistics
 from fxquant.errors import OptionError
 from fxquant.graph.copying import copy_sharing_tensors
-from fxquant.graph.scopes import Site, sites
+from fxquant.graph.scopes import Site, finish, sites
 from fxquant.graph.shapes import MODULE_PATH
 from fxquant.modules.activation import (
     channel_grid,
@@ -59,8 +59,7 @@ def quantize_activations(
                 site, source, observers[site.name], (statistics or {}).get(site.name)
             )
         site.node.replace_input_with(source, made[source])
-        site.scope.gm.graph.lint()
-        site.scope.gm.recompile()
+    finish(rewritten)
     return rewritten
 
 
