@@ -224,3 +224,32 @@ def test_sensitivity_measures_each_layer(tmp_path):
     report.to_csv(tmp_path / "r.csv")
     assert (tmp_path / "r.csv").read_text().startswith("module,kind,shape,params,bits")
     assert "first" in report.table()
+
+
+@pytest.mark.parametrize("method", ["rtn", "hqq", "awq", "smoothquant", "gptq", "best"])
+@pytest.mark.parametrize("case", ["bfloat16", "one token", "zeros", "short group", "called twice"])
+def test_every_method_has_a_defined_result(method, case):
+    model = (models.CalledTwice() if case == "called twice" else models.Plain()).eval()
+    x, options = X, dict(QUIET)
+    if case == "bfloat16":
+        model, x = model.bfloat16(), X.bfloat16()
+    elif case == "one token":
+        x = X[:1, :1]
+    elif case == "zeros":
+        x = torch.zeros_like(X)
+    elif case == "short group":
+        options["group_size"] = 28
+    q, info = fxquant.static_quantize(model, [x], method=method, skip_param_threshold=0, **options)
+    with torch.no_grad():
+        expected, found = model(X.to(x.dtype)), q(X.to(x.dtype))
+    assert found.dtype == x.dtype
+    assert fxquant.sqnr_db(expected, found) > 12
+    assert all(d.reason for d in info.decisions)
+
+
+def test_nan_in_a_batch_is_an_error_that_names_the_batch_and_the_value():
+    batches = [X.clone() for _ in range(4)]
+    batches[2][1, 1, 1] = torch.nan
+    for method in ("gptq", "awq"):
+        with pytest.raises(FxquantError, match="value 'x'.*first in batch 2"):
+            fxquant.static_quantize(models.Plain().eval(), batches, method=method, **QUIET)

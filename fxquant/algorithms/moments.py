@@ -69,11 +69,12 @@ def damped(second: Tensor, damping: float) -> Tensor:
     """`second` [in, in] with `damping` times its mean diagonal added to the diagonal.
 
     Inputs that are always zero get the mean besides: they are on their own, and no error spreads
-    from them.
+    from them. Where all inputs are zero, the result is a multiple of the identity.
     """
     result = second.clone()
     diagonal = result.diagonal()
-    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    mean = diagonal.mean()
+    mean = torch.where(mean > torch.finfo(torch.float32).tiny, mean, 1.0)
     diagonal[diagonal == 0] = mean
     diagonal += damping * mean
     return result

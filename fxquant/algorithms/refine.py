@@ -45,7 +45,9 @@ def refine(
     """
     if not moments.tokens:
         return quantized
-    search = _Search(target.detach().float(), quantized, damped(moments.second, damping))
+    second = damped(moments.second, damping)
+    second /= second.diagonal().mean()  # keeps products inside float32 for tiny and huge inputs
+    search = _Search(target.detach().float(), quantized, second)
     for _ in range(ROUNDS):
         search.refit()
         for _ in range(SWEEPS):

@@ -46,21 +46,25 @@ class Observer(nn.Module):
 
     Attributes:
         node_name: what is observed, for errors.
+        batch: the number of the batch that is being observed, for errors.
     """
 
     minimum: Tensor
     maximum: Tensor
     square_sum: Tensor
     count: Tensor
+    bad_batch: Tensor
 
     def __init__(self, *, integer: str = "uint8", symmetric: bool = False) -> None:
         super().__init__()
         check_choice("integer", integer, INTEGERS)
         self.integer, self.symmetric = integer, symmetric
         self.node_name = type(self).__name__
+        self.batch = 0
         self.register_buffer("minimum", torch.tensor(torch.inf))
         self.register_buffer("maximum", torch.tensor(-torch.inf))
         self.register_buffer("square_sum", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("bad_batch", torch.full((), -1))  # the first with NaN or Inf
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @property
@@ -89,6 +93,8 @@ class Observer(nn.Module):
         if values.device != self.count.device:
             self.to(values.device)
         low, high = values.aminmax()
+        is_bad = ~(torch.isfinite(low) & torch.isfinite(high))
+        self.bad_batch = torch.where(is_bad & (self.bad_batch < 0), self.batch, self.bad_batch)
         # Row by row, since a float32 sum over millions of values drifts.
         norms = torch.linalg.vector_norm(values, dim=-1).double()
         self.square_sum = self.square_sum + norms.square().sum()
@@ -106,9 +112,9 @@ class Observer(nn.Module):
         if self.has_seen_values and not is_finite:
             raise CalibrationError(
                 self.node_name,
-                found="NaN or Inf in its activation",
+                found=f"NaN or Inf in its activation, first in batch {int(self.bad_batch)}",
                 needed="finite activations",
-                remedy="Look for the batch that causes it, or for float16 overflow.",
+                remedy="Look at that batch (they are counted from 0), or for float16 overflow.",
             )
 
     @property
@@ -180,6 +186,7 @@ class Observer(nn.Module):
         self.maximum = torch.full_like(self.maximum, -torch.inf)
         self.square_sum = torch.zeros_like(self.square_sum)
         self.count = torch.zeros_like(self.count)
+        self.bad_batch = torch.full_like(self.bad_batch, -1)
 
     def merge(self, other: Self) -> None:
         """Add what `other` saw, as if this observer had seen it too.
@@ -197,6 +204,7 @@ class Observer(nn.Module):
         if not other.has_seen_values:
             return
         self._merge(other)
+        self.bad_batch = torch.maximum(self.bad_batch, other.bad_batch)
         self.minimum = torch.minimum(self.minimum, other.minimum)
         self.maximum = torch.maximum(self.maximum, other.maximum)
         self.square_sum = self.square_sum + other.square_sum

@@ -50,9 +50,12 @@ def calibrate(
     if num_samples is not None:
         check_positive_int("num_samples", num_samples)
     name_observers(observed)
+    observers = [m for m in observed.modules() if isinstance(m, Observer)]
     used = 0
     with _evaluating(observed):
         for index, call in enumerate(_with_progress(data, observed, num_samples, progress)):
+            for observer in observers:
+                observer.batch = index
             run_call(observed, call, index)
             used += row_count(call)
     if not used:

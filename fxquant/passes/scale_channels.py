@@ -30,6 +30,7 @@ from fxquant.passes.decide import Decision, add_notes
 from fxquant.passes.observe_inputs import observe_inputs
 
 POWERS = tuple(i / 20 for i in range(1, 21))
+PRIOR_TOKENS = 32  # a handful of tokens says little about how channels differ
 LEAST_GAIN = 0.01  # of the squared error: less is noise of the sample
 
 RoundWeight = Callable[[Tensor, int], Tensor]
@@ -169,8 +170,8 @@ class _Search:
         self.scaling, self.layers, self.bits = scaling, layers, bits
         self.round_weight, self.round_activation = round_weight, round_activation
         self.samples = {name: statistics[name].sample for name, _, _ in layers}
-        self.mean_abs = {name: statistics[name].mean_abs for name, _, _ in layers}
-        self.largest = {name: statistics[name].largest for name, _, _ in layers}
+        self.mean_abs = {n: _steadied(statistics[n].mean_abs, statistics[n]) for n, _, _ in layers}
+        self.largest = {n: _steadied(statistics[n].largest, statistics[n]) for n, _, _ in layers}
 
     def best(self, kind: str) -> tuple[Tensor, float, float] | None:
         """The best scale [channels], its power and gain in dB; None where 1 is as good."""
@@ -227,6 +228,14 @@ class _Search:
             difference = seen @ rounded.T - x @ weight.T
             total += float(difference.double().square().sum())
         return total
+
+
+def _steadied(values: Tensor, statistics: InputStatistics) -> Tensor:
+    """Magnitudes of channels as if a few more tokens had the average one everywhere."""
+    if not statistics.tokens:
+        return torch.ones_like(values)
+    seen = statistics.tokens / (statistics.tokens + PRIOR_TOKENS)
+    return torch.lerp(values.mean(), values, seen)
 
 
 def _at(scale: Tensor, channel: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ def test_nan_and_inf_are_errors_even_when_later_batches_are_fine(name, bad):
     observer(torch.tensor([1.0, bad]))
     observer(torch.ones(3))
     for ask in (observer.check, observer.statistics, observer.calculate_qparams):
-        with pytest.raises(CalibrationError, match="NaN or Inf.*Look for the batch"):
+        with pytest.raises(CalibrationError, match="NaN or Inf.*Look at that batch"):
             ask()
     merged = create_observer(name)
     merged(torch.ones(3))
