@@ -25,7 +25,7 @@ def installed_peers() -> dict[str, Callable[[nn.Module, Iterable[str], list[Any]
     if _has("torchao"):
         found["torchao, symmetric"] = _by_weight(_torchao)
     if _has("hqq"):
-        found["hqq"] = _by_weight(_hqq)
+        found["hqq (package)"] = _by_weight(_hqq)
     if _has("optimum.quanto"):
         found["optimum-quanto"] = _by_weight(_quanto)
     if _has("nncf"):
