@@ -22,16 +22,17 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The C++ kernel on random products, checked against double, under two sanitizers. libgomp's own
-# memory would count as leaked.
-SANITIZED := build/sanitize/check_linear
+# The C++ extension on random products and weights, checked against double, under two sanitizers.
+# libgomp's own memory would count as leaked.
 CSRC := fxquant/kernels/csrc
 KERNEL := $(filter-out $(CSRC)/module.cpp,$(wildcard $(CSRC)/*.cpp))
+SANITIZED := build/sanitize/check_linear build/sanitize/check_rounding
 
 sanitize: $(SANITIZED)
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive $< 500
+	for check in $^; do ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    OMP_WAIT_POLICY=passive $$check 500 || exit 1; done
 
-$(SANITIZED): tests/kernels/check_linear.cpp $(KERNEL) $(wildcard $(CSRC)/*.h)
+build/sanitize/%: tests/kernels/%.cpp $(KERNEL) $(wildcard $(CSRC)/*.h)
 	mkdir -p $(@D)
 	$(CXX) -std=c++17 -O1 -g -fopenmp -ffp-contract=off -Wall -Wextra \
 	    -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all \

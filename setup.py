@@ -9,7 +9,7 @@ from setuptools.errors import CompileError
 
 SOURCES = Path("fxquant/kernels/csrc")
 # Without contraction, x · scale + 1.5 · 2^23 rounds twice, as the reference does.
-FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden"]
+FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden"]
 OPENMP = "-fopenmp"
 
 

@@ -1,7 +1,6 @@
 """The INT4 product in C++, for AVX-512, AVX2 and any other CPU: see csrc/.
 
-It is an optional part of the installation: without a compiler it is not built, and other backends
-serve. W4A16 multiplies bfloat16 (float32 with AVX2 and without both), W4A8 int8; both sum in
+W4A16 multiplies bfloat16 (float32 with AVX2 and without both), W4A8 int8; both sum in
 float32 and read one layout. A row's result does not depend on the other rows or on the threads.
 """
 
@@ -12,21 +11,14 @@ from torch import Tensor
 
 from fxquant.errors import OptionError
 from fxquant.kernels.eager import is_plain
+from fxquant.kernels.extension import FLOAT_TYPES, NOT_BUILT, _native
 from fxquant.kernels.gradient import gradients_of_linear, needs_gradient
 from fxquant.kernels.interface import LinearSpec
 from fxquant.kernels.native_layout import from_blocks, spec_of_blocks, to_blocks
 from fxquant.kernels.reference import REFERENCE
 from fxquant.numerics.weights import Int4Weight, quantize_weight_int4
 
-try:  # after torch, whose OpenMP it shares
-    from fxquant.kernels import _native
-except ImportError as error:
-    NOT_BUILT: str | None = f"it was not built when fxquant was installed ({error})"
-else:
-    NOT_BUILT = None
-
 LARGEST_GROUP = 256
-FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 NEEDED = "a float32, bfloat16 or float16 x and a weight packed for its last dimension"
 REMEDY = "Give x the in_features, and bias the out_features, of the layer."

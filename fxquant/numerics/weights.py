@@ -63,10 +63,13 @@ def scales_from_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     would be too far away for float16.
     """
     low, high = low.float(), high.float()
-    far = torch.maximum(low.abs(), high.abs()) > (high - low) * (FARTHEST_ZERO_POINT / 16)
+    # Half the extent is a float32 even if the extent, of weights near 3e38, is none.
+    half = high / 2 - low / 2
+    far = torch.maximum(low.abs(), high.abs()) > half * (FARTHEST_ZERO_POINT / 8)
     low = torch.where(far, low.clamp(max=0), low)
     high = torch.where(far, high.clamp(min=0), high)
-    scale = safe_scale(((high - low) / UINT4.quant_max).to(SCALE_DTYPE).float())
+    half = high / 2 - low / 2
+    scale = safe_scale((half / (UINT4.quant_max / 2)).to(SCALE_DTYPE).float())
     return scale, (-low / scale).to(ZERO_POINT_DTYPE).float()
 
 

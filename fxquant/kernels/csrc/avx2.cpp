@@ -11,7 +11,8 @@ FXQUANT_TARGET("avx2,fma,f16c")
 namespace fxquant {
 
 const InstructionSet* avx2() {
-  static const InstructionSet set{"avx2", kernel_of<FloatMode>(), kernel_of<Int8Mode>()};
+  static const InstructionSet set{"avx2", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
+                                  round_rows};
   __builtin_cpu_init();
   const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                    __builtin_cpu_supports("f16c");

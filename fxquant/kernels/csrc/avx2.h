@@ -4,7 +4,9 @@
 
 #include <immintrin.h>
 
+#define FXQUANT_AVX2
 #include "blocked.h"
+#include "rounding_rows.h"
 #include "unrolled.h"
 
 namespace fxquant {

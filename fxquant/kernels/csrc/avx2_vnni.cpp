@@ -12,7 +12,8 @@ FXQUANT_TARGET("avx2,fma,f16c,avxvnni")
 namespace fxquant {
 
 const InstructionSet* avx2_vnni() {
-  static const InstructionSet set{"avx2_vnni", kernel_of<FloatMode>(), kernel_of<Int8Mode>()};
+  static const InstructionSet set{"avx2_vnni", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
+                                  round_rows};
   __builtin_cpu_init();
   const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avxvnni");

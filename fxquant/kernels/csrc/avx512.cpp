@@ -11,9 +11,11 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+#define FXQUANT_AVX512
 FXQUANT_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c")
 
 #include "blocked.h"
+#include "rounding_rows.h"
 #include "unrolled.h"
 
 namespace fxquant {
@@ -220,7 +222,8 @@ struct FloatMode {
 }  // namespace
 
 const InstructionSet* avx512() {
-  static const InstructionSet set{"avx512", kernel_of<FloatMode>(), kernel_of<Int8Mode>()};
+  static const InstructionSet set{"avx512", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
+                                  round_rows};
   __builtin_cpu_init();
   const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

@@ -1,10 +1,9 @@
 // Cuts a product into panels of rows and shares of threads.
 #include "linear.h"
 
-#include <pthread.h>
-#include <stdlib.h>
-
 #include <cmath>
+
+#include "threads.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -20,31 +19,10 @@ constexpr int64_t kSmallWork = 1 << 24, kUnpack = 6;
 constexpr int64_t kSmallInput = 1 << 18;
 constexpr int64_t kRowsOfThread = 32;  // so many are worth reading all of the weight
 
-bool forked = false;  // OpenMP's threads do not survive a fork
-
-const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-
-// Memory that a thread keeps from call to call.
-struct Scratch {
-  void* memory = nullptr;
-  size_t bytes = 0;
-
-  ~Scratch() { free(memory); }
-
-  uint8_t* take(size_t needed) {
-    if (needed > bytes) {
-      free(memory);
-      if (posix_memalign(&memory, 64, needed) != 0) memory = nullptr;
-      bytes = memory ? needed : 0;
-    }
-    return static_cast<uint8_t*>(memory);
-  }
-};
-
 int threads_of(const Call& call) {
   const int64_t weights = call.weight.out_features * call.weight.in_features;
   const bool is_small = weights * (kUnpack + call.rows) < kSmallWork;
-  return forked || is_small ? 1 : call.threads;
+  return is_small ? 1 : threads_left(call.threads);
 }
 
 bool has_infinite_sum(const Panel& panel, int64_t groups, int row) {

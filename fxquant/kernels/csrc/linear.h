@@ -74,10 +74,14 @@ struct Kernel {
   void (*multiply)(const Call&, const Panel&, int64_t first, int64_t last);
 };
 
+struct Rounding;
+
 struct InstructionSet {
   const char* name;
   Kernel float_kernel;
   Kernel int8_kernel;
+  // See rounding.h: rounds the rows first .. last - 1 of a weight.
+  void (*round_rows)(const Rounding&, int64_t first, int64_t last, uint8_t* scratch);
 };
 
 // Null where the compiler or the CPU does not have it.

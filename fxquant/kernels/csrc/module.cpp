@@ -2,7 +2,10 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <vector>
+
 #include "linear.h"
+#include "rounding.h"
 
 namespace {
 
@@ -123,15 +126,74 @@ PyObject* linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
+// Reads a tuple of floats; false with an error set.
+bool read_floats(PyObject* tuple, std::vector<float>* values) {
+  const Py_ssize_t count = PyTuple_Size(tuple);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    values->push_back(static_cast<float>(PyFloat_AsDouble(PyTuple_GetItem(tuple, i))));
+  }
+  return !PyErr_Occurred();
+}
+
+// round_groups(weight, type, rows, columns, group_size, symmetric, importance, shrinks, refits,
+// packed, scales, zero_points, threads), with addresses and types as for `linear`; importance is
+// float32 or 0, scales and zero points are float32.
+PyObject* round_groups(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  constexpr Py_ssize_t kCount = 13;
+  if (count != kCount) {
+    PyErr_SetString(PyExc_TypeError, "round_groups takes 13 arguments");
+    return nullptr;
+  }
+  const auto number = [&](int i) { return PyLong_AsLongLong(arguments[i]); };
+  const auto address = [&](int i) { return reinterpret_cast<void*>(number(i)); };
+  std::vector<float> shrinks;
+  if (!read_floats(arguments[7], &shrinks)) return nullptr;
+
+  fxquant::Rounding call{};
+  call.weight = address(0);
+  call.type = static_cast<fxquant::Float>(number(1));
+  call.rows = number(2);
+  call.columns = number(3);
+  call.group_size = number(4);
+  call.symmetric = number(5) != 0;
+  call.importance = static_cast<const float*>(address(6));
+  call.shrinks = shrinks.data();
+  call.shrink_count = static_cast<int>(shrinks.size());
+  call.refits = static_cast<int>(number(8));
+  call.packed = static_cast<uint8_t*>(address(9));
+  call.scales = static_cast<float*>(address(10));
+  call.zero_points = static_cast<float*>(address(11));
+  const int threads = static_cast<int>(number(12));
+  if (PyErr_Occurred()) return nullptr;
+  if (call.rows < 1 || call.columns < 1 || call.group_size < 1 || shrinks.empty()) {
+    PyErr_SetString(PyExc_ValueError, "nothing to round, or no range to try");
+    return nullptr;
+  }
+
+  const InstructionSet* set = in_use;
+  bool done = false;
+  Py_BEGIN_ALLOW_THREADS;
+  done = fxquant::round_groups(call, *set, threads);
+  Py_END_ALLOW_THREADS;
+  if (!done) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+template <class Function>
+PyCFunction fast(Function* function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 PyMethodDef methods[] = {
     {"instruction_sets", instruction_sets, METH_NOARGS,
      "The names of the instruction sets that this build and this CPU have, fastest first."},
     {"use", use, METH_O, "Multiply with the instruction set of this name from now on."},
-    {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL,
-     "Compute a product into memory the caller owns."},
+    {"linear", fast(linear), METH_FASTCALL, "Compute a product into memory the caller owns."},
+    {"round_groups", fast(round_groups), METH_FASTCALL,
+     "Round a weight to INT4 with the best range for each group."},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "The INT4 matrix product in C++.",
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "The INT4 matrix product, and rounding to INT4, in C++.",
                           -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace

@@ -49,15 +49,15 @@ inline uint16_t to_f16(float value) {
   return static_cast<uint16_t>(sign | (bits >= 0x477ff000 ? special : finite));
 }
 
-inline void load_floats(const void* from, Float type, int64_t offset, int count, float* to) {
+inline void load_floats(const void* from, Float type, int64_t offset, int64_t count, float* to) {
   if (type == Float::f32) {
     memcpy(to, static_cast<const float*>(from) + offset, sizeof(float) * count);
   } else if (type == Float::bf16) {
     const uint16_t* bits = static_cast<const uint16_t*>(from) + offset;
-    for (int i = 0; i < count; ++i) to[i] = from_bf16(bits[i]);
+    for (int64_t i = 0; i < count; ++i) to[i] = from_bf16(bits[i]);
   } else {
     const uint16_t* bits = static_cast<const uint16_t*>(from) + offset;
-    for (int i = 0; i < count; ++i) to[i] = from_f16(bits[i]);
+    for (int64_t i = 0; i < count; ++i) to[i] = from_f16(bits[i]);
   }
 }
 
@@ -66,7 +66,7 @@ inline void store_floats(const float* from, int count, void* to, Float type, int
     memcpy(static_cast<float*>(to) + offset, from, sizeof(float) * count);
   } else if (type == Float::bf16) {
     uint16_t* bits = static_cast<uint16_t*>(to) + offset;
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#ifdef FXQUANT_AVX512
     for (; count >= 16; count -= 16, from += 16, bits += 16) {
       const auto rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(from)));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits), rounded);

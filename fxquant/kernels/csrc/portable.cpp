@@ -1,6 +1,7 @@
 // Plain C++ for any CPU: everything is multiplied in float32. Products of int8 values are exact
 // there, as the sums of a group stay below 2^24.
 #include "blocked.h"
+#include "rounding_rows.h"
 #include "unrolled.h"
 
 namespace fxquant {
@@ -74,7 +75,8 @@ struct Int8Mode : FloatMode {
 }  // namespace
 
 const InstructionSet* portable() {
-  static const InstructionSet set{"portable", kernel_of<FloatMode>(), kernel_of<Int8Mode>()};
+  static const InstructionSet set{"portable", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
+                                  round_rows};
   return &set;
 }
 

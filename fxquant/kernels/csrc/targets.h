@@ -1,9 +1,13 @@
 // FXQUANT_TARGET("...") compiles what follows, up to FXQUANT_END, for more instructions than the
 // rest of the module needs. Only code in anonymous namespaces may follow: the linker keeps one copy
 // of an inline function, and it must not be one that an older CPU cannot run.
+//
+// A file that does so says it by FXQUANT_AVX512 or FXQUANT_AVX2 as well: GCC's own macros, such as
+// __AVX2__, do not follow the pragma in C++ before GCC 13.
 #pragma once
 
 // Here, so that later includes find them done.
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 

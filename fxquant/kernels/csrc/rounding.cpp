@@ -1,0 +1,38 @@
+// Shares the rows of a weight among threads.
+#include "rounding.h"
+
+#include "threads.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace fxquant {
+namespace {
+
+constexpr int64_t kSmallWeight = 1 << 13;  // rounded before another thread wakes
+
+bool round_share(const Rounding& call, const InstructionSet& set, int64_t number, int64_t team) {
+  Scratch scratch;
+  uint8_t* memory = scratch.take(rounding_scratch_bytes(call));
+  if (!memory) return false;
+  set.round_rows(call, call.rows * number / team, call.rows * (number + 1) / team, memory);
+  return true;
+}
+
+}  // namespace
+
+bool round_groups(const Rounding& call, const InstructionSet& set, int threads) {
+  bool done = true;
+#ifdef _OPENMP
+  const int team = call.rows * call.columns < kSmallWeight ? 1 : threads_left(threads);
+#pragma omp parallel num_threads(team) reduction(&& : done) if (team > 1)
+  done = round_share(call, set, omp_get_thread_num(), omp_get_num_threads());
+#else
+  (void)threads;
+  done = round_share(call, set, 0, 1);
+#endif
+  return done;
+}
+
+}  // namespace fxquant

@@ -1,0 +1,38 @@
+// Rounding a weight to INT4 with the best range for each group: what is asked for.
+#pragma once
+
+#include "linear.h"
+
+namespace fxquant {
+
+// The algorithm is that of fxquant/algorithms/rtn.py, which says why; group by group, in place of
+// whole tensors, it needs no memory but the cache's.
+struct Rounding {
+  const void* weight;  // [rows][columns]
+  Float type;
+  int64_t rows;
+  int64_t columns;
+  int64_t group_size;       // any: the last group may be short
+  bool symmetric;           // whether every zero point is 8
+  const float* importance;  // [columns], or null where all count alike
+  const float* shrinks;     // of the full range, tried in this order
+  int shrink_count;
+  int refits;         // at most so many, by least squares
+  uint8_t* packed;    // [rows][(columns + 1) / 2], low nibble first
+  float* scales;      // [rows][groups], representable in bfloat16
+  float* zero_points; // [rows][groups], representable in float16
+
+  int64_t groups() const { return (columns + group_size - 1) / group_size; }
+};
+
+// Memory that one thread needs.
+inline int64_t rounding_scratch_bytes(const Rounding& call) {
+  constexpr int64_t kAlign = 64;
+  const int64_t group = (call.group_size * 4 + kAlign - 1) / kAlign * kAlign;
+  return 3 * group + call.columns + kAlign;
+}
+
+// Rounds with all threads; false when memory runs out.
+bool round_groups(const Rounding& call, const InstructionSet& set, int threads);
+
+}  // namespace fxquant

@@ -1,0 +1,235 @@
+// The search for each group's range, which every instruction set compiles for itself, with vectors
+// of kWidth floats. Sums have sixteen lanes in all of them, added up in one order, so that all find
+// the same bits.
+#pragma once
+
+#include <cmath>
+
+#include "numbers.h"
+#include "rounding.h"
+#include "unrolled.h"
+
+namespace fxquant {
+namespace {
+
+#if defined(FXQUANT_AVX512)
+constexpr int kWidth = 16;
+#elif defined(FXQUANT_AVX2)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+using Vector = float __attribute__((vector_size(4 * kWidth)));
+constexpr int kSumLanes = 16, kParts = kSumLanes / kWidth;
+constexpr int kAtOnce = kWidth / 4;  // grids whose sums stay in registers together
+constexpr int kMostGrids = 64;       // of a search
+
+struct Grid {
+  float scale;
+  float zero_point;
+};
+
+// A group of a row: whole lanes. Behind its columns, values repeat and weights are zero.
+struct RoundedGroup {
+  const Vector* x;
+  const Vector* weights;
+  Vector* q;
+  int64_t vectors;  // a multiple of kParts
+};
+
+// Sums in sixteen lanes.
+struct Lanes {
+  Vector parts[kParts] = {};
+
+  // One half is added to the other, until one lane is left.
+  float total() const {
+    alignas(64) float lanes[kSumLanes];
+    memcpy(lanes, parts, sizeof(lanes));
+    unrolled<8>([&](auto i) { lanes[i] += lanes[i + 8]; });
+    unrolled<4>([&](auto i) { lanes[i] += lanes[i + 4]; });
+    unrolled<2>([&](auto i) { lanes[i] += lanes[i + 2]; });
+    return lanes[0] + lanes[1];
+  }
+};
+
+inline float to_scale(float scale) {
+  const float rounded = from_bf16(to_bf16(scale));
+  return rounded == 0 ? 1 : rounded;
+}
+
+inline float to_zero_point(float zero_point) { return from_f16(to_f16(zero_point)); }
+
+inline Grid grid_of_range(float low, float high, bool symmetric) {
+  if (symmetric) return {to_scale((high > -low ? high : low) / -8.0f), 8.0f};
+  // As `scales_from_range` of numerics/weights.py: no overflow, no zero point too far for float16.
+  const float farther = std::fabs(low) > std::fabs(high) ? std::fabs(low) : std::fabs(high);
+  if (farther > (high / 2 - low / 2) * 8.0f) {
+    low = low < 0 ? low : 0;
+    high = high > 0 ? high : 0;
+  }
+  const float scale = to_scale((high / 2 - low / 2) / 7.5f);
+  return {scale, to_zero_point(-low / scale)};
+}
+
+// The nearest level to a place on a grid.
+inline Vector level_at(Vector place) {
+  place = place > 0.0f ? place : Vector{};
+  place = place < 15.0f ? place : Vector{} + 15.0f;
+  return (place + 0x1.8p23f) - 0x1.8p23f;  // rounds half to even
+}
+
+// The root of the weighted squared error of some grids.
+template <int Count>
+void measure(const RoundedGroup& group, const Grid* grids, float* errors) {
+  Lanes sums[Count];
+  float reciprocals[Count];
+  for (int c = 0; c < Count; ++c) reciprocals[c] = 1.0f / grids[c].scale;
+  for (int64_t i = 0; i < group.vectors; i += kParts) {
+    unrolled<kParts>([&](auto part) {
+      const Vector x = group.x[i + part], weights = group.weights[i + part];
+      unrolled<Count>([&](auto c) {
+        const Vector place = x * reciprocals[c] + grids[c].zero_point;
+        const Vector distance = level_at(place) - place;
+        sums[c].parts[part] += distance * distance * weights;
+      });
+    });
+  }
+  for (int c = 0; c < Count; ++c) {
+    errors[c] = std::sqrt(sums[c].total()) * std::fabs(grids[c].scale);
+  }
+}
+
+// As `quantize_affine`: dividing rounds differently from a product with the reciprocal.
+inline void set_levels(const RoundedGroup& group, const Grid& grid) {
+  for (int64_t i = 0; i < group.vectors; ++i) {
+    group.q[i] = level_at(group.x[i] / grid.scale + grid.zero_point);
+  }
+}
+
+// The least-squares grid for the levels of `group`; its scale stays where it is undefined.
+inline Grid refitted(const RoundedGroup& group, const Grid& grid, bool symmetric) {
+  float mean_q = grid.zero_point, mean_x = 0;
+  if (!symmetric) {
+    Lanes weights, q, x;
+    for (int64_t i = 0; i < group.vectors; i += kParts) {
+      unrolled<kParts>([&](auto part) {
+        weights.parts[part] += group.weights[i + part];
+        q.parts[part] += group.weights[i + part] * group.q[i + part];
+        x.parts[part] += group.weights[i + part] * group.x[i + part];
+      });
+    }
+    const float count = weights.total();
+    mean_q = q.total() / count, mean_x = x.total() / count;
+  }
+  const float other = symmetric ? mean_q : 0;
+  Lanes along, across;
+  for (int64_t i = 0; i < group.vectors; i += kParts) {
+    unrolled<kParts>([&](auto part) {
+      const Vector q = group.q[i + part], centred = group.weights[i + part] * (q - mean_q);
+      along.parts[part] += centred * group.x[i + part];
+      across.parts[part] += centred * (q - other);
+    });
+  }
+  float scale = along.total() / across.total();
+  if (!std::isfinite(scale) || scale == 0) scale = grid.scale;
+  scale = to_scale(scale);
+  if (symmetric) return {scale, grid.zero_point};
+  const float zero_point = mean_q - mean_x / scale;
+  return {scale, to_zero_point(std::fmin(std::fmax(zero_point, -1024.0f), 1024.0f))};
+}
+
+Grid best_grid(const Rounding& call, const RoundedGroup& group, float low, float high) {
+  Grid grids[kMostGrids];
+  float errors[kMostGrids];
+  int best = 0;
+  for (int i = 0; i < call.shrink_count; ++i) {
+    grids[i] = grid_of_range(low * call.shrinks[i], high * call.shrinks[i], call.symmetric);
+  }
+  int done = 0;
+  for (; done + kAtOnce <= call.shrink_count; done += kAtOnce) {
+    measure<kAtOnce>(group, grids + done, errors + done);
+  }
+  for (; done < call.shrink_count; ++done) measure<1>(group, grids + done, errors + done);
+  for (int i = 1; i < call.shrink_count; ++i) best = errors[i] < errors[best] ? i : best;
+
+  Grid grid = grids[best];
+  float error = errors[best];
+  for (int i = 0; i < call.refits; ++i) {
+    set_levels(group, grid);
+    const Grid other = refitted(group, grid, call.symmetric);
+    float other_error;
+    measure<1>(group, &other, &other_error);
+    if (!(other_error < error)) return grid;
+    grid = other, error = other_error;
+  }
+  set_levels(group, grid);
+  return grid;
+}
+
+// Fills the weights of a group's columns; where none counts, all count alike.
+inline void load_weights(const float* importance, int64_t count, int64_t padded, float* weights) {
+  float total = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    weights[k] = importance ? importance[k] : 1;
+    total += weights[k];
+  }
+  if (!(total > 0)) {
+    for (int64_t k = 0; k < count; ++k) weights[k] = 1;
+  }
+  for (int64_t k = count; k < padded; ++k) weights[k] = 0;
+}
+
+template <class Better>
+float extreme_of(const RoundedGroup& group, const Better& better) {
+  Vector found = group.x[0];
+  for (int64_t i = 1; i < group.vectors; ++i) {
+    found = better(group.x[i], found) ? group.x[i] : found;
+  }
+  float result = found[0];
+  for (int i = 1; i < kWidth; ++i) result = better(found[i], result) ? found[i] : result;
+  return result;
+}
+
+void round_rows(const Rounding& call, int64_t first, int64_t last, uint8_t* scratch) {
+  const int64_t room = (call.group_size + kSumLanes - 1) / kSumLanes * kSumLanes;
+  auto* x = reinterpret_cast<float*>(scratch);
+  float* weights = x + room;
+  float* q = weights + room;
+  auto* levels = reinterpret_cast<uint8_t*>(q + room);  // of a row
+  const int64_t groups = call.groups(), bytes = (call.columns + 1) / 2;
+  int64_t weights_of = -1;  // the size of the group whose weights are loaded, if all are alike
+  for (int64_t row = first; row < last; ++row) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t start = g * call.group_size, rest = call.columns - start;
+      const int64_t count = rest < call.group_size ? rest : call.group_size;
+      const int64_t padded = (count + kSumLanes - 1) / kSumLanes * kSumLanes;
+      load_floats(call.weight, call.type, row * call.columns + start, count, x);
+      for (int64_t k = count; k < padded; ++k) x[k] = x[count - 1];
+      if (call.importance) {
+        load_weights(call.importance + start, count, padded, weights);
+      } else if (weights_of != count) {
+        load_weights(nullptr, count, padded, weights);
+        weights_of = count;
+      }
+      const auto vectors = [](float* from) { return reinterpret_cast<Vector*>(from); };
+      const RoundedGroup group{vectors(x), vectors(weights), vectors(q), padded / kWidth};
+      const float low = extreme_of(group, [](auto one, auto other) { return one < other; });
+      const float high = extreme_of(group, [](auto one, auto other) { return one > other; });
+      const Grid grid = best_grid(call, group, low, high);
+      call.scales[row * groups + g] = grid.scale;
+      call.zero_points[row * groups + g] = grid.zero_point;
+      for (int64_t k = 0; k < count; ++k) {
+        levels[start + k] = static_cast<uint8_t>(static_cast<int>(q[k]));
+      }
+    }
+    levels[call.columns] = 0;  // the high nibble of an odd last column
+    uint8_t* packed = call.packed + row * bytes;
+    for (int64_t i = 0; i < bytes; ++i) {
+      packed[i] = static_cast<uint8_t>(levels[2 * i] | levels[2 * i + 1] << 4);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fxquant

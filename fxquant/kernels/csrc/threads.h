@@ -1,0 +1,28 @@
+// What work shared among threads needs: whether there are any, and memory of their own.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fxquant {
+
+// How many threads may work where `wanted` would help. OpenMP's do not survive a fork.
+int threads_left(int wanted);
+
+// Memory aligned to 64 bytes that a thread keeps from call to call.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch();
+
+  // Null when memory runs out; what was taken before is gone.
+  uint8_t* take(size_t bytes);
+
+ private:
+  void* memory_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+}  // namespace fxquant

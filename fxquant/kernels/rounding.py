@@ -1,0 +1,83 @@
+"""Rounding to INT4 in C++, group by group: see csrc/rounding.h.
+
+In torch each step of the search is a pass over memory; here a group stays in registers until its
+range is found. `fxquant.algorithms.rtn` is the same algorithm in torch, and explains it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxquant.kernels.extension import FLOAT_TYPES, NOT_BUILT, _native
+from fxquant.numerics.weights import dequantize_weight_int4, empty_int4, quantize_weight_int4
+
+MOST_RANGES = 64
+
+
+def unsupported(weight: Tensor) -> str | None:
+    """Why `round_groups` cannot take a weight, or None."""
+    if weight.device.type != "cpu":
+        return f"it runs on CPUs, not on {weight.device.type}"
+    if weight.dtype not in FLOAT_TYPES:
+        return f"the weight is {weight.dtype}, not one of {', '.join(map(str, FLOAT_TYPES))}"
+    return FAULT
+
+
+def round_groups(
+    weight: Tensor,
+    group_size: int,
+    symmetric: bool,
+    *,
+    shrinks: Sequence[float],
+    refits: int,
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round a weight with the best range that is tried for each group.
+
+    Args:
+        weight: finite, [out, in], of a type for which `unsupported` is None.
+        group_size: columns a group; the last group may be short.
+        symmetric: one fixed zero point (8), or one for each group.
+        shrinks: of each group's full range, at most 64.
+        refits: at most so many refits by least squares.
+        importance: [in], how much a column's squared error counts.
+
+    Returns:
+        `(packed, scales, zero_points)` as `quantize_weight_int4` returns them. They do not depend
+        on the number of threads, nor on the CPU's instructions.
+    """
+    weight = weight.detach().contiguous()
+    result = empty_int4(weight, group_size)
+    if importance is not None:
+        importance = importance.float().contiguous()
+    _native.round_groups(
+        weight.data_ptr(),
+        FLOAT_TYPES[weight.dtype],
+        *weight.shape,
+        group_size,
+        symmetric,
+        0 if importance is None else importance.data_ptr(),
+        tuple(shrinks),
+        refits,
+        *(tensor.data_ptr() for tensor in result),
+        torch.get_num_threads(),
+    )
+    return result
+
+
+def find_fault() -> str | None:
+    """Round a small weight: why the extension cannot be trusted here, or None."""
+    if NOT_BUILT is not None:
+        return NOT_BUILT
+    weight = torch.arange(5 * 70, dtype=torch.float32).sin().view(5, 70)
+    for symmetric in (True, False):
+        plain = quantize_weight_int4(weight, 32, symmetric)
+        found = round_groups(weight, 32, symmetric, shrinks=(1.0, 0.9), refits=1)
+        full, best = (dequantize_weight_int4(*p, 32, 70) - weight for p in (plain, found))
+        if not best.norm() <= full.norm() * 1.0001:
+            return f"it rounds wrongly on this CPU ({_native.instruction_sets()[0]})"
+    return None
+
+
+FAULT = find_fault()

@@ -1,0 +1,108 @@
+// Random weights rounded by every instruction set: `make sanitize` runs it under sanitizers. Its
+// argument is the number of weights.
+//
+// The sets must agree to the bit, no group may be worse than with its full range, and every buffer
+// has exactly the bytes it needs.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "numbers.h"
+#include "rounding.h"
+
+namespace fxquant {
+namespace {
+
+std::mt19937 random_bits(0);
+
+int pick(int from, int to) { return std::uniform_int_distribution<int>(from, to)(random_bits); }
+
+struct Result {
+  std::vector<uint8_t> packed;
+  std::vector<float> scales, zero_points;
+
+  bool operator==(const Result& other) const {
+    return packed == other.packed && scales == other.scales && zero_points == other.zero_points;
+  }
+};
+
+bool round_with(const InstructionSet& set, Rounding call, const std::vector<float>& shrinks,
+                Result* result) {
+  const size_t groups = call.rows * call.groups();
+  result->packed.resize(call.rows * ((call.columns + 1) / 2));
+  result->scales.resize(groups), result->zero_points.resize(groups);
+  call.shrinks = shrinks.data(), call.shrink_count = static_cast<int>(shrinks.size());
+  call.packed = result->packed.data();
+  call.scales = result->scales.data(), call.zero_points = result->zero_points.data();
+  return round_groups(call, set, pick(1, 3));
+}
+
+// The weighted squared error of each group.
+std::vector<double> errors(const Rounding& call, const Result& result) {
+  std::vector<double> sums(call.rows * call.groups());
+  for (int64_t row = 0; row < call.rows; ++row) {
+    for (int64_t k = 0; k < call.columns; ++k) {
+      const int64_t group = row * call.groups() + k / call.group_size;
+      const uint8_t byte = result.packed[row * ((call.columns + 1) / 2) + k / 2];
+      const int code = k % 2 ? byte >> 4 : byte & 15;
+      float x;
+      load_floats(call.weight, call.type, row * call.columns + k, 1, &x);
+      const double value = result.scales[group] * (code - double(result.zero_points[group]));
+      sums[group] += (value - x) * (value - x) * (call.importance ? call.importance[k] : 1);
+    }
+  }
+  return sums;
+}
+
+bool is_right() {
+  const int sizes[] = {1, 3, 8, 17, 32, 64, 128, 256, 500};
+  Rounding call{};
+  call.rows = pick(1, 20), call.columns = pick(1, 400), call.group_size = sizes[pick(0, 8)];
+  call.symmetric = pick(0, 1), call.refits = pick(0, 8);
+  call.type = static_cast<Float>(pick(0, 2));
+  const size_t count = call.rows * call.columns;
+  std::vector<uint8_t> weight(count * (call.type == Float::f32 ? 4 : 2));
+  std::normal_distribution<float> normal(pick(-1, 1), 1);
+  for (size_t i = 0; i < count; ++i) {
+    const float value = normal(random_bits);
+    store_floats(&value, 1, weight.data(), call.type, i);
+  }
+  std::vector<float> importance(call.columns);
+  for (float& value : importance) value = pick(0, 2) ? std::fabs(normal(random_bits)) : 0;
+  call.weight = weight.data();
+  call.importance = pick(0, 1) ? importance.data() : nullptr;
+
+  const std::vector<float> full{1.0f};
+  std::vector<float> shrinks = full;
+  for (int i = pick(0, 10); i > 0; --i) shrinks.push_back(0.05f * pick(10, 22));
+  Result expected, plain;
+  Rounding unfitted = call;
+  unfitted.refits = 0;
+  if (!round_with(*portable(), call, shrinks, &expected)) return false;
+  if (!round_with(*portable(), unfitted, full, &plain)) return false;
+  for (const InstructionSet* set : {avx512(), avx2_vnni(), avx2()}) {
+    Result found;
+    if (!set) continue;
+    if (!round_with(*set, call, shrinks, &found) || !(found == expected)) return false;
+  }
+  const std::vector<double> best = errors(call, expected), most = errors(call, plain);
+  for (size_t i = 0; i < best.size(); ++i) {
+    // Sums in float32; where no column of a group counts, the error is that of equal weights.
+    if (!(best[i] <= most[i] * 1.0001 + 1e-9)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace fxquant
+
+int main(int count, char** arguments) {
+  const int cases = count > 1 ? atoi(arguments[1]) : 200;
+  for (int i = 0; i < cases; ++i) {
+    if (!fxquant::is_right()) return printf("weight %d is rounded wrongly\n", i), 1;
+  }
+  printf("%d random weights are rounded alike and well\n", cases);
+  return 0;
+}

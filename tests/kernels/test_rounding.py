@@ -1,0 +1,136 @@
+"""Rounding in C++. Without a compiler it is not built, and only the last tests mean something."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxquant.algorithms import rtn
+from fxquant.algorithms.rtn import REFITS, SHRINKS, round_to_nearest
+from fxquant.errors import OptionError
+from fxquant.kernels import rounding
+from fxquant.kernels.extension import NOT_BUILT, _native
+from fxquant.kernels.rounding import find_fault, round_groups, unsupported
+from fxquant.numerics.weights import dequantize_weight_int4
+
+SETS = _native.instruction_sets() if NOT_BUILT is None else []
+built = pytest.mark.skipif(not SETS, reason="the extension was not built: no compiler")
+
+
+@pytest.fixture(autouse=True)
+def _fastest_set_afterwards():
+    yield
+    for name in SETS[:1]:
+        _native.use(name)
+
+
+def in_cpp(weight, group_size=32, symmetric=True, importance=None):
+    return round_groups(
+        weight, group_size, symmetric, shrinks=SHRINKS, refits=REFITS, importance=importance
+    )
+
+
+def error(result, weight, group_size, importance=None):
+    difference = dequantize_weight_int4(*result, group_size, weight.shape[1]) - weight.float()
+    weights = torch.ones(weight.shape[1]) if importance is None else importance
+    return float((difference.double().square() * weights).sum())
+
+
+@built
+@given(
+    o=st.integers(20, 60),
+    i=st.integers(1, 300),
+    group_size=st.sampled_from([1, 3, 8, 17, 32, 64, 128, 256, 500]),
+    symmetric=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    size=st.sampled_from([1e-3, 1.0, 50.0]),
+    shift=st.sampled_from([0.0, 3.0]),
+    weighted=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_every_instruction_set_finds_the_bits_and_torch_the_error(
+    o, i, group_size, symmetric, dtype, size, shift, weighted
+):
+    weight = ((torch.randn(o, i) + shift) * size).to(dtype)
+    importance = torch.rand(i) * (torch.rand(i) > 0.3) if weighted else None
+    results = []
+    for name in SETS:
+        _native.use(name)
+        results.append(in_cpp(weight, group_size, symmetric, importance))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    expected = rtn._round_in_torch(weight, group_size, symmetric, importance)
+    found, allowed = (error(r, weight, group_size, importance) for r in (results[0], expected))
+    # Where two grids are as good, sums in another order may go on from the other one.
+    assert found == pytest.approx(allowed, rel=0.02, abs=1e-9 * size**2)
+    assert (results[0][0] == expected[0]).float().mean() > 0.9
+
+
+@built
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_result_does_not_depend_on_threads(symmetric):
+    weight, threads = torch.randn(200, 333), torch.get_num_threads()
+    results = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(in_cpp(weight, 32, symmetric))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@built
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 1e-38, 1e-42, 3e38, -3e38])
+def test_groups_of_one_value_and_the_ends_of_float32_stay_sound(value, symmetric):
+    weight = torch.full((3, 70), value)
+    packed = in_cpp(weight, 32, symmetric)
+    again = dequantize_weight_int4(*packed, 32, 70)
+    torch.testing.assert_close(again, weight, rtol=0.01, atol=1e-39)
+    mixed = weight * torch.randn(3, 70).clamp(-1, 1)
+    found = dequantize_weight_int4(*in_cpp(mixed, 32, symmetric), 32, 70)
+    assert torch.isfinite(found).all()
+    assert ((found - mixed).abs() <= mixed.abs().max() * 0.15 + 1e-39).all()
+
+
+@built
+def test_a_weight_that_is_not_contiguous_is_read_rightly():
+    weight = torch.randn(64, 48)
+    for one, other in zip(in_cpp(weight.T), in_cpp(weight.T.contiguous()), strict=True):
+        assert torch.equal(one, other)
+
+
+@built
+def test_what_the_extension_cannot_take_goes_through_torch():
+    weight = torch.randn(8, 64)
+    assert "not on meta" in unsupported(weight.to("meta"))
+    assert "torch.float64" in unsupported(weight.double())
+    found = round_to_nearest(weight.double(), group_size=32)
+    assert torch.equal(found.scales, round_to_nearest(weight, group_size=32).scales)
+
+
+@built
+def test_an_extension_that_rounds_wrongly_is_not_used(monkeypatch):
+    assert find_fault() is None
+    right = rounding.round_groups
+
+    def wrong(*args, **options):
+        packed, scales, zero_points = right(*args, **options)
+        return packed, scales * 1.5, zero_points
+
+    monkeypatch.setattr(rounding, "round_groups", wrong)
+    assert "rounds wrongly on this CPU" in find_fault()
+
+
+def test_without_the_extension_torch_rounds(monkeypatch):
+    monkeypatch.setattr(rounding, "FAULT", "it was not built when fxquant was installed")
+    weight = torch.randn(8, 64)
+    assert "not built" in unsupported(weight)
+    expected = rtn._round_in_torch(weight, 32, False, None)
+    assert torch.equal(round_to_nearest(weight, group_size=32, symmetric=False).packed, expected[0])
+
+
+def test_importance_of_another_length_says_what_is_needed():
+    for shape in ((63,), (65,), (1, 64)):
+        with pytest.raises(OptionError, match=r"one value for each of the 64 columns.*mean square"):
+            round_to_nearest(torch.randn(8, 64), importance=torch.ones(shape))
