@@ -15,3 +15,19 @@ def linear(
     threads: int,
     /,
 ) -> bool: ...
+def round_groups(
+    weight: int,
+    weight_type: int,
+    rows: int,
+    columns: int,
+    group_size: int,
+    symmetric: bool,
+    importance: int,
+    shrinks: tuple[float, ...],
+    refits: int,
+    packed: int,
+    scales: int,
+    zero_points: int,
+    threads: int,
+    /,
+) -> None: ...
