@@ -10,7 +10,7 @@ from fxquant.analysis.sensitivity_report import SensitivityRow
 from fxquant.graph.scopes import sites
 from fxquant.graph.stepper import Call
 from fxquant.modules.linear import QuantizedLinear
-from fxquant.numerics.metrics import sqnr_db
+from fxquant.numerics.metrics import SqnrMeter
 from fxquant.observers import Observer
 from fxquant.passes.decide import Decision
 
@@ -61,7 +61,7 @@ def _row(
         shape=decision.shape,
         params=decision.parameters,
         bits=quantized.bits,
-        weight_sqnr_db=sqnr_db(linear.weight, quantized.weight),
+        weight_sqnr_db=weight_sqnr_db(linear, quantized),
         introduced_sqnr_db=errors.introduced.db_or_none,
         cumulative_sqnr_db=errors.cumulative.db_or_none,
         arrived_sqnr_db=errors.arrived.db_or_none,
@@ -69,3 +69,12 @@ def _row(
         input_high=seen.high if seen else None,
         input_outlier_ratio=seen.outlier_ratio if seen else None,
     )
+
+
+def weight_sqnr_db(linear: nn.Linear, quantized: QuantizedLinear) -> float:
+    """SQNR of a layer's weight in dB."""
+    meter, start = SqnrMeter(), 0
+    for part in quantized.weight_parts():
+        meter.add(linear.weight[start : start + len(part)], part)
+        start += len(part)
+    return meter.db

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from fxquant.algorithms.hqq import half_quadratic
@@ -10,7 +11,7 @@ from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
-from fxquant.numerics.weights import Int4Weight
+from fxquant.numerics.weights import Int4Weight, rows_of_block
 from fxquant.passes.decide import Decision, add_notes
 
 
@@ -69,6 +70,8 @@ class RoundedLayers:
         statistics = self.statistics.get(name)
         if statistics is None:
             return linear.bias
-        lost = (linear.weight.detach().float() - weight.dequantize()) @ statistics.mean
+        rows = rows_of_block(linear.in_features)
+        parts = zip(linear.weight.detach().split(rows), weight.split(rows), strict=True)
+        lost = torch.cat([(w.float() - q.dequantize()) @ statistics.mean for w, q in parts])
         base = 0 if linear.bias is None else linear.bias.detach().float()
         return (base + lost).to(linear.weight.dtype)

@@ -19,36 +19,64 @@ from fxquant.numerics.weights import (
 
 BLOCK = 64  # outputs
 STEP = 8  # inputs whose codes share 32 bits
+BLOCK_ELEMENTS = 1 << 22  # of the blocks that are rearranged together
 
 
 def to_blocks(weight: Int4Weight) -> Tensor:
     """Rearrange a weight: uint8 [blocks, groups, bytes of a group], 4.125 or 4.25 bits a weight."""
-    out_features, size = len(weight.packed), weight.group_size
-    blocks, groups = group_count(out_features, BLOCK), group_count(weight.in_features, size)
-    rows = blocks * BLOCK - out_features
-    packed = F.pad(weight.packed, (0, groups * size // 2 - weight.packed.shape[1], 0, rows))
-    lanes = _interleave(packed.view(torch.int32)).view(blocks, BLOCK, groups, size // STEP)
-    parts = [_grid_to_blocks(weight.scales, SCALE_DTYPE, rows)]
-    if not weight.symmetric:
-        parts.append(_grid_to_blocks(weight.zero_points, ZERO_POINT_DTYPE, rows))
-    codes = lanes.permute(0, 2, 3, 1).reshape(blocks, groups, -1).contiguous()
-    parts.append(codes.view(torch.uint8))
-    return torch.cat(parts, dim=-1)
+    groups = group_count(weight.in_features, weight.group_size)
+    grid_bytes = 2 * BLOCK * (1 if weight.symmetric else 2)
+    blocks = weight.packed.new_empty(
+        group_count(len(weight.packed), BLOCK), groups, grid_bytes + weight.group_size * BLOCK // 2
+    )
+    rows = _blocks_at_once(groups * weight.group_size) * BLOCK
+    for part, some in zip(blocks.split(rows // BLOCK), weight.split(rows), strict=True):
+        _write_blocks(part, some)
+    return blocks
 
 
 def from_blocks(blocks: Tensor, spec: LinearSpec) -> Int4Weight:
     """Undo `to_blocks`."""
-    scales = _grid_from_blocks(blocks, SCALE_DTYPE, 0, spec)
+    size, groups = spec.in_features, blocks.shape[1]
+    packed = blocks.new_empty(spec.out_features, -(-size // 2))
+    scales = blocks.new_empty(spec.out_features, groups, dtype=torch.float32)
     zero_points = torch.full_like(scales, SYMMETRIC_ZERO_POINT)
-    if not spec.symmetric:
-        zero_points = _grid_from_blocks(blocks, ZERO_POINT_DTYPE, 2 * BLOCK, spec)
-    codes = blocks[..., 2 * BLOCK * (1 if spec.symmetric else 2) :].contiguous()
-    lanes = codes.view(torch.int32).unflatten(-1, (-1, BLOCK)).permute(0, 3, 1, 2)
-    lanes = _separate(lanes.reshape(len(blocks) * BLOCK, -1).contiguous())
-    packed = lanes.view(torch.uint8)[: spec.out_features, : -(-spec.in_features // 2)].contiguous()
-    return Int4Weight(
-        packed, scales, zero_points, spec.group_size, spec.in_features, spec.symmetric
-    )
+    weight = Int4Weight(packed, scales, zero_points, spec.group_size, size, spec.symmetric)
+    count = _blocks_at_once(groups * spec.group_size)
+    for part, some in zip(blocks.split(count), weight.split(count * BLOCK), strict=True):
+        _read_blocks(part, some)
+    return weight
+
+
+def _blocks_at_once(columns: int) -> int:
+    """So many that what is made in between stays in the cache."""
+    return max(1, BLOCK_ELEMENTS // (BLOCK * columns))
+
+
+def _write_blocks(blocks: Tensor, weight: Int4Weight) -> None:
+    count, groups, _ = blocks.shape
+    rows = count * BLOCK - len(weight.packed)
+    _write_grid(blocks[..., : 2 * BLOCK], weight.scales, SCALE_DTYPE, rows)
+    start = 2 * BLOCK
+    if not weight.symmetric:
+        _write_grid(blocks[..., start : 2 * start], weight.zero_points, ZERO_POINT_DTYPE, rows)
+        start *= 2
+    columns = groups * weight.group_size // 2 - weight.packed.shape[1]
+    lanes = _interleave(F.pad(weight.packed, (0, columns, 0, rows)).view(torch.int32))
+    codes = blocks.view(torch.int32)[..., start // 4 :].unflatten(-1, (-1, BLOCK))
+    codes.copy_(lanes.view(count, BLOCK, groups, -1).permute(0, 2, 3, 1))
+
+
+def _read_blocks(blocks: Tensor, weight: Int4Weight) -> None:
+    _read_grid(weight.scales, blocks[..., : 2 * BLOCK], SCALE_DTYPE)
+    start = 2 * BLOCK
+    if not weight.symmetric:
+        _read_grid(weight.zero_points, blocks[..., start : 2 * start], ZERO_POINT_DTYPE)
+        start *= 2
+    codes = blocks.view(torch.int32)[..., start // 4 :].unflatten(-1, (-1, BLOCK))
+    lanes = codes.permute(0, 3, 1, 2).reshape(len(blocks) * BLOCK, -1).contiguous()
+    rows, columns = weight.packed.shape
+    weight.packed.copy_(_separate(lanes).view(torch.uint8)[:rows, :columns])
 
 
 def spec_of_blocks(
@@ -62,14 +90,14 @@ def spec_of_blocks(
     return LinearSpec(out_features, in_features, group_size, symmetric, activation)
 
 
-def _grid_to_blocks(values: Tensor, dtype: torch.dtype, rows: int) -> Tensor:
+def _write_grid(blocks: Tensor, values: Tensor, dtype: torch.dtype, rows: int) -> None:
     grid = F.pad(values, (0, 0, 0, rows)).to(dtype).unflatten(0, (-1, BLOCK)).transpose(1, 2)
-    return grid.contiguous().view(torch.uint8)
+    blocks.copy_(grid.contiguous().view(torch.uint8))
 
 
-def _grid_from_blocks(blocks: Tensor, dtype: torch.dtype, start: int, spec: LinearSpec) -> Tensor:
-    values = blocks[..., start : start + 2 * BLOCK].contiguous().view(dtype)
-    return values.transpose(1, 2).flatten(0, 1)[: spec.out_features].float().contiguous()
+def _read_grid(values: Tensor, blocks: Tensor, dtype: torch.dtype) -> None:
+    grid = blocks.contiguous().view(dtype).transpose(1, 2).flatten(0, 1)
+    values.copy_(grid[: len(values)])
 
 
 def _interleave(lanes: Tensor) -> Tensor:
@@ -84,5 +112,6 @@ def _separate(lanes: Tensor) -> Tensor:
 
 def _swap(lanes: Tensor, distance: int, mask: int) -> Tensor:
     """Exchange the bits under `mask` with those `distance` higher."""
-    difference = (lanes ^ (lanes >> distance)) & mask
-    return lanes ^ difference ^ (difference << distance)
+    difference = lanes >> distance
+    difference.bitwise_xor_(lanes).bitwise_and_(mask)
+    return (lanes ^ difference).bitwise_xor_(difference << distance)

@@ -12,8 +12,6 @@ from torch import Tensor
 from fxquant.kernels.extension import FLOAT_TYPES, NOT_BUILT, _native
 from fxquant.numerics.weights import dequantize_weight_int4, empty_int4, quantize_weight_int4
 
-MOST_RANGES = 64
-
 
 def unsupported(weight: Tensor) -> str | None:
     """Why `round_groups` cannot take a weight, or None."""
@@ -48,22 +46,26 @@ def round_groups(
         on the number of threads, nor on the CPU's instructions.
     """
     weight = weight.detach().contiguous()
-    result = empty_int4(weight, group_size)
+    rows, columns = weight.shape
+    packed, scales, zero_points = empty_int4(weight, group_size)
     if importance is not None:
         importance = importance.float().contiguous()
     _native.round_groups(
         weight.data_ptr(),
         FLOAT_TYPES[weight.dtype],
-        *weight.shape,
+        rows,
+        columns,
         group_size,
         symmetric,
         0 if importance is None else importance.data_ptr(),
         tuple(shrinks),
         refits,
-        *(tensor.data_ptr() for tensor in result),
+        packed.data_ptr(),
+        scales.data_ptr(),
+        zero_points.data_ptr(),
         torch.get_num_threads(),
     )
-    return result
+    return packed, scales, zero_points
 
 
 def find_fault() -> str | None:

@@ -1,5 +1,6 @@
 """What the quantized linear layers have in common."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ class QuantizedLinear(nn.Module):
     def weight(self) -> Tensor:
         """The dequantized weight [out, in], float32."""
         raise TypeError(f"{type(self).__name__} has no weight")
+
+    def weight_parts(self) -> Iterator[Tensor]:
+        """The rows of `weight` in order, some at a time: what is in memory stays small."""
+        yield self.weight
 
     @property
     def activation(self) -> str:

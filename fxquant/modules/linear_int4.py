@@ -1,5 +1,6 @@
 """A Linear layer with packed group-wise INT4 weights."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,12 @@ from fxquant.kernels.choose import choose_backend, explain_backend
 from fxquant.kernels.interface import LinearSpec
 from fxquant.modules.linear import QuantizedLinear, check_linear, moved_only
 from fxquant.numerics.grouping import group_count
-from fxquant.numerics.weights import SYMMETRIC_ZERO_POINT, Int4Weight, quantize_weight_int4
+from fxquant.numerics.weights import (
+    SYMMETRIC_ZERO_POINT,
+    Int4Weight,
+    quantize_weight_int4,
+    rows_of_block,
+)
 
 SAVED = ("_packed_weight", "_scales", "_zero_points")  # in a state_dict
 
@@ -83,6 +89,11 @@ class QuantizedLinearInt4(QuantizedLinear):
     def weight(self) -> Tensor:
         """The dequantized weight [out, in], float32."""
         return self.int4_weight.dequantize()
+
+    def weight_parts(self) -> Iterator[Tensor]:
+        """The rows of `weight` in order, some at a time."""
+        for part in self.int4_weight.split(rows_of_block(self.in_features)):
+            yield part.dequantize()
 
     @property
     def int4_weight(self) -> Int4Weight:

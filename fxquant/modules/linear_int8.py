@@ -1,5 +1,6 @@
 """A Linear layer with per-channel INT8 weights: the wider choice, and the one for narrow layers."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from fxquant.kernels.int8 import matmul_int8, pad_int8
 from fxquant.kernels.reference import quantize_tokens
 from fxquant.modules.linear import QuantizedLinear, add_bias, check_linear, detached
 from fxquant.numerics.int8_weight import Int8Weight, quantize_weight_int8
-from fxquant.numerics.weights import SCALE_DTYPE
+from fxquant.numerics.weights import SCALE_DTYPE, rows_of_block
 
 ACTIVATION_GROUP = 128  # inputs of a token that share a scale, if activations are quantized
 
@@ -56,6 +57,12 @@ class QuantizedLinearInt8(QuantizedLinear):
     def weight(self) -> Tensor:
         """The dequantized weight [out, in], float32."""
         return Int8Weight(self._weight_int8, self._scales).dequantize()
+
+    def weight_parts(self) -> Iterator[Tensor]:
+        """The rows of `weight` in order, some at a time."""
+        rows = rows_of_block(self.in_features)
+        for q, scales in zip(self._weight_int8.split(rows), self._scales.split(rows), strict=True):
+            yield Int8Weight(q, scales).dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [..., in], float32, bfloat16 or float16, to [..., out] of the same dtype."""

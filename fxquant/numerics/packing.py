@@ -31,7 +31,8 @@ def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
     >>> unpack_nibbles(torch.tensor([[33, 3]], dtype=torch.uint8), 3).tolist()
     [[1, 2, 3]]
     """
-    q = packed.new_empty(packed.shape[0], packed.shape[1] * 2)
-    q[:, 0::2] = packed & 0xF
-    q[:, 1::2] = packed >> 4
-    return q[:, :columns]
+    if sys.byteorder == "little":  # low | high << 4 becomes low | high << 8
+        pairs = packed.to(torch.int16)
+        pairs = (pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F)
+        return pairs.view(torch.uint8)[:, :columns]
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(1)[:, :columns]

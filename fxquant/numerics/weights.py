@@ -11,20 +11,21 @@ stored is exactly what the integers were fitted to.
   a weight needs no exact zero, and on Gaussian weights that is worth 0.4 dB after a clip search.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.errors import OptionError, WeightError, check_positive_int
-from fxquant.numerics.grouping import expand_groups, from_groups, group_count, to_groups
+from fxquant.numerics.grouping import from_groups, group_count, to_groups
 from fxquant.numerics.integers import UINT4, quantize_affine, safe_scale
 from fxquant.numerics.packing import pack_nibbles, unpack_nibbles
 
 SCALE_DTYPE = torch.bfloat16  # float32's range: no weight is too small for it
 ZERO_POINT_DTYPE = torch.float16
 SYMMETRIC_ZERO_POINT = 8.0
-BLOCK_ELEMENTS = 1 << 19  # of a block of rows: its temporaries stay in the cache
+BLOCK_ELEMENTS = 1 << 20  # of a block of rows: its temporaries stay in the cache
 FARTHEST_ZERO_POINT = 64.0  # beyond, float16 would round it by more than 1/32 of a level
 
 
@@ -133,13 +134,18 @@ def quantize_weight_int4(
     check_weight(weight)
     weight = weight.detach()
     result = empty_int4(weight, group_size)
-    rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
+    rows = rows_of_block(weight.shape[1])
     for block, *parts in zip(weight.split(rows), *(t.split(rows) for t in result), strict=True):
         grid = _full_range(to_groups(block, group_size), symmetric)
         q = round_to_groups(block, *grid, group_size)
         for part, values in zip(parts, (pack_nibbles(q), *grid), strict=True):
             part.copy_(values)
     return result
+
+
+def rows_of_block(columns: int) -> int:
+    """How many rows of a matrix to work on at a time, so that temporaries stay in the cache."""
+    return max(1, BLOCK_ELEMENTS // max(columns, 1))
 
 
 def empty_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,12 +189,13 @@ def dequantize_weight_int4(
             remedy="Pass the group_size and in_features the weight was quantized with.",
         )
     weight = torch.empty(out_features, in_features, device=packed.device)
-    rows = max(1, BLOCK_ELEMENTS // max(in_features, 1))
+    rows = rows_of_block(in_features)
+    missing = expected[1] * group_size - in_features
     parts = (t.split(rows) for t in (weight, packed, scales.float(), zero_points.float()))
     for block, bytes_, scale, zero in zip(*parts, strict=True):
-        zeros = expand_groups(zero, group_size, in_features)
-        torch.sub(unpack_nibbles(bytes_, in_features), zeros, out=block)
-        block.mul_(expand_groups(scale, group_size, in_features))
+        q = F.pad(unpack_nibbles(bytes_, in_features), (0, missing))
+        groups = torch.sub(q.unflatten(1, (-1, group_size)), zero[..., None])
+        block.copy_(from_groups(groups.mul_(scale[..., None]), in_features))
     return weight
 
 
@@ -219,6 +226,18 @@ class Int4Weight:
         """Pack integers `q` uint8 [out, in] with their scales and zero points [out, groups]."""
         packed = pack_nibbles(q)
         return cls(packed, scales, zero_points, group_size, q.shape[1], symmetric)
+
+    def split(self, rows: int) -> list["Int4Weight"]:
+        """The weight in parts of `rows` rows, which share its memory; the last may be shorter."""
+        return [
+            replace(self, packed=packed, scales=scales, zero_points=zero_points)
+            for packed, scales, zero_points in zip(
+                self.packed.split(rows),
+                self.scales.split(rows),
+                self.zero_points.split(rows),
+                strict=True,
+            )
+        ]
 
     def to_saved(self) -> tuple[Tensor, Tensor, Tensor]:
         """What a file holds, from which the fields come back exactly.
