@@ -44,9 +44,10 @@ def float_layers(dtype: torch.dtype, weights: list[Tensor]) -> Run:
     """Torch's own product."""
     cast = [weight.to(dtype) for weight in weights]
 
-    def run(x: Tensor) -> list[Tensor]:
+    def run(x: Tensor) -> None:
         x = x.to(dtype)
-        return [F.linear(x, weight) for weight in cast]
+        for weight in cast:
+            F.linear(x, weight)
 
     return run
 
@@ -58,7 +59,12 @@ def int4_layers(name: str, activation: str, weights: list[Tensor], group_size: i
     packed = [
         backend.pack(round_to_nearest(weight, group_size=group_size), spec) for weight in weights
     ]
-    return lambda x: [backend.matmul(x, tensors, spec) for tensors in packed]
+
+    def run(x: Tensor) -> None:
+        for tensors in packed:
+            backend.matmul(x, tensors, spec)
+
+    return run
 
 
 def candidates(shape: tuple[int, int], group_size: int) -> dict[str, tuple[Run, int]]:

@@ -129,4 +129,10 @@ def bits_and_bytes(weights: Sequence[Tensor], group_size: int) -> Peer:
             weight.bfloat16(), requires_grad=False, quant_type="nf4", blocksize=group_size
         )
         layers.append(layer.to("cpu").eval())
-    return lambda x: [layer(x.bfloat16()) for layer in layers]
+
+    def run(x: Tensor) -> None:
+        x = x.bfloat16()
+        for layer in layers:
+            layer(x)
+
+    return run

@@ -62,7 +62,15 @@ struct Int8Mode {
   }
 
   template <int R, bool Symmetric>
-  static void multiply(const Group& group, int steps, const TileGroup& tile, float* outputs) {
+  static void multiply(const Span& span, float* outputs) {
+    for (int i = 0; i < span.groups; ++i) {
+      multiply_group<R, Symmetric>(span.group<Symmetric>(i), span.steps, span.tile(i), outputs);
+    }
+  }
+
+  template <int R, bool Symmetric>
+  static void multiply_group(const Group& group, int steps, const TileGroup& tile,
+                             float* outputs) {
     for (int column = 0; column < kColumns; column += kSlice) {
       __m256i sums[R][kVectors];
       unrolled<R>([&](auto r) {
@@ -73,7 +81,7 @@ struct Int8Mode {
       for (int done = 0; done < steps; done += steps_at_once) {
         const int count = steps - done < steps_at_once ? steps - done : steps_at_once;
         const uint8_t* codes = group.codes + 4 * (kColumns * done + column);
-        add_dots<R>(codes, count, static_cast<const uint8_t*>(tile.values) + kStep * R * done, sums);
+        add_dots<R>(codes, count, tile.values + kStep * R * done, sums);
       }
       unrolled<kVectors>([&](auto v) {
         const __m256 scales = scales_at(group, column + 8 * v);
@@ -142,14 +150,22 @@ struct FloatMode {
   }
 
   template <int R, bool Symmetric>
-  static void multiply(const Group& group, int steps, const TileGroup& tile, float* outputs) {
+  static void multiply(const Span& span, float* outputs) {
+    for (int i = 0; i < span.groups; ++i) {
+      multiply_group<R, Symmetric>(span.group<Symmetric>(i), span.steps, span.tile(i), outputs);
+    }
+  }
+
+  template <int R, bool Symmetric>
+  static void multiply_group(const Group& group, int steps, const TileGroup& tile,
+                             float* outputs) {
     const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x88888888));
     for (int column = 0; column < kColumns; column += kSlice) {
       __m256 sums[R][kVectors];
       unrolled<R>([&](auto r) {
         unrolled<kVectors>([&](auto v) { sums[r][v] = _mm256_setzero_ps(); });
       });
-      const auto* x = static_cast<const float*>(tile.values);
+      const auto* x = reinterpret_cast<const float*>(tile.values);
       const uint8_t* codes = group.codes + 4 * column;
       for (int step = 0; step < steps; ++step, x += kStep * R, codes += 4 * kColumns) {
         unrolled<kStep>([&](auto k) {

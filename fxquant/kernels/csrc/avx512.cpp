@@ -1,4 +1,4 @@
-// AVX-512 with VNNI and BF16: tiles of 6 rows by 64 outputs in 24 registers.
+// AVX-512 with VNNI and BF16: tiles of at most 6 rows by 64 outputs.
 #include "linear.h"
 #include "targets.h"
 
@@ -21,7 +21,7 @@ FXQUANT_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fm
 namespace fxquant {
 namespace {
 
-constexpr int kVectors = 4;  // of 16 outputs
+constexpr int kVectors = 4;  // of 16 outputs, in a block
 
 // Inline assembly, because GCC 12 spills accumulators that it manages itself.
 inline __m512i dot_int8(__m512i sum, __m512i codes, __m512i x) {
@@ -57,6 +57,21 @@ inline void prefetch(const uint8_t* codes) {
   for (int line = 0; line < 4; ++line) __builtin_prefetch(codes + 8192 + 64 * line);
 }
 
+// Walks through the groups of a span; `add(group, tile, totals)` adds the product of a group. What
+// does not fit in registers beside a group's sums waits on the stack, which never leaves the cache.
+template <int R, bool Symmetric, class Add>
+inline void for_groups(const Span& span, float* outputs, const Add& add) {
+  __m512 totals[R][kVectors];
+  const auto at = [outputs](int r, int v) { return outputs + kColumns * r + 16 * v; };
+  unrolled<R>([&](auto r) {
+    unrolled<kVectors>([&](auto v) { totals[r][v] = _mm512_load_ps(at(r, v)); });
+  });
+  for (int i = 0; i < span.groups; ++i) add(span.group<Symmetric>(i), span.tile(i), totals);
+  unrolled<R>([&](auto r) {
+    unrolled<kVectors>([&](auto v) { _mm512_store_ps(at(r, v), totals[r][v]); });
+  });
+}
+
 struct Int8Mode {
   using Value = int8_t;
   static constexpr int tile_rows = 6;
@@ -88,43 +103,46 @@ struct Int8Mode {
   }
 
   template <int R, bool Symmetric>
-  static void multiply(const Group& group, int steps, const TileGroup& tile, float* outputs) {
+  static void multiply(const Span& span, float* outputs) {
     const __m512i low = _mm512_set1_epi8(0xf);
-    __m512i sums[R][kVectors];
-    unrolled<R>([&](auto r) {
-      // Symmetric: Σ (q − 8) x, the 8 taken off before the codes are multiplied.
-      const __m512i start = _mm512_set1_epi32(Symmetric ? static_cast<int>(-8 * tile.sums[r]) : 0);
-      unrolled<kVectors>([&](auto v) { sums[r][v] = start; });
-    });
-    const auto* x = static_cast<const uint8_t*>(tile.values);
-    const uint8_t* codes = group.codes;
-    for (int step = 0; step < steps; ++step, x += kStep * R, codes += 4 * kColumns) {
-      unrolled<2>([&](auto half) {
-        __m512i q[kVectors];
-        unrolled<kVectors>([&](auto v) {
-          q[v] = load(codes + 64 * v);
-          if constexpr (half) q[v] = _mm512_srli_epi16(q[v], 4);
-          q[v] = _mm512_and_si512(q[v], low);
-        });
-        unrolled<R>([&](auto r) {
-          const __m512i value = broadcast(x + kStep * r + 4 * half);
-          unrolled<kVectors>([&](auto v) { sums[r][v] = dot_int8(sums[r][v], q[v], value); });
-        });
-      });
-      prefetch(codes);
-    }
-    unrolled<kVectors>([&](auto v) {
-      const __m512 scales = scales_at(group, v);
-      __m512 zero_points;
-      if constexpr (!Symmetric) zero_points = zero_points_at(group, v);
+    for_groups<R, Symmetric>(span, outputs, [&](const Group& group, const TileGroup& tile,
+                                                __m512(&totals)[R][kVectors]) {
+      __m512i sums[R][kVectors];
       unrolled<R>([&](auto r) {
-        __m512 product = _mm512_cvtepi32_ps(sums[r][v]);
-        if constexpr (!Symmetric) {
-          product = _mm512_fnmadd_ps(zero_points, _mm512_set1_ps(tile.sums[r]), product);
-        }
-        float* at = outputs + kColumns * r + 16 * v;
-        product = _mm512_mul_ps(product, _mm512_set1_ps(tile.scales[r]));
-        _mm512_store_ps(at, _mm512_fmadd_ps(product, scales, _mm512_load_ps(at)));
+        // Symmetric: Σ (q − 8) x, the 8 taken off before the codes are multiplied.
+        const __m512 sum = _mm512_set1_ps(Symmetric ? tile.sums[r] : 0);
+        const __m512i start = _mm512_cvtps_epi32(_mm512_mul_ps(sum, _mm512_set1_ps(-8)));
+        unrolled<kVectors>([&](auto v) { sums[r][v] = start; });
+      });
+      const uint8_t* x = tile.values;
+      const uint8_t* codes = group.codes;
+      for (int step = 0; step < span.steps; ++step, x += kStep * R, codes += 4 * kColumns) {
+        unrolled<2>([&](auto half) {
+          __m512i q[kVectors];
+          unrolled<kVectors>([&](auto v) {
+            q[v] = load(codes + 64 * v);
+            if constexpr (half) q[v] = _mm512_srli_epi16(q[v], 4);
+            q[v] = _mm512_and_si512(q[v], low);
+          });
+          unrolled<R>([&](auto r) {
+            const __m512i value = broadcast(x + kStep * r + 4 * half);
+            unrolled<kVectors>([&](auto v) { sums[r][v] = dot_int8(sums[r][v], q[v], value); });
+          });
+        });
+        prefetch(codes);
+      }
+      unrolled<kVectors>([&](auto v) {
+        const __m512 scales = scales_at(group, v);
+        __m512 zero_points;
+        if constexpr (!Symmetric) zero_points = zero_points_at(group, v);
+        unrolled<R>([&](auto r) {
+          __m512 product = _mm512_cvtepi32_ps(sums[r][v]);
+          if constexpr (!Symmetric) {
+            product = _mm512_fnmadd_ps(zero_points, _mm512_set1_ps(tile.sums[r]), product);
+          }
+          product = _mm512_mul_ps(product, _mm512_set1_ps(tile.scales[r]));
+          totals[r][v] = _mm512_fmadd_ps(product, scales, totals[r][v]);
+        });
       });
     });
   }
@@ -185,35 +203,39 @@ struct FloatMode {
   }
 
   template <int R, bool Symmetric>
-  static void multiply(const Group& group, int steps, const TileGroup& tile, float* outputs) {
-    __m512 sums[R][kVectors];
-    unrolled<R>([&](auto r) {
-      unrolled<kVectors>([&](auto v) { sums[r][v] = _mm512_setzero_ps(); });
-    });
-    const auto* x = static_cast<const uint8_t*>(tile.values);
-    const uint8_t* codes = group.codes;
-    for (int step = 0; step < steps; ++step, x += 2 * kStep * R, codes += 4 * kColumns) {
-      unrolled<4>([&](auto pair) {
-        __m512i q[kVectors];
-        unrolled<kVectors>([&](auto v) { q[v] = pairs_at(codes + 64 * v, pair); });
-        unrolled<R>([&](auto r) {
-          const __m512i value = broadcast(x + 2 * kStep * r + 4 * pair);
-          unrolled<kVectors>([&](auto v) { sums[r][v] = dot_bf16(sums[r][v], q[v], value); });
-        });
-      });
-      prefetch(codes);
-    }
-    unrolled<kVectors>([&](auto v) {
-      const __m512 scales = scales_at(group, v);
-      __m512 offset;
-      if constexpr (!Symmetric) offset = _mm512_sub_ps(_mm512_set1_ps(8), zero_points_at(group, v));
+  static void multiply(const Span& span, float* outputs) {
+    for_groups<R, Symmetric>(span, outputs, [&](const Group& group, const TileGroup& tile,
+                                                __m512(&totals)[R][kVectors]) {
+      __m512 sums[R][kVectors];
       unrolled<R>([&](auto r) {
-        __m512 product = sums[r][v];
+        unrolled<kVectors>([&](auto v) { sums[r][v] = _mm512_setzero_ps(); });
+      });
+      const uint8_t* x = tile.values;
+      const uint8_t* codes = group.codes;
+      for (int step = 0; step < span.steps; ++step, x += 2 * kStep * R, codes += 4 * kColumns) {
+        unrolled<4>([&](auto pair) {
+          __m512i q[kVectors];
+          unrolled<kVectors>([&](auto v) { q[v] = pairs_at(codes + 64 * v, pair); });
+          unrolled<R>([&](auto r) {
+            const __m512i value = broadcast(x + 2 * kStep * r + 4 * pair);
+            unrolled<kVectors>([&](auto v) { sums[r][v] = dot_bf16(sums[r][v], q[v], value); });
+          });
+        });
+        prefetch(codes);
+      }
+      unrolled<kVectors>([&](auto v) {
+        const __m512 scales = scales_at(group, v);
+        __m512 offset;
         if constexpr (!Symmetric) {
-          product = _mm512_fmadd_ps(offset, _mm512_set1_ps(tile.sums[r]), product);
+          offset = _mm512_sub_ps(_mm512_set1_ps(8), zero_points_at(group, v));
         }
-        float* at = outputs + kColumns * r + 16 * v;
-        _mm512_store_ps(at, _mm512_fmadd_ps(product, scales, _mm512_load_ps(at)));
+        unrolled<R>([&](auto r) {
+          __m512 product = sums[r][v];
+          if constexpr (!Symmetric) {
+            product = _mm512_fmadd_ps(offset, _mm512_set1_ps(tile.sums[r]), product);
+          }
+          totals[r][v] = _mm512_fmadd_ps(product, scales, totals[r][v]);
+        });
       });
     });
   }

@@ -6,7 +6,8 @@
 //   prepare_group(...)         a group of one row, from float32, zeros behind it up to `kLanes`; the
 //                              sum is null where nobody reads it
 //   prepare_bf16(...)          the same from bfloat16, if Value is that
-//   multiply<R, Symmetric>(...)  adds a group's product to the outputs of a tile of R rows
+//   multiply<R, Symmetric>(...)  adds the products of a span of groups to the outputs of a tile of
+//                              R rows
 // Each output is summed in the same order whatever the number of rows and threads, so a row's
 // result does not depend on what else is in its batch.
 #pragma once
@@ -18,7 +19,8 @@
 namespace fxquant {
 namespace {
 
-constexpr int kLanes = 16;  // float32 in a register, at most
+constexpr int kLanes = 16;         // float32 in a register, at most
+constexpr int kSpanInputs = 512;  // of a span: its codes stay in the nearest cache for all tiles
 
 struct Group {
   const uint16_t* scales;
@@ -27,57 +29,79 @@ struct Group {
 };
 
 struct TileGroup {
-  const void* values;   // [step][row][8]
-  const float* scales;  // [row]
-  const float* sums;    // [row]
+  const uint8_t* values;  // [step][row][8]
+  const float* scales;    // [row]
+  const float* sums;      // [row]
 };
 
-inline Group group_of(const Weight& weight, int64_t block, int64_t group) {
-  const uint8_t* at = weight.data + (block * weight.groups() + group) * weight.group_bytes();
-  const uint16_t* grid = reinterpret_cast<const uint16_t*>(at);
-  if (weight.symmetric) return {grid, nullptr, at + 2 * kColumns};
-  return {grid, grid + kColumns, at + 4 * kColumns};
+// Consecutive groups of a block, and the values of a tile that they are multiplied with.
+struct Span {
+  int groups;
+  int steps;  // of a group
+  const uint8_t* weight;
+  int64_t weight_stride;  // bytes from group to group
+  TileGroup first;
+  int64_t value_stride;  // bytes
+  int64_t row_stride;    // rows
+
+  template <bool Symmetric>
+  Group group(int i) const {
+    const uint8_t* at = weight + i * weight_stride;
+    const auto* grid = reinterpret_cast<const uint16_t*>(at);
+    if constexpr (Symmetric) return {grid, nullptr, at + 2 * kColumns};
+    return {grid, grid + kColumns, at + 4 * kColumns};
+  }
+
+  TileGroup tile(int i) const {
+    return {first.values + i * value_stride, first.scales + i * row_stride,
+            first.sums + i * row_stride};
+  }
+};
+
+// Prepares a group of one row of a tile.
+template <class Mode>
+inline void prepare_row(const Call& call, const Panel& panel, int tile, int row, int64_t group) {
+  const int size = call.weight.group_size, height = panel.height(tile), stride = height * kStep;
+  const int64_t columns = call.weight.in_features, rest = columns - group * size;
+  const int count = rest < size ? static_cast<int>(rest) : size;
+  const int64_t offset = (panel.first_row + panel.tile_start(tile) + row) * columns + group * size;
+  const int64_t at = panel.index(tile, group);
+  auto* values = reinterpret_cast<typename Mode::Value*>(panel.values) + at * size + row * kStep;
+  float* sum =
+      Mode::sums_may_cancel && call.weight.symmetric ? nullptr : &panel.sums[at + row];
+  const bool is_whole = count == size && size % kLanes == 0;
+  if constexpr (std::is_same_v<typename Mode::Value, uint16_t>) {
+    if (is_whole && call.x_type == Float::bf16) {
+      const uint16_t* x = static_cast<const uint16_t*>(call.x) + offset;
+      return Mode::prepare_bf16(x, size, values, stride, sum);
+    }
+  }
+  alignas(64) float buffer[kMaxGroup + kLanes];
+  const float* x = buffer;
+  if (is_whole && call.x_type == Float::f32) {
+    x = static_cast<const float*>(call.x) + offset;
+  } else {
+    load_floats(call.x, call.x_type, offset, count, buffer);
+    for (int k = count; k < size + kLanes; ++k) buffer[k] = 0;
+  }
+  Mode::prepare_group(x, size, values, stride, &panel.scales[at + row], sum);
 }
 
 template <class Mode>
 void prepare(const Call& call, const Panel& panel, int64_t first, int64_t last) {
-  const int size = call.weight.group_size;
-  const int64_t columns = call.weight.in_features, groups = call.weight.groups();
-  for (; first < last; ++first) {
-    const int tile = static_cast<int>(first / groups);
-    const int64_t g = first % groups;
-    const int64_t rest = columns - g * size;
-    const int count = rest < size ? static_cast<int>(rest) : size;
-    const int start = panel.tile_start(tile), end = panel.tile_start(tile + 1);
-    for (int row = start; row < end; ++row) {
-      const int64_t offset = (panel.first_row + row) * columns + g * size;
-      auto* values = reinterpret_cast<typename Mode::Value*>(panel.values) +
-                     (g * panel.rows + start) * size + (row - start) * kStep;
-      const int64_t at = g * panel.rows + row;
-      const int stride = (end - start) * kStep;
-      const bool is_whole = count == size && size % kLanes == 0;
-      float* sum = Mode::sums_may_cancel && call.weight.symmetric ? nullptr : &panel.sums[at];
-      if constexpr (std::is_same_v<typename Mode::Value, uint16_t>) {
-        if (is_whole && call.x_type == Float::bf16) {
-          const uint16_t* x = static_cast<const uint16_t*>(call.x) + offset;
-          Mode::prepare_bf16(x, size, values, stride, sum);
-          continue;
-        }
-      }
-      alignas(64) float buffer[kMaxGroup + kLanes];
-      const float* x = buffer;
-      if (is_whole && call.x_type == Float::f32) {
-        x = static_cast<const float*>(call.x) + offset;
-      } else {
-        load_floats(call.x, call.x_type, offset, count, buffer);
-        for (int k = count; k < size + kLanes; ++k) buffer[k] = 0;
-      }
-      Mode::prepare_group(x, size, values, stride, &panel.scales[at], sum);
+  while (first < last) {
+    const int tile = static_cast<int>(first / panel.groups);
+    const int64_t begin = first % panel.groups, left = begin + (last - first);
+    const int64_t end = left < panel.groups ? left : panel.groups;
+    first += end - begin;
+    // Row after row, as they lie in memory.
+    for (int row = 0; row < panel.height(tile); ++row) {
+      for (int64_t g = begin; g < end; ++g) prepare_row<Mode>(call, panel, tile, row, g);
     }
   }
 }
 
-using Multiply = void (*)(const Group&, int steps, const TileGroup&, float* outputs);
+using Multiply = void (*)(const Span&, float* outputs);
 
 template <class Mode, bool Symmetric, int R = Mode::tile_rows>
 Multiply multiply_of(int rows) {
@@ -90,7 +114,9 @@ template <class Mode>
 void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last) {
   alignas(64) float outputs[kPanelRows * kColumns];
   const Weight& weight = call.weight;
-  const int steps = weight.steps();
+  const int64_t value_bytes = weight.group_size * sizeof(typename Mode::Value);
+  const int64_t span_groups =
+      weight.group_size < kSpanInputs ? kSpanInputs / weight.group_size : 1;
   const int tallest = (panel.rows + panel.tiles - 1) / panel.tiles;  // others are one row lower
   const Multiply tall = weight.symmetric ? multiply_of<Mode, true>(tallest)
                                          : multiply_of<Mode, false>(tallest);
@@ -112,14 +138,20 @@ void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last)
       memcpy(outputs + row * kColumns, bias, sizeof(bias));
     }
 
-    for (int64_t g = 0; g < weight.groups(); ++g) {
-      const Group group = group_of(weight, block, g);
+    for (int64_t g = 0; g < weight.groups(); g += span_groups) {
+      const int64_t left = weight.groups() - g;
       for (int tile = begin; tile < end; ++tile) {
-        const int start = panel.tile_start(tile), height = panel.tile_start(tile + 1) - start;
-        const int64_t at = g * panel.rows + start;
-        const TileGroup x{panel.values + at * weight.group_size * sizeof(typename Mode::Value),
-                          panel.scales + at, panel.sums + at};
-        (height == tallest ? tall : low)(group, steps, x, outputs + (start - first_row) * kColumns);
+        const int height = panel.height(tile);
+        const int64_t at = panel.index(tile, g);
+        const Span span{static_cast<int>(left < span_groups ? left : span_groups),
+                        weight.steps(),
+                        weight.data + (block * weight.groups() + g) * weight.group_bytes(),
+                        weight.group_bytes(),
+                        {panel.values + at * value_bytes, panel.scales + at, panel.sums + at},
+                        height * value_bytes,
+                        height};
+        float* to = outputs + (panel.tile_start(tile) - first_row) * kColumns;
+        (height == tallest ? tall : low)(span, to);
       }
     }
     for (int row = first_row; row < last_row; ++row) {

@@ -25,9 +25,9 @@ int threads_of(const Call& call) {
   return is_small ? 1 : threads_left(call.threads);
 }
 
-bool has_infinite_sum(const Panel& panel, int64_t groups, int row) {
-  for (int64_t g = 0; g < groups; ++g) {
-    if (!std::isfinite(panel.sums[g * panel.rows + row])) return true;
+bool has_infinite_sum(const Panel& panel, int tile, int row) {
+  for (int64_t g = 0; g < panel.groups; ++g) {
+    if (!std::isfinite(panel.sums[panel.index(tile, g) + row])) return true;
   }
   return false;
 }
@@ -84,12 +84,16 @@ bool linear_in(Scratch& scratch, const Call& call, const InstructionSet& set) {
     panel.first_row = call.rows * number / panels;
     panel.rows = static_cast<int>(call.rows * (number + 1) / panels - panel.first_row);
     panel.tiles = (panel.rows + kernel.tile_rows - 1) / kernel.tile_rows;
+    panel.groups = groups;
     panel.values = memory, panel.scales = scales, panel.sums = sums;
     run(call, kernel, panel, threads_of(call));
     if (!kernel.sums_may_cancel || weight.symmetric) continue;
-    for (int row = 0; row < panel.rows; ++row) {
-      if (has_infinite_sum(panel, groups, row) && !repeat_portably(call, panel.first_row + row)) {
-        return false;
+    for (int tile = 0; tile < panel.tiles; ++tile) {
+      for (int row = 0; row < panel.height(tile); ++row) {
+        const int64_t number_in_call = panel.first_row + panel.tile_start(tile) + row;
+        if (has_infinite_sum(panel, tile, row) && !repeat_portably(call, number_in_call)) {
+          return false;
+        }
       }
     }
   }

@@ -45,19 +45,27 @@ struct Call {
   int threads;
 };
 
-// Some rows of x in the form an instruction set multiplies. They form tiles of almost equal height;
-// within a group, the values of a tile are [step][row of the tile][8].
+// Some rows of x in the form an instruction set multiplies. They form tiles of almost equal height,
+// one after another in memory.
 struct Panel {
   int64_t first_row;
   int rows;
   int tiles;
-  uint8_t* values;  // [group][row][group_size], int8, bfloat16 or float32
-  float* scales;    // [group][row]: of int8 values
-  float* sums;      // [group][row]: of the values as prepared
+  int64_t groups;
+  uint8_t* values;  // of a tile: [group][step][row][8], int8, bfloat16 or float32
+  float* scales;    // of a tile: [group][row]; of int8 values
+  float* sums;      // of a tile: [group][row]; of the values as prepared
 
   int tile_start(int tile) const {
     const int base = rows / tiles, extra = rows % tiles;
     return tile * base + (tile < extra ? tile : extra);
+  }
+
+  int height(int tile) const { return tile_start(tile + 1) - tile_start(tile); }
+
+  // Where the first row of a tile's group is, counted in rows of groups.
+  int64_t index(int tile, int64_t group) const {
+    return tile_start(tile) * groups + group * height(tile);
   }
 };
 

@@ -165,8 +165,9 @@ PyObject* round_groups(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   call.zero_points = static_cast<float*>(address(11));
   const int threads = static_cast<int>(number(12));
   if (PyErr_Occurred()) return nullptr;
-  if (call.rows < 1 || call.columns < 1 || call.group_size < 1 || shrinks.empty()) {
-    PyErr_SetString(PyExc_ValueError, "nothing to round, or no range to try");
+  if (call.rows < 1 || call.columns < 1 || call.group_size < 1 || shrinks.empty() ||
+      shrinks.size() > fxquant::kMostRanges) {
+    PyErr_SetString(PyExc_ValueError, "nothing to round, no range to try, or too many ranges");
     return nullptr;
   }
 

@@ -39,12 +39,20 @@ struct FloatMode {
   }
 
   template <int R, bool Symmetric>
-  static void multiply(const Group& group, int steps, const TileGroup& tile, float* outputs) {
+  static void multiply(const Span& span, float* outputs) {
+    for (int i = 0; i < span.groups; ++i) {
+      multiply_group<R, Symmetric>(span.group<Symmetric>(i), span.steps, span.tile(i), outputs);
+    }
+  }
+
+  template <int R, bool Symmetric>
+  static void multiply_group(const Group& group, int steps, const TileGroup& tile,
+                             float* outputs) {
     float weights[kMaxGroup * kColumns];
     decode(group, steps, weights);
     for (int column = 0; column < kColumns; column += kSlice) {
       float sums[R][kSlice] = {};
-      const auto* x = static_cast<const float*>(tile.values);
+      const auto* x = reinterpret_cast<const float*>(tile.values);
       const float* w = weights + column;
       for (int step = 0; step < steps; ++step, x += kStep * R) {
         for (int k = 0; k < kStep; ++k, w += kColumns) {

@@ -5,6 +5,8 @@
 
 namespace fxquant {
 
+constexpr int kMostRanges = 64;  // of a search
+
 // The algorithm is that of fxquant/algorithms/rtn.py, which says why; group by group, in place of
 // whole tensors, it needs no memory but the cache's.
 struct Rounding {

@@ -23,7 +23,6 @@ constexpr int kWidth = 4;
 using Vector = float __attribute__((vector_size(4 * kWidth)));
 constexpr int kSumLanes = 16, kParts = kSumLanes / kWidth;
 constexpr int kAtOnce = kWidth / 4;  // grids whose sums stay in registers together
-constexpr int kMostGrids = 64;       // of a search
 
 struct Grid {
   float scale;
@@ -140,8 +139,8 @@ inline Grid refitted(const RoundedGroup& group, const Grid& grid, bool symmetric
 }
 
 Grid best_grid(const Rounding& call, const RoundedGroup& group, float low, float high) {
-  Grid grids[kMostGrids];
-  float errors[kMostGrids];
+  Grid grids[kMostRanges];
+  float errors[kMostRanges] = {};
   int best = 0;
   for (int i = 0; i < call.shrink_count; ++i) {
     grids[i] = grid_of_range(low * call.shrinks[i], high * call.shrinks[i], call.symmetric);
