@@ -58,18 +58,24 @@ struct Span {
   }
 };
 
-// Prepares a group of one row of a tile.
+// A row of x, where it is going: in a tile of `height` rows.
+struct TileRow {
+  int64_t number;  // in x
+  int row;         // in the tile
+  int height;
+};
+
+// Prepares a group of one row; `at` is its tile's place in the panel.
 template <class Mode>
-inline void prepare_row(const Call& call, const Panel& panel, int tile, int row, int64_t group) {
-  const int size = call.weight.group_size, height = panel.height(tile), stride = height * kStep;
+inline void prepare_row(const Call& call, const Panel& panel, const TileRow& to, int64_t group,
+                        int64_t at) {
+  const int size = call.weight.group_size, stride = to.height * kStep;
   const int64_t columns = call.weight.in_features, rest = columns - group * size;
-  const int count = rest < size ? static_cast<int>(rest) : size;
-  const int64_t offset = (panel.first_row + panel.tile_start(tile) + row) * columns + group * size;
-  const int64_t at = panel.index(tile, group);
-  auto* values = reinterpret_cast<typename Mode::Value*>(panel.values) + at * size + row * kStep;
+  const int64_t offset = to.number * columns + group * size;
+  auto* values = reinterpret_cast<typename Mode::Value*>(panel.values) + at * size + to.row * kStep;
   float* sum =
-      Mode::sums_may_cancel && call.weight.symmetric ? nullptr : &panel.sums[at + row];
-  const bool is_whole = count == size && size % kLanes == 0;
+      Mode::sums_may_cancel && call.weight.symmetric ? nullptr : &panel.sums[at + to.row];
+  const bool is_whole = rest >= size && size % kLanes == 0;
   if constexpr (std::is_same_v<typename Mode::Value, uint16_t>) {
     if (is_whole && call.x_type == Float::bf16) {
       const uint16_t* x = static_cast<const uint16_t*>(call.x) + offset;
@@ -81,10 +87,11 @@ inline void prepare_row(const Call& call, const Panel& panel, int tile, int row,
   if (is_whole && call.x_type == Float::f32) {
     x = static_cast<const float*>(call.x) + offset;
   } else {
+    const int count = rest < size ? static_cast<int>(rest) : size;
     load_floats(call.x, call.x_type, offset, count, buffer);
     for (int k = count; k < size + kLanes; ++k) buffer[k] = 0;
   }
-  Mode::prepare_group(x, size, values, stride, &panel.scales[at + row], sum);
+  Mode::prepare_group(x, size, values, stride, &panel.scales[at + to.row], sum);
 }
 
 template <class Mode>
@@ -94,9 +101,14 @@ void prepare(const Call& call, const Panel& panel, int64_t first, int64_t last) 
     const int64_t begin = first % panel.groups, left = begin + (last - first);
     const int64_t end = left < panel.groups ? left : panel.groups;
     first += end - begin;
+    const int64_t start = panel.first_row + panel.tile_start(tile);
+    const int height = panel.height(tile);
     // Row after row, as they lie in memory.
-    for (int row = 0; row < panel.height(tile); ++row) {
-      for (int64_t g = begin; g < end; ++g) prepare_row<Mode>(call, panel, tile, row, g);
+    for (int row = 0; row < height; ++row) {
+      int64_t at = panel.index(tile, begin);
+      for (int64_t g = begin; g < end; ++g, at += height) {
+        prepare_row<Mode>(call, panel, {start + row, row, height}, g, at);
+      }
     }
   }
 }
