@@ -129,7 +129,7 @@ class QuantizedLinearInt4(QuantizedLinear):
 
     def _kernel_tensors(self) -> tuple[Tensor, ...]:
         buffers: dict[str, Any] = self._buffers  # sooner read than attributes of a module
-        return tuple([buffers[name] for name in self._kernel_names])
+        return tuple(map(buffers.__getitem__, self._kernel_names))
 
     def _current_spec(self) -> LinearSpec:
         return LinearSpec(
