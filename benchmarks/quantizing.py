@@ -3,8 +3,8 @@
     OMP_WAIT_POLICY=passive python benchmarks/quantizing.py
     OMP_WAIT_POLICY=passive python benchmarks/quantizing.py rounding calibration
 
-Tables: `stack`, `rounding`, `calibration`, `gptq`, `stages`. `gptq` runs llm-compressor too, where that
-is installed.
+Tables: `stack`, `rounding`, `calibration`, `gptq`, `stages`. Where llm-compressor is installed,
+`gptq` runs it too.
 """
 
 import argparse
