@@ -8,7 +8,7 @@
 - all-MiniLM-L6-v2 (the extra `minilm`): SQNR of the mean-pooled embedding. The pooler stays float.
 
 INT4 with group size 128 unless a row says otherwise. Other libraries take part if they are
-installed; see `accuracy_peers.py`.
+installed; see `quantizer_peers.py`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_peers import installed_peers, missing_peers
+from quantizer_peers import installed_peers, missing_peers
 from timing import report
 from torch import nn
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quantizer_peers import gptq_peers, rounding_peers
 from timing import median_seconds, report
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from fxquant.algorithms.gptq import gptq
 from fxquant.algorithms.moments import LayerMoments, damped
 from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.demo.language_model import calibration_tokens, load_language_model
+from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.numerics.grouping import expand_groups
 
 WIDTH = 4096
@@ -60,19 +62,20 @@ def stack() -> Rows:
 
 
 def rounding() -> Rows:
-    """One weight."""
-    weight = torch.randn(WIDTH, WIDTH)
+    """One weight, by fxquant and by each library that is installed."""
+    layer = nn.Linear(WIDTH, WIDTH, bias=False)
+    weight = layer.weight.detach()
     target = torch.empty_like(weight)
-    seconds = median_seconds(
-        {
-            "copy": lambda: target.copy_(weight),
-            "plain rounding": lambda: fxquant.quantize_weight_int4(weight),
-            "rtn symmetric": lambda: round_to_nearest(weight),
-            "rtn asymmetric": lambda: round_to_nearest(weight, symmetric=False),
-        },
-        rounds=5,
-        warm_up=1,
-    )
+    runs: dict[str, Callable[[], Any]] = {
+        "copy": lambda: target.copy_(weight),
+        "plain rounding": lambda: fxquant.quantize_weight_int4(weight),
+        "rtn symmetric": lambda: round_to_nearest(weight),
+        "rtn asymmetric": lambda: round_to_nearest(weight, symmetric=False),
+        "rtn symmetric, a layer": lambda: QuantizedLinearInt4(round_to_nearest(weight), None),
+    }
+    for name, quantize in rounding_peers().items():
+        runs[name] = lambda quantize=quantize: quantize(layer)
+    seconds = median_seconds(runs, rounds=5, warm_up=1)
     return [
         {"what": name, "ms": 1e3 * value, "copies": value / seconds["copy"]}
         for name, value in seconds.items()
@@ -105,35 +108,45 @@ def calibration() -> Rows:
 def unblocked(weight: Tensor, moments: LayerMoments) -> Tensor:
     """GPTQ's column loop as it is written down: each column updates all that follow."""
     columns = weight.shape[1]
-    grid = round_to_nearest(weight)
+    grid = round_to_nearest(weight, importance=moments.importance)
     scales, zeros = (expand_groups(t, 128, columns) for t in (grid.scales, grid.zero_points))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moments.second, 0.05)))
     factor, rest = torch.linalg.cholesky(inverse, upper=True), weight.clone()
-    q = torch.empty_like(rest)
+    quantized = torch.empty_like(rest)
     for i in range(columns):
         column = rest[:, i]
-        q[:, i] = (column / scales[:, i] + zeros[:, i]).round().clamp(0, 15)
-        error = (column - scales[:, i] * (q[:, i] - zeros[:, i])) / factor[i, i]
+        q = (column / scales[:, i] + zeros[:, i]).round().clamp(0, 15)
+        quantized[:, i] = scales[:, i] * (q - zeros[:, i])
+        error = (column - quantized[:, i]) / factor[i, i]
         rest[:, i + 1 :] -= error[:, None] * factor[i, i + 1 :]
-    return q
+    return quantized
 
 
 def gptq_layer() -> Rows:
-    """One layer; the loop takes a minute, so both run once."""
+    """One layer: time and squared error of its output. The loop takes minutes, so all run once."""
     weight, moments = torch.randn(WIDTH, WIDTH), LayerMoments(WIDTH, 1)
-    moments.add(torch.randn(2 * WIDTH, WIDTH))
-    seconds = median_seconds(
-        {
-            "gptq": lambda: gptq(weight, moments),
-            "unblocked column loop": lambda: unblocked(weight, moments),
-        },
-        rounds=1,
-        warm_up=0,
-    )
-    return [
-        {f"{WIDTH} x {WIDTH}": name, "s": value, "of the loop": value / list(seconds.values())[1]}
-        for name, value in seconds.items()
-    ]
+    shared = torch.randn(64, WIDTH)  # inputs of real layers are far from independent
+    moments.add(torch.randn(2 * WIDTH, WIDTH) + torch.randn(2 * WIDTH, 64) @ shared / 4)
+    second = moments.second / moments.tokens
+    runs: dict[str, Callable[[], Tensor]] = {
+        "rtn": lambda: round_to_nearest(weight, importance=moments.importance).dequantize(),
+        "gptq": lambda: gptq(weight, moments).dequantize(),
+        "unblocked column loop": lambda: unblocked(weight, moments),
+    }
+    for name, quantize in gptq_peers().items():
+        runs[name] = lambda quantize=quantize: quantize(weight, second)
+    rows = []
+    for name, run in runs.items():
+        began = time.perf_counter()
+        error = run() - weight
+        seconds = time.perf_counter() - began
+        rows.append(
+            {f"{WIDTH} x {WIDTH}": name, "s": seconds, "error": (error @ second * error).sum()}
+        )
+    of_loop, of_rtn = rows[2]["s"], rows[0]["error"]
+    for row in rows:
+        row["of the loop"], row["error"] = row["s"] / of_loop, float(row["error"] / of_rtn)
+    return rows
 
 
 def stages() -> Rows:
@@ -170,7 +183,7 @@ TABLES: dict[str, tuple[str, Callable[[], Rows]]] = {
     "stack": ("quantize: time, and peak memory (resident set)", stack),
     "rounding": (f"time to quantize one {WIDTH} x {WIDTH} float32 weight", rounding),
     "calibration": ("time to calibrate", calibration),
-    "gptq": ("time of gptq for one layer", gptq_layer),
+    "gptq": ("gptq for one layer; its output's error against rtn's", gptq_layer),
     "stages": ("milliseconds a layer", stages),
 }
 

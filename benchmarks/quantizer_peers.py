@@ -1,9 +1,11 @@
-"""INT4 weights of group 128 as other libraries make them, put into a copy of the float model.
+"""INT4 weights of group 128 as other libraries make them.
 
-    pip install nncf torchao hqq optimum-quanto
+    pip install nncf torchao hqq optimum-quanto bitsandbytes
+    pip install llmcompressor  # for `gptq`; needs an older transformers than the tests
 
-Whichever is installed takes part. All of them are given the same weights; what they make of them is
-read back as floats, so that speed and kernels play no role here.
+Whichever is installed takes part. All of them are given the same weights. For accuracy, what they
+make of them is read back as floats and put into a copy of the float model, so that kernels play no
+role.
 """
 
 import copy
@@ -16,7 +18,18 @@ import torch
 from torch import Tensor, nn
 
 GROUP = 128
-RoundWeight = Callable[[nn.Linear], Tensor]
+RoundWeight = Callable[[nn.Linear], Any]  # to something with a method `dequantize`
+
+
+def rounding_peers() -> dict[str, RoundWeight]:
+    """By name: what rounds the weight of one layer, without data."""
+    peers = {"torchao": _torchao, "hqq": _hqq, "optimum.quanto": _quanto, "bitsandbytes": _nf4}
+    return {name: peer for name, peer in peers.items() if _has(name)}
+
+
+def gptq_peers() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """By name: a weight [out, in] and the mean of x xᵀ [in, in] to a rounded weight."""
+    return {"llm-compressor": _llm_compressor_gptq} if _has("llmcompressor") else {}
 
 
 def installed_peers() -> dict[str, Callable[[nn.Module, Iterable[str], list[Any]], nn.Module]]:
@@ -52,38 +65,60 @@ def _by_weight(round_weight: RoundWeight) -> Any:
         rounded = copy.deepcopy(model)
         for name in names:
             linear: Any = rounded.get_submodule(name)
-            linear.weight.copy_(round_weight(linear))
+            linear.weight.copy_(round_weight(linear).dequantize())
         return rounded
 
     return make
 
 
-def _torchao(linear: nn.Linear) -> Tensor:
+def _torchao(linear: nn.Linear) -> Any:
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
 
     holder = nn.Sequential(copy.deepcopy(linear))
     quantize_(holder, IntxWeightOnlyConfig(torch.int4, PerGroup(GROUP)))
-    weight: Any = holder[0].weight
-    return weight.dequantize()
+    return holder[0].weight
 
 
-def _hqq(linear: nn.Linear) -> Tensor:
+def _hqq(linear: nn.Linear) -> Any:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     config = BaseQuantizeConfig(nbits=4, group_size=GROUP, axis=1)
-    layer = HQQLinear(copy.deepcopy(linear), config, compute_dtype=torch.float32, device="cpu")
-    return layer.dequantize()
+    return HQQLinear(copy.deepcopy(linear), config, compute_dtype=torch.float32, device="cpu")
 
 
-def _quanto(linear: nn.Linear) -> Tensor:
+def _quanto(linear: nn.Linear) -> Any:
     from optimum.quanto import freeze, qint4, quantize
 
     holder = nn.Sequential(copy.deepcopy(linear))
     quantize(holder, weights=qint4)
     freeze(holder)
-    weight: Any = holder[0].weight
-    return weight.dequantize()
+    return holder[0].weight
+
+
+def _nf4(linear: nn.Linear) -> Any:
+    from bitsandbytes.functional import quantize_4bit
+
+    return quantize_4bit(linear.weight.detach(), blocksize=GROUP, quant_type="nf4")
+
+
+def _llm_compressor_gptq(weight: Tensor, second: Tensor) -> Tensor:
+    from compressed_tensors.quantization import QuantizationArgs
+    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+
+    arguments = QuantizationArgs(num_bits=4, group_size=GROUP, strategy="group", actorder="weight")
+    largest = weight.unflatten(1, (-1, GROUP)).abs().amax(-1)
+    scale = (largest / 7.5)[None]
+    # It works in place on what it is given.
+    rounded, _, _ = quantize_weight(
+        weight.clone()[None],
+        second.clone()[None],
+        scale,
+        torch.zeros_like(scale),
+        None,
+        arguments,
+    )
+    return rounded[0]
 
 
 def _nncf(*, is_symmetric: bool) -> Any:
