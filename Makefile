@@ -25,18 +25,21 @@ lint: $(VENV)/installed-dev
 # The C++ extension on random products and weights, checked against double, under two sanitizers.
 # libgomp's own memory would count as leaked.
 CSRC := fxquant/kernels/csrc
-KERNEL := $(filter-out $(CSRC)/module.cpp,$(wildcard $(CSRC)/*.cpp))
-SANITIZED := build/sanitize/check_linear build/sanitize/check_rounding
+CHECKS := build/sanitize/check_linear build/sanitize/check_rounding
+KERNEL := $(patsubst $(CSRC)/%.cpp,build/sanitize/%.o,$(filter-out %/module.cpp,$(wildcard $(CSRC)/*.cpp)))
+SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
 
-sanitize: $(SANITIZED)
+sanitize: $(CHECKS)
 	for check in $^; do ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    OMP_WAIT_POLICY=passive $$check 500 || exit 1; done
 
-build/sanitize/%: tests/kernels/%.cpp $(KERNEL) $(wildcard $(CSRC)/*.h)
+$(CHECKS): %: %.o $(KERNEL)
+	$(CXX) -fopenmp $(SANITIZERS) $^ -o $@
+
+vpath %.cpp $(CSRC) tests/kernels
+build/sanitize/%.o: %.cpp $(wildcard $(CSRC)/*.h)
 	mkdir -p $(@D)
-	$(CXX) -std=c++17 -O1 -g -fopenmp -ffp-contract=off -Wall -Wextra \
-	    -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all \
-	    -I$(CSRC) $(filter %.cpp,$^) -o $@
+	$(CXX) -std=c++17 -O1 -g -fopenmp -ffp-contract=off -Wall -Wextra $(SANITIZERS) -I$(CSRC) -c $< -o $@
 
 benchmark: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/int4.py

@@ -42,7 +42,9 @@ def versions(model: nn.Module, example: Any, skipped: list[str]) -> dict[str, nn
         "float32": model,
         "bfloat16": copy.deepcopy(model).bfloat16(),
         "fxquant W4A16": float_activations,
+        "W4A16, bfloat16": copy.deepcopy(float_activations).bfloat16(),
         "fxquant W4A8": int8_activations,
+        "W4A8, bfloat16": copy.deepcopy(int8_activations).bfloat16(),
     }
 
 

@@ -151,6 +151,7 @@ def gptq_layer() -> Rows:
 
 def stages() -> Rows:
     """Milliseconds a layer of each stage, for models of more and more layers."""
+    _stages_of(2)  # imports and code paths are paid for once
     return [{"layers": count, **_stages_of(count)} for count in (8, 32, 128)]
 
 

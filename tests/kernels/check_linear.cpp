@@ -172,7 +172,8 @@ int main(int count, char** arguments) {
   using namespace fxquant;
   const int cases = count > 1 ? atoi(arguments[1]) : 200;
   if (!conversions_are_right()) return printf("a conversion is wrong\n"), 1;
-  for (const InstructionSet* set : {avx512(), avx2_vnni(), avx2(), portable()}) {
+  for (const InstructionSet* set :
+       {avx512_bf16(), avx512_vnni(), avx2_vnni(), avx2(), portable()}) {
     if (!set) continue;
     for (int i = 0; i < cases; ++i) {
       const Case c = random_case();

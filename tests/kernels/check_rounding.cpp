@@ -82,7 +82,7 @@ bool is_right() {
   unfitted.refits = 0;
   if (!round_with(*portable(), call, shrinks, &expected)) return false;
   if (!round_with(*portable(), unfitted, full, &plain)) return false;
-  for (const InstructionSet* set : {avx512(), avx2_vnni(), avx2()}) {
+  for (const InstructionSet* set : {avx512_bf16(), avx512_vnni(), avx2_vnni(), avx2()}) {
     Result found;
     if (!set) continue;
     if (!round_with(*set, call, shrinks, &found) || !(found == expected)) return false;

@@ -68,7 +68,7 @@ def test_every_instruction_set_computes_what_float64_computes(
     w = weight.dequantize().double()
     for instructions in SETS:
         native._native.use(instructions)
-        seen = x.bfloat16() if instructions == "avx512" else x
+        seen = x.bfloat16() if instructions == "avx512_bf16" else x
         if activation == "int8":
             seen = quantize_tokens(x.float(), group_size)
         expected = seen.double() @ w.T + added

@@ -29,7 +29,7 @@ inline __m256 zero_points_at(const Group& group, int column) {
       _mm_loadu_si128(reinterpret_cast<const __m128i*>(group.zero_points + column)));
 }
 
-// As in avx512.cpp; a slice takes its quarter of the lines.
+// As in avx512.h; a slice takes its quarter of the lines.
 inline void prefetch(const uint8_t* codes) { __builtin_prefetch(codes + 8192); }
 
 struct Int8Mode {
@@ -139,14 +139,7 @@ struct FloatMode {
   static constexpr bool sums_may_cancel = true;
 
   static void prepare_group(const float* x, int size, float* to, int stride, float*, float* sum) {
-    float partial[kStep] = {};
-    for (int k = 0; k < size; k += kStep) {
-      memcpy(to + k / kStep * stride, x + k, 4 * kStep);
-      for (int j = 0; j < kStep; ++j) partial[j] += x[k + j];
-    }
-    if (!sum) return;
-    *sum = ((partial[0] + partial[4]) + (partial[2] + partial[6])) +
-           ((partial[1] + partial[5]) + (partial[3] + partial[7]));
+    prepare_float32(x, size, to, stride, sum);
   }
 
   template <int R, bool Symmetric>

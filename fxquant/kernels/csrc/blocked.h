@@ -179,6 +179,18 @@ Kernel kernel_of() {
           multiply<Mode>};
 }
 
+// Copies a group of one row. The sum is null where nobody reads it.
+inline void prepare_float32(const float* x, int size, float* to, int stride, float* sum) {
+  float partial[kStep] = {};
+  for (int k = 0; k < size; k += kStep) {
+    memcpy(to + k / kStep * stride, x + k, 4 * kStep);
+    for (int j = 0; j < kStep; ++j) partial[j] += x[k + j];
+  }
+  if (!sum) return;
+  *sum = ((partial[0] + partial[4]) + (partial[2] + partial[6])) +
+         ((partial[1] + partial[5]) + (partial[3] + partial[7]));
+}
+
 // The step of a group whose largest magnitude has these bits: max |x| / 127. Not finite: NaN.
 inline float int8_step(uint32_t largest) {
   const float step = as_float(largest) / 127.0f;

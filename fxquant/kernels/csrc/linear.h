@@ -93,7 +93,8 @@ struct InstructionSet {
 };
 
 // Null where the compiler or the CPU does not have it.
-const InstructionSet* avx512();
+const InstructionSet* avx512_bf16();
+const InstructionSet* avx512_vnni();
 const InstructionSet* avx2_vnni();
 const InstructionSet* avx2();
 const InstructionSet* portable();

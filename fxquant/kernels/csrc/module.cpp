@@ -14,8 +14,8 @@ using fxquant::InstructionSet;
 const InstructionSet* in_use = nullptr;
 
 struct Candidates {
-  const InstructionSet* sets[4] = {fxquant::avx512(), fxquant::avx2_vnni(), fxquant::avx2(),
-                                   fxquant::portable()};
+  const InstructionSet* sets[5] = {fxquant::avx512_bf16(), fxquant::avx512_vnni(),
+                                   fxquant::avx2_vnni(), fxquant::avx2(), fxquant::portable()};
 };
 
 const Candidates& candidates() {

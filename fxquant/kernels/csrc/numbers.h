@@ -66,7 +66,7 @@ inline void store_floats(const float* from, int count, void* to, Float type, int
     memcpy(static_cast<float*>(to) + offset, from, sizeof(float) * count);
   } else if (type == Float::bf16) {
     uint16_t* bits = static_cast<uint16_t*>(to) + offset;
-#ifdef FXQUANT_AVX512
+#ifdef FXQUANT_AVX512_BF16
     for (; count >= 16; count -= 16, from += 16, bits += 16) {
       const auto rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(from)));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits), rounded);

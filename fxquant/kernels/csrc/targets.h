@@ -2,7 +2,7 @@
 // rest of the module needs. Only code in anonymous namespaces may follow: the linker keeps one copy
 // of an inline function, and it must not be one that an older CPU cannot run.
 //
-// A file that does so says it by FXQUANT_AVX512 or FXQUANT_AVX2 as well: GCC's own macros, such as
+// A file that does so defines FXQUANT_AVX512 or the like as well: GCC's own macros, such as
 // __AVX2__, do not follow the pragma in C++ before GCC 13.
 #pragma once
 

@@ -1,0 +1,120 @@
+// AVX-512 with VNNI and BF16: float activations are multiplied as bfloat16.
+#include "linear.h"
+#include "targets.h"
+
+#ifdef FXQUANT_X86
+
+#include <immintrin.h>  // not compiled for more instructions itself
+
+FXQUANT_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c")
+
+#define FXQUANT_AVX512_BF16
+#include "avx512.h"
+
+namespace fxquant {
+namespace {
+
+inline __m512 dot_bf16(__m512 sum, __m512i codes, __m512i x) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
+  return sum;
+}
+
+struct FloatMode {
+  using Value = uint16_t;  // bfloat16
+  static constexpr int tile_rows = 6;
+  static constexpr bool sums_may_cancel = true;
+
+  static void prepare_group(const float* x, int size, uint16_t* to, int stride, float*,
+                            float* sum) {
+    const auto bits_at = [x](int k) {
+      return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(x + k)));
+    };
+    prepare(bits_at, size, to, stride, sum);
+  }
+
+  static void prepare_bf16(const uint16_t* x, int size, uint16_t* to, int stride, float* sum) {
+    const auto bits_at = [x](int k) {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k));
+    };
+    prepare(bits_at, size, to, stride, sum);
+  }
+
+  template <class BitsAt>
+  static void prepare(const BitsAt& bits_at, int size, uint16_t* to, int stride, float* sum) {
+    // The order within a step in which the nibbles of a lane pair up: see `pairs_at`.
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    __m512 total = _mm512_setzero_ps();
+    for (int k = 0; k < size; k += kLanes, to += 2 * stride) {
+      const __m256i bits = bits_at(k);
+      const __m256i steps = _mm256_shuffle_epi8(bits, order);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(steps));
+      if (sum) {
+        const __m512i rounded = _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+        total = _mm512_add_ps(total, _mm512_castsi512_ps(rounded));
+      }
+      if (k + kStep == size) continue;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + stride), _mm256_extracti128_si256(steps, 1));
+    }
+    if (sum) *sum = _mm512_reduce_add_ps(total);
+  }
+
+  // Two bfloat16 (q − 8) for each output: the low nibbles of both 16-bit halves after a shift. They
+  // are the inputs (k, k + 2), (k + 4, k + 6), (k + 1, k + 3) and (k + 5, k + 7).
+  static __m512i pairs_at(const uint8_t* codes, int pair) {
+    const __m512i table = _mm512_broadcast_i64x4(values());
+    return _mm512_permutexvar_epi16(_mm512_srli_epi16(load(codes), 4 * pair), table);
+  }
+
+  static __m256i values() {
+    alignas(32) static constexpr uint16_t bits[16] = {
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,   // -8 .. -1
+        0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};  // 0 .. 7
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(bits));
+  }
+
+  template <int R, bool Symmetric>
+  static void multiply(const Span& span, float* outputs) {
+    for_groups<R, Symmetric>(span, outputs, [&](const Group& group, const TileGroup& tile,
+                                                __m512(&totals)[R][kVectors]) {
+      __m512 sums[R][kVectors];
+      unrolled<R>([&](auto r) {
+        unrolled<kVectors>([&](auto v) { sums[r][v] = _mm512_setzero_ps(); });
+      });
+      const uint8_t* x = tile.values;
+      const uint8_t* codes = group.codes;
+      for (int step = 0; step < span.steps; ++step, x += 2 * kStep * R, codes += 4 * kColumns) {
+        unrolled<4>([&](auto pair) {
+          __m512i q[kVectors];
+          unrolled<kVectors>([&](auto v) { q[v] = pairs_at(codes + 64 * v, pair); });
+          unrolled<R>([&](auto r) {
+            const __m512i value = broadcast(x + 2 * kStep * r + 4 * pair);
+            unrolled<kVectors>([&](auto v) { sums[r][v] = dot_bf16(sums[r][v], q[v], value); });
+          });
+        });
+        prefetch(codes);
+      }
+      add_sums<R, Symmetric>(group, tile, sums, totals);
+    });
+  }
+};
+
+}  // namespace
+
+const InstructionSet* avx512_bf16() {
+  static const InstructionSet set{"avx512_bf16", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
+                                  round_rows};
+  return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16") ? &set : nullptr;
+}
+
+}  // namespace fxquant
+
+FXQUANT_END
+
+#else
+
+namespace fxquant {
+const InstructionSet* avx512_bf16() { return nullptr; }
+}  // namespace fxquant
+
+#endif

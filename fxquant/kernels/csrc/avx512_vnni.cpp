@@ -1,0 +1,81 @@
+// AVX-512 with VNNI, for CPUs without products of bfloat16: float activations stay float32.
+#include "linear.h"
+#include "targets.h"
+
+#ifdef FXQUANT_X86
+
+#include <immintrin.h>  // not compiled for more instructions itself
+
+FXQUANT_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
+
+#include "avx512.h"
+
+namespace fxquant {
+namespace {
+
+struct FloatMode {
+  using Value = float;
+  static constexpr int tile_rows = 6;
+  static constexpr bool sums_may_cancel = true;
+
+  static void prepare_group(const float* x, int size, float* to, int stride, float*, float* sum) {
+    prepare_float32(x, size, to, stride, sum);
+  }
+
+  template <int R, bool Symmetric>
+  static void multiply(const Span& span, float* outputs) {
+    // q − 8 of a nibble: of an index, only the low four bits count.
+    const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    for_groups<R, Symmetric>(span, outputs, [&](const Group& group, const TileGroup& tile,
+                                                __m512(&totals)[R][kVectors]) {
+      __m512 sums[R][kVectors];
+      unrolled<R>([&](auto r) {
+        unrolled<kVectors>([&](auto v) { sums[r][v] = _mm512_setzero_ps(); });
+      });
+      const auto* x = reinterpret_cast<const float*>(tile.values);
+      const uint8_t* codes = group.codes;
+      for (int step = 0; step < span.steps; ++step, x += kStep * R, codes += 4 * kColumns) {
+        unrolled<kStep>([&](auto k) {
+          constexpr int shift = 8 * (k % 4) + 4 * (k / 4);
+          __m512 w[kVectors];
+          unrolled<kVectors>([&](auto v) {
+            const __m512i lanes = load(codes + 64 * v);
+            w[v] = _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, shift), table);
+          });
+          unrolled<R>([&](auto r) {
+            const __m512 value = _mm512_set1_ps(x[kStep * r + k]);
+            unrolled<kVectors>([&](auto v) { sums[r][v] = fma(w[v], value, sums[r][v]); });
+          });
+        });
+        prefetch(codes);
+      }
+      add_sums<R, Symmetric>(group, tile, sums, totals);
+    });
+  }
+
+  // Inline assembly for the same reason as that of `dot_int8`.
+  static __m512 fma(__m512 w, __m512 x, __m512 sum) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+  }
+};
+
+}  // namespace
+
+const InstructionSet* avx512_vnni() {
+  static const InstructionSet set{"avx512_vnni", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
+                                  round_rows};
+  return has_avx512_vnni() ? &set : nullptr;
+}
+
+}  // namespace fxquant
+
+FXQUANT_END
+
+#else
+
+namespace fxquant {
+const InstructionSet* avx512_vnni() { return nullptr; }
+}  // namespace fxquant
+
+#endif
