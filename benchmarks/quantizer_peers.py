@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 GROUP = 128
-RoundWeight = Callable[[nn.Linear], Any]  # to something with a method `dequantize`
+RoundWeight = Callable[[nn.Linear], Any]  # to whatever the library keeps of a weight
 
 
 def rounding_peers() -> dict[str, RoundWeight]:

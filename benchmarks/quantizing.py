@@ -143,7 +143,8 @@ def gptq_layer() -> Rows:
         rows.append(
             {f"{WIDTH} x {WIDTH}": name, "s": seconds, "error": (error @ second * error).sum()}
         )
-    of_loop, of_rtn = rows[2]["s"], rows[0]["error"]
+    named = dict(zip(runs, rows, strict=True))
+    of_loop, of_rtn = named["unblocked column loop"]["s"], named["rtn"]["error"]
     for row in rows:
         row["of the loop"], row["error"] = row["s"] / of_loop, float(row["error"] / of_rtn)
     return rows

@@ -3,12 +3,15 @@
 Without a compiler it is not built when fxquant is installed; what it does is then done by torch.
 """
 
-import torch  # first: the extension shares its OpenMP
+from typing import Any
+
+import torch  # before the extension, which shares its OpenMP
 
 try:
     from fxquant.kernels import _native
 except ImportError as error:
     NOT_BUILT: str | None = f"it was not built when fxquant was installed ({error})"
+    _native: Any = None  # type: ignore[no-redef]
 else:
     NOT_BUILT = None
 

@@ -1,7 +1,7 @@
 """The INT4 product in C++, for AVX-512, AVX2 and any other CPU: see csrc/.
 
-W4A16 multiplies bfloat16 (float32 with AVX2 and without both), W4A8 int8; both sum in
-float32 and read one layout. A row's result does not depend on the other rows or on the threads.
+W4A16 multiplies bfloat16 (float32 on CPUs that cannot), W4A8 int8; both sum in float32 and read one
+layout. A row's result does not depend on the other rows or on the threads.
 """
 
 from typing import Any
@@ -177,7 +177,7 @@ def find_fault() -> str | None:
     """Multiply a small known layer: why the extension cannot be trusted here, or None."""
     if NOT_BUILT is not None:
         return NOT_BUILT
-    wave = torch.arange(70 * 72, dtype=torch.float32).sin()
+    wave = torch.arange(70 * 72, dtype=torch.float32, device="cpu").sin()
     for symmetric in (True, False):
         for activation in ("float", "int8"):
             spec = LinearSpec(70, 72, 32, symmetric, activation)

@@ -15,11 +15,11 @@ from fxquant.numerics.weights import (
     SYMMETRIC_ZERO_POINT,
     ZERO_POINT_DTYPE,
     Int4Weight,
+    rows_of_block,
 )
 
 BLOCK = 64  # outputs
-STEP = 8  # inputs whose codes share 32 bits
-BLOCK_ELEMENTS = 1 << 22  # of the blocks that are rearranged together
+BLOCKS_ELEMENTS = 1 << 22  # of blocks that are rearranged together
 
 
 def to_blocks(weight: Int4Weight) -> Tensor:
@@ -50,7 +50,7 @@ def from_blocks(blocks: Tensor, spec: LinearSpec) -> Int4Weight:
 
 def _blocks_at_once(columns: int) -> int:
     """So many that what is made in between stays in the cache."""
-    return max(1, BLOCK_ELEMENTS // (BLOCK * columns))
+    return rows_of_block(BLOCK * columns, BLOCKS_ELEMENTS)
 
 
 def _write_blocks(blocks: Tensor, weight: Int4Weight) -> None:
@@ -62,9 +62,9 @@ def _write_blocks(blocks: Tensor, weight: Int4Weight) -> None:
         _write_grid(blocks[..., start : 2 * start], weight.zero_points, ZERO_POINT_DTYPE, rows)
         start *= 2
     columns = groups * weight.group_size // 2 - weight.packed.shape[1]
-    lanes = _interleave(F.pad(weight.packed, (0, columns, 0, rows)).view(torch.int32))
+    lanes = F.pad(weight.packed, (0, columns, 0, rows)).contiguous().view(torch.int32)
     codes = blocks.view(torch.int32)[..., start // 4 :].unflatten(-1, (-1, BLOCK))
-    codes.copy_(lanes.view(count, BLOCK, groups, -1).permute(0, 2, 3, 1))
+    codes.copy_(_interleave(lanes).view(count, BLOCK, groups, -1).permute(0, 2, 3, 1))
 
 
 def _read_blocks(blocks: Tensor, weight: Int4Weight) -> None:

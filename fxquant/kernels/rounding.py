@@ -1,13 +1,13 @@
 """Rounding to INT4 in C++, group by group: see csrc/rounding.h.
 
-In torch each step of the search is a pass over memory; here a group stays in registers until its
-range is found. `fxquant.algorithms.rtn` is the same algorithm in torch, and explains it.
+In torch each step of the search is a pass over memory; here a group stays in the nearest cache
+until its range is found. `fxquant.algorithms.rtn` is the same algorithm in torch, and explains it.
 """
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxquant.kernels.extension import FLOAT_TYPES, NOT_BUILT, _native
 from fxquant.numerics.weights import dequantize_weight_int4, empty_int4, quantize_weight_int4
@@ -17,6 +17,10 @@ def unsupported(weight: Tensor) -> str | None:
     """Why `round_groups` cannot take a weight, or None."""
     if weight.device.type != "cpu":
         return f"it runs on CPUs, not on {weight.device.type}"
+    if type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
+        return f"the weight is a {weight.layout} {type(weight).__name__}, whose memory is its own"
+    if weight.is_neg():
+        return "the weight is a view that negates"
     if weight.dtype not in FLOAT_TYPES:
         return f"the weight is {weight.dtype}, not one of {', '.join(map(str, FLOAT_TYPES))}"
     return FAULT
@@ -39,7 +43,7 @@ def round_groups(
         symmetric: one fixed zero point (8), or one for each group.
         shrinks: of each group's full range, at most 64.
         refits: at most so many refits by least squares.
-        importance: [in], how much a column's squared error counts.
+        importance: float32 [in] on the CPU, how much a column's squared error counts.
 
     Returns:
         `(packed, scales, zero_points)` as `quantize_weight_int4` returns them. They do not depend
@@ -49,13 +53,13 @@ def round_groups(
     rows, columns = weight.shape
     packed, scales, zero_points = empty_int4(weight, group_size)
     if importance is not None:
-        importance = importance.float().contiguous()
+        importance = importance.contiguous()
     _native.round_groups(
         weight.data_ptr(),
         FLOAT_TYPES[weight.dtype],
         rows,
         columns,
-        group_size,
+        min(group_size, columns),
         symmetric,
         0 if importance is None else importance.data_ptr(),
         tuple(shrinks),
@@ -72,7 +76,7 @@ def find_fault() -> str | None:
     """Round a small weight: why the extension cannot be trusted here, or None."""
     if NOT_BUILT is not None:
         return NOT_BUILT
-    weight = torch.arange(5 * 70, dtype=torch.float32).sin().view(5, 70)
+    weight = torch.arange(5 * 70, dtype=torch.float32, device="cpu").sin().view(5, 70)
     for symmetric in (True, False):
         plain = quantize_weight_int4(weight, 32, symmetric)
         found = round_groups(weight, 32, symmetric, shrinks=(1.0, 0.9), refits=1)

@@ -32,7 +32,7 @@ def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
     [[1, 2, 3]]
     """
     if sys.byteorder == "little":  # low | high << 4 becomes low | high << 8
-        pairs = packed.to(torch.int16)
+        pairs = packed.to(torch.int16, memory_format=torch.contiguous_format)
         pairs = (pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F)
         return pairs.view(torch.uint8)[:, :columns]
     return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(1)[:, :columns]

@@ -71,7 +71,7 @@ def scales_from_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     high = torch.where(far, high.clamp(min=0), high)
     half = high / 2 - low / 2
     scale = safe_scale((half / (UINT4.quant_max / 2)).to(SCALE_DTYPE).float())
-    return scale, (-low / scale).to(ZERO_POINT_DTYPE).float()
+    return scale, (0 - low / scale).to(ZERO_POINT_DTYPE).float()  # never -0.0
 
 
 def calculate_scale_zp_groupwise(
@@ -143,9 +143,9 @@ def quantize_weight_int4(
     return result
 
 
-def rows_of_block(columns: int) -> int:
+def rows_of_block(columns: int, elements: int = BLOCK_ELEMENTS) -> int:
     """How many rows of a matrix to work on at a time, so that temporaries stay in the cache."""
-    return max(1, BLOCK_ELEMENTS // max(columns, 1))
+    return max(1, elements // max(columns, 1))
 
 
 def empty_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +158,9 @@ def empty_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]
         out_features, -(-in_features // 2), dtype=torch.uint8, device=weight.device
     )
     groups = group_count(in_features, group_size)
-    scales, zero_points = torch.empty(2, out_features, groups, device=weight.device)
+    scales, zero_points = torch.empty(
+        2, out_features, groups, dtype=torch.float32, device=weight.device
+    )
     return packed, scales, zero_points
 
 
@@ -188,7 +190,7 @@ def dequantize_weight_int4(
             needed=f"[out, {-(-in_features // 2)}] and twice {expected}",
             remedy="Pass the group_size and in_features the weight was quantized with.",
         )
-    weight = torch.empty(out_features, in_features, device=packed.device)
+    weight = torch.empty(out_features, in_features, dtype=torch.float32, device=packed.device)
     rows = rows_of_block(in_features)
     missing = expected[1] * group_size - in_features
     parts = (t.split(rows) for t in (weight, packed, scales.float(), zero_points.float()))

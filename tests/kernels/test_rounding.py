@@ -1,4 +1,7 @@
-"""Rounding in C++. Without a compiler it is not built, and only the last tests mean something."""
+"""Rounding in C++, and what happens without it."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -30,6 +33,12 @@ def in_cpp(weight, group_size=32, symmetric=True, importance=None):
     )
 
 
+def same_bits(one, other):
+    """Also where 0.0 and -0.0 are equal."""
+    bits = lambda t: t if t.dtype == torch.uint8 else t.view(torch.int32)
+    return all(torch.equal(bits(a), bits(b)) for a, b in zip(one, other, strict=True))
+
+
 def error(result, weight, group_size, importance=None):
     difference = dequantize_weight_int4(*result, group_size, weight.shape[1]) - weight.float()
     weights = torch.ones(weight.shape[1]) if importance is None else importance
@@ -57,8 +66,7 @@ def test_every_instruction_set_finds_the_bits_and_torch_the_error(
     for name in SETS:
         _native.use(name)
         results.append(in_cpp(weight, group_size, symmetric, importance))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert all(same_bits(results[0], other) for other in results[1:])
     expected = rtn._round_in_torch(weight, group_size, symmetric, importance)
     found, allowed = (error(r, weight, group_size, importance) for r in (results[0], expected))
     # Where two grids are as good, sums in another order may go on from the other one.
@@ -71,12 +79,13 @@ def test_every_instruction_set_finds_the_bits_and_torch_the_error(
 def test_the_result_does_not_depend_on_threads(symmetric):
     weight, threads = torch.randn(200, 333), torch.get_num_threads()
     results = []
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
-        results.append(in_cpp(weight, 32, symmetric))
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(in_cpp(weight, 32, symmetric))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(same_bits(results[0], other) for other in results[1:])
 
 
 @built
@@ -96,14 +105,44 @@ def test_groups_of_one_value_and_the_ends_of_float32_stay_sound(value, symmetric
 @built
 def test_a_weight_that_is_not_contiguous_is_read_rightly():
     weight = torch.randn(64, 48)
-    for one, other in zip(in_cpp(weight.T), in_cpp(weight.T.contiguous()), strict=True):
-        assert torch.equal(one, other)
+    assert same_bits(in_cpp(weight.T), in_cpp(weight.T.contiguous()))
+
+
+@built
+@pytest.mark.parametrize("group_size", [100, 2**31, 2**62, 2**63 - 1, 2**70])
+def test_a_group_may_be_larger_than_a_row(group_size):
+    weight = torch.randn(16, 96)
+    assert same_bits(in_cpp(weight, group_size), in_cpp(weight, 96))
+
+
+@built
+def test_zeros_of_both_signs_give_the_same_bits():
+    weight = (torch.arange(64) % 15 + 1).float()[None]
+    weight[0, 4], weight[0, 16] = -0.0, 0.0
+    results = []
+    for name in SETS:
+        _native.use(name)
+        results.append(in_cpp(weight, 64, False))
+    assert all(same_bits(results[0], other) for other in results[1:])
+    assert not torch.signbit(results[0][2]).any()
+
+
+class Wrapped(torch.Tensor):
+    """A subclass, which may keep its values anywhere."""
 
 
 @built
 def test_what_the_extension_cannot_take_goes_through_torch():
     weight = torch.randn(8, 64)
     assert "not on meta" in unsupported(weight.to("meta"))
+    assert "Wrapped, whose memory is its own" in unsupported(weight.as_subclass(Wrapped))
+    assert "a torch.sparse_coo Tensor" in unsupported(weight.to_sparse())
+    assert "a view that negates" in unsupported(torch._neg_view(weight))
+    assert unsupported(torch.nn.Parameter(weight)) is None
+    negated = round_to_nearest(torch._neg_view(weight), group_size=32)
+    torch.testing.assert_close(
+        negated.dequantize(), round_to_nearest(-weight, group_size=32).dequantize()
+    )
     assert "torch.float64" in unsupported(weight.double())
     found = round_to_nearest(weight.double(), group_size=32)
     assert torch.equal(found.scales, round_to_nearest(weight, group_size=32).scales)
@@ -128,6 +167,48 @@ def test_without_the_extension_torch_rounds(monkeypatch):
     assert "not built" in unsupported(weight)
     expected = rtn._round_in_torch(weight, 32, False, None)
     assert torch.equal(round_to_nearest(weight, group_size=32, symmetric=False).packed, expected[0])
+
+
+ALONE = """
+import sys
+import torch
+{before}
+import fxquant
+from fxquant.kernels import rounding
+
+model = torch.nn.Sequential(torch.nn.Linear(256, 64)).float()
+qmodel, info = fxquant.quantize(model, accuracy_warning="ignore")
+x = torch.randn(3, 256, dtype=torch.float32)
+assert fxquant.sqnr_db(model(x), qmodel(x)) > 12
+assert info.rows[0].weight_sqnr_db > 15
+print(rounding.FAULT, qmodel.get_submodule("0").backend)
+"""
+
+
+def alone(before):
+    run = subprocess.run(
+        [sys.executable, "-c", ALONE.format(before=before)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_without_the_extension_everything_works():
+    said = alone("sys.modules['fxquant.kernels._native'] = None")
+    assert "it was not built when fxquant was installed" in said
+    assert "aten" in said
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_the_default_dtype_of_torch_does_not_matter(dtype):
+    alone(f"torch.set_default_dtype(torch.{dtype})")
+
+
+def test_the_default_device_of_torch_does_not_matter_when_imported():
+    alone("with torch.device('meta'): import fxquant.pipeline")
 
 
 def test_importance_of_another_length_says_what_is_needed():

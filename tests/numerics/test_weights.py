@@ -65,6 +65,8 @@ def test_unpacking_undoes_packing(rows, columns):
     packed = pack_nibbles(q)
     assert packed.shape == (rows, -(-columns // 2))
     assert torch.equal(unpack_nibbles(packed, columns), q)
+    across = packed.T.contiguous().T  # column by column in memory
+    assert torch.equal(unpack_nibbles(across, columns), q)
 
 
 @pytest.mark.parametrize(("symmetric", "floor"), [(True, 19.6), (False, 19.9)])

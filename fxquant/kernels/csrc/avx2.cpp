@@ -1,5 +1,7 @@
 // AVX2 with FMA.
+#include "cpu.h"
 #include "linear.h"
+#include "rounding.h"
 #include "targets.h"
 
 #ifdef FXQUANT_X86
@@ -11,12 +13,9 @@ FXQUANT_TARGET("avx2,fma,f16c")
 namespace fxquant {
 
 const InstructionSet* avx2() {
-  static const InstructionSet set{"avx2", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
+  static constexpr InstructionSet set{"avx2", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
                                   round_rows};
-  __builtin_cpu_init();
-  const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                   __builtin_cpu_supports("f16c");
-  return has ? &set : nullptr;
+  return has_avx2() ? &set : nullptr;
 }
 
 }  // namespace fxquant

@@ -63,9 +63,7 @@ struct Int8Mode {
 
   template <int R, bool Symmetric>
   static void multiply(const Span& span, float* outputs) {
-    for (int i = 0; i < span.groups; ++i) {
-      multiply_group<R, Symmetric>(span.group<Symmetric>(i), span.steps, span.tile(i), outputs);
-    }
+    multiply_groups<Int8Mode, R, Symmetric>(span, outputs);
   }
 
   template <int R, bool Symmetric>
@@ -144,9 +142,7 @@ struct FloatMode {
 
   template <int R, bool Symmetric>
   static void multiply(const Span& span, float* outputs) {
-    for (int i = 0; i < span.groups; ++i) {
-      multiply_group<R, Symmetric>(span.group<Symmetric>(i), span.steps, span.tile(i), outputs);
-    }
+    multiply_groups<FloatMode, R, Symmetric>(span, outputs);
   }
 
   template <int R, bool Symmetric>

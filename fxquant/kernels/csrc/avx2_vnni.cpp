@@ -1,5 +1,7 @@
 // AVX2 with FMA and AVX-VNNI.
+#include "cpu.h"
 #include "linear.h"
+#include "rounding.h"
 #include "targets.h"
 
 #ifdef FXQUANT_X86
@@ -12,12 +14,9 @@ FXQUANT_TARGET("avx2,fma,f16c,avxvnni")
 namespace fxquant {
 
 const InstructionSet* avx2_vnni() {
-  static const InstructionSet set{"avx2_vnni", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
+  static constexpr InstructionSet set{"avx2_vnni", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
                                   round_rows};
-  __builtin_cpu_init();
-  const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                   __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avxvnni");
-  return has ? &set : nullptr;
+  return has_avx_vnni() ? &set : nullptr;
 }
 
 }  // namespace fxquant

@@ -1,5 +1,7 @@
 // AVX-512 with VNNI and BF16: float activations are multiplied as bfloat16.
+#include "cpu.h"
 #include "linear.h"
+#include "rounding.h"
 #include "targets.h"
 
 #ifdef FXQUANT_X86
@@ -102,9 +104,9 @@ struct FloatMode {
 }  // namespace
 
 const InstructionSet* avx512_bf16() {
-  static const InstructionSet set{"avx512_bf16", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
+  static constexpr InstructionSet set{"avx512_bf16", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
                                   round_rows};
-  return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16") ? &set : nullptr;
+  return has_avx512_bf16() ? &set : nullptr;
 }
 
 }  // namespace fxquant

@@ -1,5 +1,7 @@
 // AVX-512 with VNNI, for CPUs without products of bfloat16: float activations stay float32.
+#include "cpu.h"
 #include "linear.h"
+#include "rounding.h"
 #include "targets.h"
 
 #ifdef FXQUANT_X86
@@ -63,7 +65,7 @@ struct FloatMode {
 }  // namespace
 
 const InstructionSet* avx512_vnni() {
-  static const InstructionSet set{"avx512_vnni", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
+  static constexpr InstructionSet set{"avx512_vnni", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
                                   round_rows};
   return has_avx512_vnni() ? &set : nullptr;
 }

@@ -113,6 +113,15 @@ void prepare(const Call& call, const Panel& panel, int64_t first, int64_t last) 
   }
 }
 
+// For modes that multiply one group after another, by `multiply_group<R, Symmetric>(...)`.
+template <class Mode, int R, bool Symmetric>
+void multiply_groups(const Span& span, float* outputs) {
+  for (int i = 0; i < span.groups; ++i) {
+    Mode::template multiply_group<R, Symmetric>(span.group<Symmetric>(i), span.steps, span.tile(i),
+                                                outputs);
+  }
+}
+
 using Multiply = void (*)(const Span&, float* outputs);
 
 template <class Mode, bool Symmetric, int R = Mode::tile_rows>
@@ -174,7 +183,7 @@ void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last)
 }
 
 template <class Mode>
-Kernel kernel_of() {
+constexpr Kernel kernel_of() {
   return {Mode::tile_rows, sizeof(typename Mode::Value), Mode::sums_may_cancel, prepare<Mode>,
           multiply<Mode>};
 }

@@ -2,6 +2,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "linear.h"
@@ -55,8 +56,8 @@ PyObject* use(PyObject*, PyObject* name) {
   return nullptr;
 }
 
-// A weight [blocks, groups, bytes of a group]. Scales and zero points
-// are 128 bytes each, the codes of 8 inputs 256.
+// A weight [blocks, groups, bytes of a group]. Scales and zero points are 128 bytes each, the codes
+// of 8 inputs 256.
 fxquant::Weight weight_of(const void* data, int64_t out, int64_t in, int64_t group_bytes) {
   constexpr int64_t kGrid = 2 * fxquant::kColumns, kInput = fxquant::kColumns / 2;
   fxquant::Weight weight{};
@@ -154,7 +155,7 @@ PyObject* round_groups(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   call.type = static_cast<fxquant::Float>(number(1));
   call.rows = number(2);
   call.columns = number(3);
-  call.group_size = number(4);
+  call.group_size = std::min<int64_t>(number(4), call.columns);
   call.symmetric = number(5) != 0;
   call.importance = static_cast<const float*>(address(6));
   call.shrinks = shrinks.data();
@@ -188,14 +189,21 @@ PyCFunction fast(Function* function) {
 PyMethodDef methods[] = {
     {"instruction_sets", instruction_sets, METH_NOARGS,
      "The names of the instruction sets that this build and this CPU have, fastest first."},
-    {"use", use, METH_O, "Multiply with the instruction set of this name from now on."},
+    {"use", use, METH_O, "Multiply and round with the instruction set of this name from now on."},
     {"linear", fast(linear), METH_FASTCALL, "Compute a product into memory the caller owns."},
     {"round_groups", fast(round_groups), METH_FASTCALL,
      "Round a weight to INT4 with the best range for each group."},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "The INT4 matrix product, and rounding to INT4, in C++.",
-                          -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "_native",
+                          "The INT4 matrix product, and rounding to INT4, in C++.",
+                          -1,
+                          methods,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
 
 }  // namespace
 

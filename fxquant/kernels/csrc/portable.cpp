@@ -40,9 +40,7 @@ struct FloatMode {
 
   template <int R, bool Symmetric>
   static void multiply(const Span& span, float* outputs) {
-    for (int i = 0; i < span.groups; ++i) {
-      multiply_group<R, Symmetric>(span.group<Symmetric>(i), span.steps, span.tile(i), outputs);
-    }
+    multiply_groups<FloatMode, R, Symmetric>(span, outputs);
   }
 
   template <int R, bool Symmetric>
@@ -83,7 +81,7 @@ struct Int8Mode : FloatMode {
 }  // namespace
 
 const InstructionSet* portable() {
-  static const InstructionSet set{"portable", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
+  static constexpr InstructionSet set{"portable", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
                                   round_rows};
   return &set;
 }

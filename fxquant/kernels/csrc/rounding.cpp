@@ -10,8 +10,6 @@
 namespace fxquant {
 namespace {
 
-constexpr int64_t kSmallWeight = 1 << 13;  // rounded before another thread wakes
-
 bool round_share(const Rounding& call, const InstructionSet& set, int64_t number, int64_t team) {
   Scratch scratch;
   uint8_t* memory = scratch.take(rounding_scratch_bytes(call));
@@ -25,6 +23,7 @@ bool round_share(const Rounding& call, const InstructionSet& set, int64_t number
 bool round_groups(const Rounding& call, const InstructionSet& set, int threads) {
   bool done = true;
 #ifdef _OPENMP
+  constexpr int64_t kSmallWeight = 1 << 13;  // rounded before another thread wakes
   const int team = call.rows * call.columns < kSmallWeight ? 1 : threads_left(threads);
 #pragma omp parallel num_threads(team) reduction(&& : done) if (team > 1)
   done = round_share(call, set, omp_get_thread_num(), omp_get_num_threads());

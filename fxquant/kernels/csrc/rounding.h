@@ -14,7 +14,7 @@ struct Rounding {
   Float type;
   int64_t rows;
   int64_t columns;
-  int64_t group_size;       // any: the last group may be short
+  int64_t group_size;       // up to `columns`; the last group may be short
   bool symmetric;           // whether every zero point is 8
   const float* importance;  // [columns], or null where all count alike
   const float* shrinks;     // of the full range, tried in this order

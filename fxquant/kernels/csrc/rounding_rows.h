@@ -68,7 +68,7 @@ inline Grid grid_of_range(float low, float high, bool symmetric) {
     high = high > 0 ? high : 0;
   }
   const float scale = to_scale((high / 2 - low / 2) / 7.5f);
-  return {scale, to_zero_point(-low / scale)};
+  return {scale, to_zero_point(0.0f - low / scale)};  // never -0.0
 }
 
 // The nearest level to a place on a grid.

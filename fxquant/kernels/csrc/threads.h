@@ -9,7 +9,7 @@ namespace fxquant {
 // How many threads may work where `wanted` would help. OpenMP's do not survive a fork.
 int threads_left(int wanted);
 
-// Memory aligned to 64 bytes that a thread keeps from call to call.
+// Memory aligned to 64 bytes that grows as it is needed.
 class Scratch {
  public:
   Scratch() = default;
