@@ -35,8 +35,8 @@ def in_cpp(weight, group_size=32, symmetric=True, importance=None):
 
 def same_bits(one, other):
     """Also where 0.0 and -0.0 are equal."""
-    bits = lambda t: t if t.dtype == torch.uint8 else t.view(torch.int32)
-    return all(torch.equal(bits(a), bits(b)) for a, b in zip(one, other, strict=True))
+    pairs = zip(one, other, strict=True)
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
 def error(result, weight, group_size, importance=None):
