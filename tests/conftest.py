@@ -7,6 +7,10 @@ import pytest
 import torch
 
 
+def pytest_make_collect_report(collector):
+    torch.manual_seed(0)  # for what a test module draws when it is imported, right after this
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
