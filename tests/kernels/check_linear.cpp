@@ -55,7 +55,7 @@ Case random_case() {
   const int sizes[] = {8, 32, 40, 64, 128, 256};
   Case c{};
   c.out = pick(1, 200), c.in = pick(1, 400), c.rows = pick(0, 3) ? pick(0, 14) : pick(180, 400);
-  if (pick(0, 19) == 0) c.out = pick(60, 70), c.in = pick(4300, 5000), c.rows = pick(61, 63);
+  if (pick(0, 19) == 0) c.out = pick(130, 140), c.in = pick(4300, 5000), c.rows = pick(61, 63);
   c.group_size = sizes[pick(0, 5)];
   c.symmetric = pick(0, 1), c.int8 = pick(0, 1), c.has_bias = pick(0, 1);
   c.has_bad = pick(0, 3) == 0;

@@ -85,7 +85,7 @@ def test_every_instruction_set_computes_what_float64_computes(
 @both_activations
 def test_a_row_does_not_depend_on_its_batch_or_on_threads(instructions, symmetric, activation):
     native._native.use(instructions)
-    spec, _, tensors = layer(320, 1024, 128, symmetric, activation)
+    spec, _, tensors = layer(1280, 1024, 128, symmetric, activation)
     x = torch.randn(60, 1024)
     together = NATIVE.matmul(x, tensors, spec)
     assert torch.equal(together, NATIVE.matmul(x, tensors, spec))
@@ -103,7 +103,7 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(instructions, symmetri
 @pytest.mark.parametrize("rows", [12, 62, 80], ids=["share columns", "and prepare", "share rows"])
 def test_every_way_to_share_work_among_threads_gives_the_same_bits(instructions, activation, rows):
     native._native.use(instructions)
-    spec, _, tensors = layer(256, 4608, 128, False, activation)
+    spec, _, tensors = layer(1024, 4608, 128, False, activation)
     x, threads = torch.randn(rows, 4608), torch.get_num_threads()
     results = []
     for count in (1, 2, 3):
@@ -202,8 +202,8 @@ def test_inputs_of_any_stride_and_shape_are_read_rightly(instructions):
 
 @pytest.mark.parametrize("instructions", SETS[:1])
 def test_threads_of_python_may_multiply_at_once(instructions):
-    spec, _, tensors = layer(256, 512, 128)
-    inputs = [torch.randn(rows, 512) for rows in (1, 9, 30, 64) for _ in range(8)]
+    spec, _, tensors = layer(1024, 1024, 128)
+    inputs = [torch.randn(rows, 1024) for rows in (1, 9, 30, 64) for _ in range(8)]
     expected = [NATIVE.matmul(x, tensors, spec) for x in inputs]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda x: NATIVE.matmul(x, tensors, spec), inputs))
@@ -219,9 +219,9 @@ from fxquant.algorithms.rtn import round_to_nearest
 
 warnings.simplefilter("ignore")  # Python warns of forks in threaded processes
 torch.set_num_threads(2)
-spec = LinearSpec(512, 512, 128, True)
-tensors = NATIVE.pack(round_to_nearest(torch.randn(512, 512)), spec)
-x = torch.randn(64, 512)
+spec = LinearSpec(1024, 1024, 128, True)
+tensors = NATIVE.pack(round_to_nearest(torch.randn(1024, 1024)), spec)
+x = torch.randn(64, 1024)
 before = NATIVE.matmul(x, tensors, spec)  # OpenMP's threads exist now
 child = os.fork()
 if child == 0:

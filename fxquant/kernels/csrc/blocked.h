@@ -2,7 +2,7 @@
 // innermost loops; it has
 //   Value                      the type of a prepared value
 //   tile_rows                  at most so many rows in a tile
-//   sums_may_cancel            see `Kernel`
+//   speed, sums_may_cancel     see `Kernel`
 //   prepare_group(...)         a group of one row, from float32, zeros behind it up to `kLanes`; the
 //                              sum is null where nobody reads it
 //   prepare_bf16(...)          the same from bfloat16, if Value is that
@@ -184,8 +184,8 @@ void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last)
 
 template <class Mode>
 constexpr Kernel kernel_of() {
-  return {Mode::tile_rows, sizeof(typename Mode::Value), Mode::sums_may_cancel, prepare<Mode>,
-          multiply<Mode>};
+  return {Mode::tile_rows,       sizeof(typename Mode::Value), Mode::speed,
+          Mode::sums_may_cancel, prepare<Mode>,                multiply<Mode>};
 }
 
 // Copies a group of one row. The sum is null where nobody reads it.

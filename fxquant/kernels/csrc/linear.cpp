@@ -12,17 +12,14 @@
 namespace fxquant {
 namespace {
 
-// A thread that sleeps wakes up in 5 to 50 microseconds. Alone, one thread does so many
-// multiplications in 40, and prepares so many values in 20; reading and unpacking a weight costs as
-// much as kUnpack multiplications.
-constexpr int64_t kSmallWork = 1 << 24, kUnpack = 6;
+constexpr double kUnpack = 0.01;  // nanoseconds to read and unpack a weight
+// One thread prepares so many values in 20 microseconds, less than what a barrier may cost.
 constexpr int64_t kSmallInput = 1 << 18;
 constexpr int64_t kRowsOfThread = 32;  // so many are worth reading all of the weight
 
-int threads_of(const Call& call) {
-  const int64_t weights = call.weight.out_features * call.weight.in_features;
-  const bool is_small = weights * (kUnpack + call.rows) < kSmallWork;
-  return is_small ? 1 : threads_left(call.threads);
+int threads_of(const Call& call, const Kernel& kernel) {
+  const double weights = static_cast<double>(call.weight.out_features) * call.weight.in_features;
+  return threads_for(weights * (kUnpack + 1.0 / kernel.speed * call.rows), call.threads);
 }
 
 bool has_infinite_sum(const Panel& panel, int tile, int row) {
@@ -86,7 +83,7 @@ bool linear_in(Scratch& scratch, const Call& call, const InstructionSet& set) {
     panel.tiles = (panel.rows + kernel.tile_rows - 1) / kernel.tile_rows;
     panel.groups = groups;
     panel.values = memory, panel.scales = scales, panel.sums = sums;
-    run(call, kernel, panel, threads_of(call));
+    run(call, kernel, panel, threads_of(call, kernel));
     if (!kernel.sums_may_cancel || weight.symmetric) continue;
     for (int tile = 0; tile < panel.tiles; ++tile) {
       for (int row = 0; row < panel.height(tile); ++row) {
@@ -113,7 +110,7 @@ bool linear_in_own(const Call& call, const InstructionSet& set) {
 }  // namespace
 
 bool linear(const Call& call, const InstructionSet& set) {
-  const int threads = threads_of(call);
+  const int threads = threads_of(call, call.int8 ? set.int8_kernel : set.float_kernel);
   if (threads == 1 || call.rows < kRowsOfThread * threads) return linear_in_own(call, set);
   // Threads that share no rows never wait for each other.
   bool done = true;

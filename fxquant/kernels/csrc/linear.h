@@ -73,6 +73,7 @@ struct Panel {
 struct Kernel {
   int tile_rows;    // at most so many rows in a tile
   int value_bytes;  // of a prepared value
+  int speed;        // about so many multiplications in a nanosecond
   // Whether a zero point other than 8 is taken off as a multiple of Σ x: then an infinite x would
   // give ∞ − ∞, and its row is left to the portable kernel.
   bool sums_may_cancel;

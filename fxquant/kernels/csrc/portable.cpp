@@ -30,7 +30,7 @@ inline void decode(const Group& group, int steps, float* to) {
 
 struct FloatMode {
   using Value = float;
-  static constexpr int tile_rows = kRows;
+  static constexpr int tile_rows = kRows, speed = 15;
   static constexpr bool sums_may_cancel = false;
 
   static void prepare_group(const float* x, int size, float* to, int stride, float* scale, float*) {

@@ -23,8 +23,8 @@ bool round_share(const Rounding& call, const InstructionSet& set, int64_t number
 bool round_groups(const Rounding& call, const InstructionSet& set, int threads) {
   bool done = true;
 #ifdef _OPENMP
-  constexpr int64_t kSmallWeight = 1 << 13;  // rounded before another thread wakes
-  const int team = call.rows * call.columns < kSmallWeight ? 1 : threads_left(threads);
+  constexpr double kElement = 3;  // nanoseconds
+  const int team = threads_for(kElement * call.rows * call.columns, threads);
 #pragma omp parallel num_threads(team) reduction(&& : done) if (team > 1)
   done = round_share(call, set, omp_get_thread_num(), omp_get_num_threads());
 #else

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <stdlib.h>
+#include <strings.h>
 
 namespace fxquant {
 namespace {
@@ -10,9 +11,18 @@ bool forked = false;
 
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
+// Until a thread works: it either spins, as is usual, or sleeps.
+double wake_up_nanoseconds() {
+  const char* policy = getenv("OMP_WAIT_POLICY");
+  return policy && strcasecmp(policy, "passive") == 0 ? 45000 : 10000;
+}
+
 }  // namespace
 
-int threads_left(int wanted) { return forked ? 1 : wanted; }
+int threads_for(double nanoseconds, int wanted) {
+  static const double wake_up = wake_up_nanoseconds();  // OpenMP reads the policy once, too
+  return forked || nanoseconds < 2 * wake_up ? 1 : wanted;
+}
 
 Scratch::~Scratch() { free(memory_); }
 

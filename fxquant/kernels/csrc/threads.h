@@ -6,8 +6,9 @@
 
 namespace fxquant {
 
-// How many threads may work where `wanted` would help. OpenMP's do not survive a fork.
-int threads_left(int wanted);
+// How many threads to give work that takes one of them so many nanoseconds: `wanted`, or 1 where the
+// others would wake up too late. OpenMP's threads do not survive a fork.
+int threads_for(double nanoseconds, int wanted);
 
 // Memory aligned to 64 bytes that grows as it is needed.
 class Scratch {
