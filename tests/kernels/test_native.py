@@ -219,9 +219,9 @@ from fxquant.algorithms.rtn import round_to_nearest
 
 warnings.simplefilter("ignore")  # Python warns of forks in threaded processes
 torch.set_num_threads(2)
-spec = LinearSpec(1024, 1024, 128, True)
-tensors = NATIVE.pack(round_to_nearest(torch.randn(1024, 1024)), spec)
-x = torch.randn(64, 1024)
+spec = LinearSpec(256, 4096, 128, True)  # few outputs: torch itself hangs on many in the child
+tensors = NATIVE.pack(round_to_nearest(torch.randn(256, 4096)), spec)
+x = torch.randn(64, 4096)
 before = NATIVE.matmul(x, tensors, spec)  # OpenMP's threads exist now
 child = os.fork()
 if child == 0:
