@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from quantizer_peers import gptq_peers, rounding_peers
@@ -26,8 +27,10 @@ from fxquant.algorithms.gptq import gptq
 from fxquant.algorithms.moments import LayerMoments, damped
 from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.demo.language_model import calibration_tokens, load_language_model
+from fxquant.kernels import rounding as cpp
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.numerics.grouping import expand_groups
+from fxquant.numerics.weights import Int4Weight
 
 WIDTH = 4096
 LAYERS = 60  # 1.0 billion parameters
@@ -61,6 +64,12 @@ def stack() -> Rows:
     ]
 
 
+def in_torch(weight: Tensor) -> Int4Weight:
+    """As where the extension was not built."""
+    with mock.patch.object(cpp, "FAULT", "left out"):
+        return round_to_nearest(weight)
+
+
 def rounding() -> Rows:
     """One weight, by fxquant and by each library that is installed."""
     layer = nn.Linear(WIDTH, WIDTH, bias=False)
@@ -71,6 +80,7 @@ def rounding() -> Rows:
         "plain rounding": lambda: fxquant.quantize_weight_int4(weight),
         "rtn symmetric": lambda: round_to_nearest(weight),
         "rtn asymmetric": lambda: round_to_nearest(weight, symmetric=False),
+        "rtn symmetric, without C++": lambda: in_torch(weight),
         "rtn symmetric, a layer": lambda: QuantizedLinearInt4(round_to_nearest(weight), None),
     }
     for name, quantize in rounding_peers().items():

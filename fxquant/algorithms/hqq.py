@@ -17,13 +17,14 @@ from fxquant.numerics.weights import (
     ZERO_POINT_DTYPE,
     Int4Weight,
     calculate_scale_zp_groupwise,
+    rows_of_block,
 )
 
 NORM = 0.7  # p
 STRENGTH = 10.0  # of the first shrinkage; a multiple of the inverse group magnitude
 GROWTH = 1.01
 ITERATIONS = 20
-BLOCK_ELEMENTS = 1 << 17
+BLOCK_ELEMENTS = 1 << 19  # of a block of rows: its temporaries stay in the cache
 
 
 def half_quadratic(weight: Tensor, *, group_size: int = 128, symmetric: bool = True) -> Int4Weight:
@@ -43,7 +44,7 @@ def half_quadratic(weight: Tensor, *, group_size: int = 128, symmetric: bool = T
         OptionError: `group_size` is not positive.
     """
     scales, zero_points = calculate_scale_zp_groupwise(weight, group_size, symmetric)
-    rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
+    rows = rows_of_block(weight.shape[1], BLOCK_ELEMENTS)
     counts = group_mask(weight.shape[1], group_size)
     parts = [
         _solve(to_groups(block.float(), group_size), counts, scale, zero, symmetric)

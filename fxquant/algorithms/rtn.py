@@ -30,7 +30,7 @@ from fxquant.numerics.weights import (
 # Of the full range. Widening helps small symmetric groups, whose other end has a level to spare.
 SHRINKS = (1.0, 1.06, 0.95, 0.9, 0.85, 0.8, 0.72, 0.64)
 REFITS = 8  # nearly always fewer are needed
-BLOCK_ELEMENTS = 1 << 17  # of a block of rows: its temporaries stay in the cache
+BLOCK_ELEMENTS = 1 << 19  # of a block of rows: its temporaries stay in the cache
 
 
 def round_to_nearest(
