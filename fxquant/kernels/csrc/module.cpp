@@ -83,6 +83,14 @@ bool read_shape(PyObject* tuple, int64_t* sizes, Py_ssize_t* count) {
   return !PyErr_Occurred();
 }
 
+// Whole numbers of a call; a wrong one leaves an error set.
+struct Arguments {
+  PyObject* const* values;
+
+  int64_t number(int i) const { return PyLong_AsLongLong(values[i]); }
+  void* address(int i) const { return reinterpret_cast<void*>(number(i)); }
+};
+
 // linear(x, x_shape, x_type, bias, bias_type, y, weight, weight_shape, in, out, int8, threads) ->
 // whether the shapes belong together; with addresses as int, and types as 0 (float32),
 // 1 (bfloat16) or 2 (float16).
@@ -92,8 +100,7 @@ PyObject* linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     PyErr_SetString(PyExc_TypeError, "linear takes 12 arguments");
     return nullptr;
   }
-  const auto number = [&](int i) { return PyLong_AsLongLong(arguments[i]); };
-  const auto address = [&](int i) { return reinterpret_cast<void*>(number(i)); };
+  const Arguments given{arguments};
   int64_t x_shape[8], weight_shape[8];
   Py_ssize_t x_dimensions, weight_dimensions;
   const bool shapes = read_shape(arguments[1], x_shape, &x_dimensions) &&
@@ -102,16 +109,16 @@ PyObject* linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (!shapes || x_dimensions == 0 || weight_dimensions != 3) Py_RETURN_FALSE;
 
   fxquant::Call call{};
-  call.x = address(0);
-  call.x_type = static_cast<fxquant::Float>(number(2));
-  call.bias = address(3);
-  call.bias_type = static_cast<fxquant::Float>(number(4));
-  call.y = address(5);
+  call.x = given.address(0);
+  call.x_type = static_cast<fxquant::Float>(given.number(2));
+  call.bias = given.address(3);
+  call.bias_type = static_cast<fxquant::Float>(given.number(4));
+  call.y = given.address(5);
   call.rows = 1;
   for (Py_ssize_t i = 0; i + 1 < x_dimensions; ++i) call.rows *= x_shape[i];
-  call.weight = weight_of(address(6), number(9), number(8), weight_shape[2]);
-  call.int8 = number(10) != 0;
-  call.threads = static_cast<int>(number(11));
+  call.weight = weight_of(given.address(6), given.number(9), given.number(8), weight_shape[2]);
+  call.int8 = given.number(10) != 0;
+  call.threads = static_cast<int>(given.number(11));
   if (PyErr_Occurred()) return nullptr;
   if (x_shape[x_dimensions - 1] != call.weight.in_features ||
       !is_sound(call.weight, weight_shape[0], weight_shape[1])) {
@@ -145,26 +152,25 @@ PyObject* round_groups(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     PyErr_SetString(PyExc_TypeError, "round_groups takes 13 arguments");
     return nullptr;
   }
-  const auto number = [&](int i) { return PyLong_AsLongLong(arguments[i]); };
-  const auto address = [&](int i) { return reinterpret_cast<void*>(number(i)); };
+  const Arguments given{arguments};
   std::vector<float> shrinks;
   if (!read_floats(arguments[7], &shrinks)) return nullptr;
 
   fxquant::Rounding call{};
-  call.weight = address(0);
-  call.type = static_cast<fxquant::Float>(number(1));
-  call.rows = number(2);
-  call.columns = number(3);
-  call.group_size = std::min<int64_t>(number(4), call.columns);
-  call.symmetric = number(5) != 0;
-  call.importance = static_cast<const float*>(address(6));
+  call.weight = given.address(0);
+  call.type = static_cast<fxquant::Float>(given.number(1));
+  call.rows = given.number(2);
+  call.columns = given.number(3);
+  call.group_size = std::min<int64_t>(given.number(4), call.columns);
+  call.symmetric = given.number(5) != 0;
+  call.importance = static_cast<const float*>(given.address(6));
   call.shrinks = shrinks.data();
   call.shrink_count = static_cast<int>(shrinks.size());
-  call.refits = static_cast<int>(number(8));
-  call.packed = static_cast<uint8_t*>(address(9));
-  call.scales = static_cast<float*>(address(10));
-  call.zero_points = static_cast<float*>(address(11));
-  const int threads = static_cast<int>(number(12));
+  call.refits = static_cast<int>(given.number(8));
+  call.packed = static_cast<uint8_t*>(given.address(9));
+  call.scales = static_cast<float*>(given.address(10));
+  call.zero_points = static_cast<float*>(given.address(11));
+  const int threads = static_cast<int>(given.number(12));
   if (PyErr_Occurred()) return nullptr;
   if (call.rows < 1 || call.columns < 1 || call.group_size < 1 || shrinks.empty() ||
       shrinks.size() > fxquant::kMostRanges) {
