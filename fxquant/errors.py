@@ -4,6 +4,7 @@
     ├── OptionError        an argument is outside what is possible (also a ValueError)
     ├── WeightError        a weight cannot be quantized: NaN, Inf, a wrong shape
     ├── TraceError         the arguments given do not run the model
+    │   └── ShapeError     an input has a size for which the graph was not traced
     ├── CalibrationError   calibration data is empty, has a wrong form or is not finite
     ├── RuleError          a rule the caller wrote matches nothing
     ├── BudgetError        no allocation of bits fits the budget
@@ -51,6 +52,10 @@ class WeightError(FxquantError):
 
 class TraceError(FxquantError):
     """The arguments given do not run the model."""
+
+
+class ShapeError(TraceError, AssertionError):
+    """An input has a size for which the graph was not traced."""
 
 
 class CalibrationError(FxquantError):

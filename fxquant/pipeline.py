@@ -1,22 +1,30 @@
 """The pipeline: trace, decide, observe, calibrate, scale, rewrite, report."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
 
+from fxquant.algorithms.input_statistics import InputStatistics
 from fxquant.analysis.fitted_layers import FittedLayers
 from fxquant.analysis.graph_view import INFO_KEY
+from fxquant.analysis.heldout import hold_out
 from fxquant.analysis.measured_rows import measure_rows
+from fxquant.analysis.paired_run import output_sqnr
 from fxquant.analysis.quantization_info import QuantizationInfo, check_accuracy_warnings
 from fxquant.analysis.rounded_layers import RoundedLayers
 from fxquant.analysis.sizes import MEGABYTE, model_bytes
 from fxquant.errors import OptionError, check_choice, check_positive_int
+from fxquant.graph.calls import Call
+from fxquant.graph.left_alone import process_left_alone
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.observers import OBSERVERS, Observer
 from fxquant.passes.calibrate import calibrate
-from fxquant.passes.calibration_data import Call, calls
+from fxquant.passes.calibration_data import calls
+from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import DecisionOptions, decide
 from fxquant.passes.insert_observers import insert_observers, observed_inputs
 from fxquant.passes.observe_inputs import expected_inputs, observe_inputs
@@ -26,9 +34,18 @@ from fxquant.passes.recipe import Recipe, parse_method
 from fxquant.passes.rewrite import rewrite
 from fxquant.passes.scale_channels import scale_channels
 from fxquant.passes.simulate import DYNAMIC, SimulatedActivations, SimulatedWeights
-from fxquant.tracing.signature import ExampleInputs
+from fxquant.tracing.prepare import unwrap
 from fxquant.tracing.trace import graph_of
 from fxquant.tracing.trace_report import trace_report
+
+NOT_VERIFIED = (
+    "the graph was not verified against the model, since no example inputs were given: pass "
+    "example_inputs (one call's arguments) to fxquant.quantize to compare them"
+)
+
+
+class UnverifiedWarning(UserWarning):
+    """A graph could not be compared with the model."""
 
 
 def static_quantize(
@@ -100,14 +117,39 @@ def static_quantize(
     recipe = parse_method(method, has_data=True)
     _check_options(accuracy_warning, activation_bits, observer)
     check_positive_int("num_calibration_samples", num_calibration_samples)
-    batches = list(calls(calibration_data, model, num_calibration_samples))
-    gm = graph_of(model, *(batches[0] if batches else (None, {})))
+    with process_left_alone():
+        qmodel, info = _quantize_calibrated(
+            model, calibration_data, options, symmetric, recipe, observer, activation_bits,
+            num_calibration_samples, is_auto=method == "auto",
+        )  # fmt: skip
+    return _finish(qmodel, info, sqnr_warning_threshold, sqnr_error_threshold, accuracy_warning)
+
+
+def _quantize_calibrated(
+    model: nn.Module,
+    data: Iterable[object],
+    options: DecisionOptions,
+    symmetric: bool,
+    recipe: Recipe,
+    observer: str,
+    activation_bits: int | None,
+    num_samples: int,
+    *,
+    is_auto: bool,
+) -> tuple[GraphModule, QuantizationInfo]:
+    model = unwrap(model)
+    drawn = list(calls(data, model, num_samples))
+    gm = graph_of(model, drawn[0] if drawn else None)
+    info = _plan(gm, options, symmetric, recipe)
+    check_weights(gm, info.selected_layers)
+    batches, held_out = hold_out(drawn)
     watch = "minmax" if observer == DYNAMIC else observer
     observed = insert_observers(gm, watch)
-    used = calibrate(observed, [_as_item(call) for call in batches])
-    info = _plan(gm, options, symmetric, recipe)
+    used = calibrate(observed, batches)
     info.observer, info.activation_bits = observer, activation_bits
-    info.calibration_samples_used = used
+    info.heldout_samples = sum(call.row_count for call in held_out)
+    info.calibration_samples_used = used + info.heldout_samples
+    group_size = options.group_size
     if recipe.scalings:
         scaled = scale_channels(
             gm,
@@ -121,16 +163,31 @@ def static_quantize(
         info.folded_scales = scaled.folded
         if scaled.folded:
             observed = insert_observers(gm, watch)
-            calibrate(observed, [_as_item(call) for call in batches], progress=False)
-    qmodel = _quantize_with_data(gm, info, recipe, batches)
+            calibrate(observed, batches, progress=False)
     observers = observed_inputs(observed)
-    if activation_bits is not None and observer == DYNAMIC:
-        _quantize_activations_dynamically(qmodel)
-    elif activation_bits is not None:
+    statistics: dict[str, InputStatistics] = {}
+    if info.selected_layers and (recipe.rounding != "gptq" or is_auto or activation_bits):
         statistics = observe_inputs(gm, info.selected_layers, batches)
-        qmodel = quantize_activations(qmodel, observers, statistics)
-    _measure(gm, qmodel, info, batches, observers)
-    return _finish(qmodel, info, sqnr_warning_threshold, sqnr_error_threshold, accuracy_warning)
+
+    def with_activations(qmodel: GraphModule) -> GraphModule:
+        if activation_bits is not None and observer == DYNAMIC:
+            _quantize_activations_dynamically(qmodel)
+        elif activation_bits is not None:
+            return quantize_activations(qmodel, observers, statistics)
+        return qmodel
+
+    planned = info.decisions
+    qmodel = with_activations(_quantize_with_data(gm, info, recipe, batches, held_out, statistics))
+    _measure(gm, qmodel, info, batches, held_out, observers)
+    if is_auto and held_out and info.selected_layers and info.sqnr_db is not None:
+        plain = replace(info, decisions=planned)
+        rounded = _round(gm, plain, Recipe((), "rtn"), statistics)
+        rounded = with_activations(rounded)
+        _measure(gm, rounded, plain, batches, held_out, observers)
+        if plain.sqnr_db is not None and plain.sqnr_db > info.sqnr_db:
+            plain.method = f"rtn (gptq: {info.sqnr_db:.2f} dB on held-out data)"
+            return rounded, plain
+    return qmodel, info
 
 
 def quantize(
@@ -173,16 +230,18 @@ def quantize(
     )
     recipe = parse_method(method, has_data=False)
     _check_options(accuracy_warning, activation_bits, DYNAMIC)
-    example = None if example_inputs is None else ExampleInputs.of(example_inputs)
-    gm = graph_of(model, *((None, {}) if example is None else (example.args, example.kwargs)))
-    info = _plan(gm, options, symmetric, recipe)
-    info.observer, info.activation_bits = DYNAMIC, activation_bits
-    layers = RoundedLayers(group_size, symmetric, recipe.rounding, expected_inputs(gm))
-    qmodel = rewrite(gm, info.decisions, layers.quantize)
-    info.decisions = layers.explain(info.decisions)
-    if activation_bits is not None:
-        _quantize_activations_dynamically(qmodel)
-    _measure(gm, qmodel, info, [], {})
+    with process_left_alone():
+        model = unwrap(model)
+        gm = graph_of(model, None if example_inputs is None else Call.of(example_inputs))
+        if not trace_report(gm).verified and example_inputs is None:
+            warnings.warn(NOT_VERIFIED, UnverifiedWarning, stacklevel=2)
+        info = _plan(gm, options, symmetric, recipe)
+        check_weights(gm, info.selected_layers)
+        info.observer, info.activation_bits = DYNAMIC, activation_bits
+        qmodel = _round(gm, info, recipe, expected_inputs(gm))
+        if activation_bits is not None:
+            _quantize_activations_dynamically(qmodel)
+        _measure(gm, qmodel, info, [], [], {})
     return _finish(qmodel, info, sqnr_warning_threshold, sqnr_error_threshold, accuracy_warning)
 
 
@@ -197,10 +256,9 @@ def plan(model: nn.Module, example_inputs: object = None, **rules: Any) -> Quant
     Returns:
         A record whose `.table()` prints the decisions.
     """
-    example = None if example_inputs is None else ExampleInputs.of(example_inputs)
-    gm = graph_of(model, *((None, {}) if example is None else (example.args, example.kwargs)))
-    recipe = parse_method("auto", has_data=False)
-    return _plan(gm, DecisionOptions(**rules), symmetric=True, recipe=recipe)
+    options = DecisionOptions(**rules)
+    gm = graph_of(unwrap(model), None if example_inputs is None else Call.of(example_inputs))
+    return _plan(gm, options, symmetric=True, recipe=parse_method("auto", has_data=False))
 
 
 def _check_options(accuracy_warning: str, activation_bits: int | None, observer: str) -> None:
@@ -229,18 +287,33 @@ def _plan(
 
 
 def _quantize_with_data(
-    gm: GraphModule, info: QuantizationInfo, recipe: Recipe, batches: list[Call]
+    gm: GraphModule,
+    info: QuantizationInfo,
+    recipe: Recipe,
+    batches: list[Call],
+    held_out: list[Call],
+    statistics: Mapping[str, InputStatistics],
 ) -> GraphModule:
-    """The rewritten graph; the ledger is told what the layers have to say."""
-    if recipe.rounding == "gptq":
-        fitted = FittedLayers(info.group_size, info.symmetric, refined=recipe.refined)
-        qmodel = quantize_sequentially(gm, info.decisions, batches, fitted.quantize)
-        info.decisions = fitted.explain(info.decisions)
-        return qmodel
-    statistics = observe_inputs(gm, info.selected_layers, batches)
-    rounded = RoundedLayers(info.group_size, info.symmetric, recipe.rounding, statistics)
-    qmodel = rewrite(gm, info.decisions, rounded.quantize)
-    info.decisions = rounded.explain(info.decisions)
+    """The rewritten graph; the record is told what the layers have to say."""
+    if recipe.rounding != "gptq" or not info.selected_layers:
+        return _round(gm, info, recipe, statistics)
+    fitted = FittedLayers(info.group_size, info.symmetric, refined=recipe.refined)
+    qmodel = quantize_sequentially(gm, info.decisions, batches, fitted.quantize, held_out)
+    info.decisions = fitted.explain(info.decisions)
+    return qmodel
+
+
+def _round(
+    gm: GraphModule,
+    info: QuantizationInfo,
+    recipe: Recipe,
+    statistics: Mapping[str, InputStatistics],
+) -> GraphModule:
+    """The graph with each layer rounded on its own."""
+    rounding = "rtn" if recipe.rounding == "gptq" else recipe.rounding
+    layers = RoundedLayers(info.group_size, info.symmetric, rounding, statistics)
+    qmodel = rewrite(gm, info.decisions, layers.quantize)
+    info.decisions = layers.explain(info.decisions)
     return qmodel
 
 
@@ -255,10 +328,19 @@ def _measure(
     qmodel: GraphModule,
     info: QuantizationInfo,
     batches: list[Call],
+    held_out: list[Call],
     observers: Mapping[str, Observer],
 ) -> None:
-    info.rows, run = measure_rows(gm, qmodel, info.decisions, batches, observers)
-    info.sqnr_db = run.output.db_or_none
+    """Measure on what was held out and, of the output, also on what chose the integers."""
+    if not info.selected_layers:
+        info.rows, info.sqnr_db = [], None
+    else:
+        info.rows, run = measure_rows(gm, qmodel, info.decisions, held_out or batches, observers)
+        info.sqnr_db = run.output.db_or_none
+        if held_out:
+            info.fitted_sqnr_db = output_sqnr(gm, qmodel, batches).db_or_none
+        else:
+            info.fitted_sqnr_db = info.sqnr_db
     info.original_size_mb = model_bytes(gm) / MEGABYTE
     info.quantized_size_mb = model_bytes(qmodel) / MEGABYTE
 
@@ -274,8 +356,3 @@ def _finish(
     check_accuracy_warnings(info, warning_threshold, error_threshold, accuracy_warning)
     qmodel.meta[INFO_KEY] = info.to_dict()
     return qmodel, info
-
-
-def _as_item(call: Call) -> object:
-    args, kwargs = call
-    return kwargs if kwargs else args

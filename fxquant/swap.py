@@ -1,19 +1,26 @@
 """Put quantized modules into the user's own class, so that its methods, hooks and caches work."""
 
+import copy
+import functools
 import os
 import warnings
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.utils import parametrize
 
 from fxquant.analysis.graph_view import INFO_KEY
-from fxquant.errors import OptionError
-from fxquant.graph.copying import copy_sharing_tensors
-from fxquant.graph.scopes import scopes, sites, tensor_attribute
+from fxquant.errors import OptionError, SaveError
+from fxquant.graph.copying import copy_owning_tensors
+from fxquant.graph.identity import FINGERPRINT, first_difference
+from fxquant.graph.layers import replace_layer, sites, tensor_attribute, user_name
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.serialization.files import load_model
+from fxquant.tracing.prepare import COMPUTING_HOOKS, unwrap
+from fxquant.tracing.product_only import is_product_only
 
 M = TypeVar("M", bound=nn.Module)
 LEFT_FLOAT = "fxquant_left_float"
@@ -23,38 +30,58 @@ class LeftFloatWarning(UserWarning):
     """Some quantized layers have no module of their own in the user's model."""
 
 
-def swap_modules(model: M, qmodel: GraphModule) -> M:
+def swap_modules(model: M, qmodel: GraphModule, *, share_memory: bool = False) -> M:
     """A copy of `model` in which the quantized layers of `qmodel` do the work.
 
     Args:
         model: the model that was quantized; it is not changed.
         qmodel: the quantized graph.
+        share_memory: let what stays float lie in the memory of `model`, instead of copying it.
 
     Returns:
-        A copy of the same class. Layers that are no module of their own, such as the packed input
-        projection of `nn.MultiheadAttention`, stay float: they are listed in the copy's
+        A copy of the same class, whose outputs are those of the graph. Layers that are no module of
+        their own, such as the packed input projection of `nn.MultiheadAttention`, or whose class
+        does more than a linear layer, stay float: they are listed in the copy's
         `fxquant_left_float` and in a `LeftFloatWarning`.
 
     Raises:
         OptionError: `qmodel` was made from another model, or has a channel scale folded into a
             layer that would stay float.
     """
-    return _apply(copy_sharing_tensors(model), _plan(model, qmodel))
+    inner = unwrap(model)
+    _check_same_model(inner, qmodel, values=True)
+    plan = _plan(inner, qmodel)
+    replaced = {inner.get_submodule(name) for name in plan.modules}
+    keep = (lambda _: True) if share_memory else replaced.__contains__
+    return _apply(copy_owning_tensors(inner, keep=keep), plan)  # type: ignore[return-value]
 
 
 def load_into(model: M, path: str | os.PathLike[str]) -> M:
     """Load a saved model into `model` itself, and return it.
 
     Args:
-        model: a model of the class that was quantized; it is changed, or left as it was if this
-            fails.
+        model: a model of the class that was quantized, whatever its weights; it is changed, or left
+            as it was if this fails.
         path: a file that `save_model` wrote.
 
     Raises:
         LoadError: the file cannot be loaded.
-        OptionError: the file holds another model.
+        OptionError: the file holds another model, or not all that this one needs.
     """
-    return _apply(model, _plan(model, load_model(path)))
+    qmodel = load_model(path)
+    inner = unwrap(model)
+    _check_same_model(inner, qmodel, values=False)
+    plan = _plan(inner, qmodel)
+    if plan.left_float and first_difference(qmodel.meta.get(FINGERPRINT, {}), inner, values=True):
+        raise OptionError(
+            os.fspath(path),
+            found=f"no float weights for {', '.join(plan.left_float[:3])}, which are no modules of "
+            "their own in the model",
+            needed="a model that has the weights that were quantized",
+            remedy="Load the float checkpoint into the model first, or use fxquant.load_model.",
+        )
+    _apply(inner, plan)
+    return model
 
 
 @dataclass
@@ -62,43 +89,56 @@ class _Plan:
     """What changes in a model, worked out before anything is changed."""
 
     modules: dict[str, QuantizedLinear] = field(default_factory=dict)
-    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
     left_float: list[str] = field(default_factory=list)
+
+
+def _check_same_model(model: nn.Module, qmodel: GraphModule, *, values: bool) -> None:
+    known = qmodel.meta.get(FINGERPRINT)
+    different = first_difference(known, model, values=values) if known else None
+    if different is not None:
+        raise _other_model(*different)
 
 
 def _plan(model: nn.Module, qmodel: GraphModule) -> _Plan:
     plan = _Plan()
     own = dict(model.named_modules(remove_duplicate=False))
+    own["model"] = own.get("model", model)
     unmatched: list[str] = []
     for site in sites(qmodel):
         original = own.get(site.name)
         if isinstance(site.module, QuantizedLinear):
-            weight = getattr(original, "weight", None)
-            if original is None or not isinstance(weight, Tensor):
+            if original is None or not _is_swappable(own, site.name, original):
                 plan.left_float.append(site.name)
                 unmatched.append(site.name)
             else:
-                _check_same_layer(site.name, weight, site.module)
-                plan.modules[site.name] = site.module
-        elif type(original) is type(site.module):
+                _check_same_layer(site.name, original, site.module)
+                plan.modules["" if original is model else site.name] = site.module
+        elif original is not None and type(original) is type(site.module):
             for name, parameter in site.module.named_parameters():
                 _note_parameter(plan, model, f"{site.name}.{name}", parameter)
-        elif next(site.module.parameters(), None) is not None:
+        elif next(site.module.parameters(), None) is not None and not site.is_inside:
             unmatched.append(site.name)
-    for scope in scopes(qmodel):
-        for node in scope.gm.graph.nodes:
-            if node.op == "get_attr":
-                value = tensor_attribute(scope.gm, node)
-                _note_parameter(plan, model, scope.name_of(str(node.target)), value)
-    if not plan.modules and not plan.left_float and not plan.parameters:
-        raise _other_model("model", "no layer that both have")
+    for node in qmodel.graph.nodes:
+        if node.op == "get_attr":
+            value = tensor_attribute(qmodel, node)
+            _note_parameter(plan, model, user_name(qmodel, str(node.target)), value)
+    plan.left_float = list(dict.fromkeys(plan.left_float))
     _check_scales(qmodel, unmatched)
     return plan
 
 
+def _is_swappable(own: dict[str, nn.Module], name: str, original: nn.Module) -> bool:
+    """Whether a quantized layer can take the place of `original` and compute the same."""
+    parent = own.get(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return False  # its forward reads the weights of its children, it does not call them
+    return is_product_only(original)
+
+
 def _check_scales(qmodel: GraphModule, unmatched: list[str]) -> None:
     """Refuse if one side of a folded scale would be taken over and the other not."""
-    for folded in qmodel.meta.get(INFO_KEY, {}).get("folded_scales", ()):
+    for folded in (qmodel.meta.get(INFO_KEY) or {}).get("folded_scales", ()):
         missing = [n for n in (*folded["producers"], *folded["readers"]) if n in unmatched]
         if missing:
             raise OptionError(
@@ -122,24 +162,43 @@ def _note_parameter(plan: _Plan, model: nn.Module, name: str, value: object) -> 
         return
     if current.shape != value.shape:
         raise _other_model(name, f"shapes {list(current.shape)} and {list(value.shape)}")
-    if current.data_ptr() != value.data_ptr():
+    if not torch.equal(current, value.to(current.dtype)):
         plan.parameters[name] = value
 
 
-def _check_same_layer(name: str, weight: Tensor, quantized: QuantizedLinear) -> None:
-    shape = sorted(weight.shape)  # a transposed layout, as GPT-2's Conv1D has, is the same layer
-    if shape != sorted((quantized.in_features, quantized.out_features)):
-        needed = [quantized.out_features, quantized.in_features]
-        raise _other_model(name, f"weights of shapes {list(weight.shape)} and {needed}")
+def _check_same_layer(name: str, original: nn.Module, quantized: QuantizedLinear) -> None:
+    weight = getattr(original, "weight", None)
+    shapes = [list(p.shape) for p in original.parameters()] if weight is None else [weight.shape]
+    needed = [quantized.out_features, quantized.in_features]
+    # A transposed layout, as GPT-2's Conv1D has, is the same layer.
+    if not any(sorted(shape) == sorted(needed) for shape in shapes):
+        raise _other_model(name, f"weights of shapes {shapes} and {needed}")
 
 
-def _apply(model: M, plan: _Plan) -> M:
+def _apply(model: nn.Module, plan: _Plan) -> nn.Module:
+    """Replace the layers and take over parameters: objects stay, what they hold changes."""
     for name, parameter in plan.parameters.items():
-        owner, _, key = name.rpartition(".")
-        model.get_submodule(owner)._parameters[key] = parameter
-    for name, module in plan.modules.items():
-        model.set_submodule(name, module)
+        current = model.get_parameter(name)
+        current.data = parameter.detach().to(current.dtype).clone()
+    for name, quantized in plan.modules.items():
+        layer = model.get_submodule(name)
+        if isinstance(layer, QuantizedLinear):  # one layer under two names
+            continue
+        if parametrize.is_parametrized(layer):
+            layer.__class__ = type(layer).__bases__[0]
+        for key, hook in list(layer._forward_pre_hooks.items()):
+            if isinstance(hook, COMPUTING_HOOKS):
+                del layer._forward_pre_hooks[key]
+                vars(layer).pop("weight", None)
+        mode = layer.training
+        replace_layer(layer, copy.deepcopy(quantized))
+        layer.training = mode
+    for part in model.modules():
+        if isinstance(part, nn.TransformerEncoderLayer) and _has_quantized(part):
+            part.activation_relu_or_gelu = 0  # torch's fast path would read the weights itself
     setattr(model, LEFT_FLOAT, plan.left_float)
+    if plan.modules and hasattr(model, "save_pretrained"):
+        model.save_pretrained = functools.partial(_refuse_save_pretrained, type(model).__name__)  # type: ignore[assignment]
     if plan.left_float:
         names = ", ".join(plan.left_float)
         text = f"these layers have no module of their own and stay float: {names}"
@@ -147,10 +206,24 @@ def _apply(model: M, plan: _Plan) -> M:
     return model
 
 
+def _has_quantized(module: nn.Module) -> bool:
+    return any(isinstance(part, QuantizedLinear) for part in module.modules())
+
+
+def _refuse_save_pretrained(class_name: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise SaveError(
+        f"{class_name}.save_pretrained",
+        found="quantized layers, which from_pretrained would fill with random weights",
+        needed="a file that loads again",
+        remedy="Save the quantized graph with fxquant.save_model, and load it into the class with "
+        "fxquant.load_into(model, path).",
+    )
+
+
 def _other_model(where: str, found: str) -> OptionError:
     return OptionError(
         where,
         found=found,
         needed="the model that was quantized",
-        remedy="Pass a model of the same class and configuration.",
+        remedy="Pass the same model, or quantize this one.",
     )

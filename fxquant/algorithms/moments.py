@@ -11,7 +11,8 @@ class LayerMoments:
     model's input x to get what the float model has there.
 
     All sums of products are kept for two halves of the tokens, so that what is learnt from one half
-    can be tried on the other.
+    can be tried on the other. Tokens that are held out are kept apart: they choose nothing, and tell
+    which of several results is best.
 
     Args:
         in_features: the width of x.
@@ -23,10 +24,20 @@ class LayerMoments:
         crosses: Σ shift xᵀ, float32 [2, out, in], by half.
         total: Σ x, float64 [in].
         total_shift: Σ shift, float64 [out].
+        held_tokens: how many tokens were held out.
+        held_second: Σ x xᵀ over them, [in, in]; None where there are none.
+        held_cross: Σ shift xᵀ over them, [out, in].
+        held_total: Σ x over them, float64 [in].
+        held_shift: Σ shift over them, float64 [out].
     """
 
+    held_second: Tensor | None = None
+    held_cross: Tensor
+    held_total: Tensor
+    held_shift: Tensor
+
     def __init__(self, in_features: int, out_features: int) -> None:
-        self.tokens = 0
+        self.tokens = self.held_tokens = 0
         self.seconds = torch.zeros(2, in_features, in_features)
         self.crosses = torch.zeros(2, out_features, in_features)
         self.total = torch.zeros(in_features, dtype=torch.float64)
@@ -53,6 +64,40 @@ class LayerMoments:
         self.total_shift += shift.double().sum(0)
         for half, part in enumerate(halves):
             self.crosses[half].addmm_(shift[part].T, x[part])
+
+    def hold_out(self, x: Tensor, shift: Tensor | None = None, mask: Tensor | None = None) -> None:
+        """Add a batch that choices are measured on; the arguments are those of `add`."""
+        x = _tokens(x, mask)
+        if self.held_second is None:
+            self.held_second = torch.zeros_like(self.seconds[0])
+            self.held_cross = torch.zeros_like(self.crosses[0])
+            self.held_total, self.held_shift = self.total * 0, self.total_shift * 0
+        self.held_tokens += len(x)
+        self.held_second.addmm_(x.T, x)
+        self.held_total += x.double().sum(0)
+        if shift is not None:
+            shift = _tokens(shift, mask)
+            self.held_cross.addmm_(shift.T, x)
+            self.held_shift += shift.double().sum(0)
+
+    def held_error(self, weight: Tensor, quantized: Tensor, offset: Tensor) -> float:
+        """How far a quantized layer is from its aim on the tokens that were held out.
+
+        Σ |(Q − W) x + b − shift|² over them, less what does not depend on Q and b.
+
+        Args:
+            weight: the float weight W [out, in].
+            quantized: Q, dequantized [out, in].
+            offset: b, what is added to the float layer's bias, [out].
+        """
+        assert self.held_second is not None  # or there is nothing to ask
+        change = quantized.float() - weight.detach().float()
+        double = change.double()
+        square = ((change @ self.held_second).double() * double).sum()
+        cross = (double * self.held_cross.double()).sum()
+        b = offset.double()
+        constant = 2 * (b @ (double @ self.held_total)) + self.held_tokens * (b @ b)
+        return float(square - 2 * cross + constant - 2 * (b @ self.held_shift))
 
     @property
     def second(self) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.graph.scopes import Site, sites
+from fxquant.graph.layers import Site, is_plain_linear, replaced, sites
 from fxquant.modules.linear import QuantizedLinear
 
 QuantizeLinear = Callable[[str, nn.Linear, int], QuantizedLinear]
@@ -33,18 +33,13 @@ class Candidate:
     def shares(self) -> str:
         """What names the value it reads: layers that share an input have the same."""
         site = self.sites[0]
-        return f"{site.scope.path}:{site.node.args[0]}"
+        return site.target if site.input is None else site.input.name
 
     @contextmanager
     def replaced_by(self, module: nn.Module) -> Iterator[None]:
         """Let `module` do the layer's work for a while."""
-        for site in self.sites:
-            site.scope.gm.set_submodule(str(site.node.target), module)
-        try:
+        with replaced(self.linear, module):
             yield
-        finally:
-            for site in self.sites:
-                site.scope.gm.set_submodule(str(site.node.target), self.linear)
 
 
 def find_candidates(gm: GraphModule, names: Sequence[str]) -> list[Candidate]:
@@ -54,23 +49,13 @@ def find_candidates(gm: GraphModule, names: Sequence[str]) -> list[Candidate]:
     """
     by_name: dict[str, list[Site]] = {}
     for site in sites(gm):
-        if isinstance(site.module, nn.Linear) and site.name in names:
+        if is_plain_linear(site.module) and site.name in names:
             by_name.setdefault(site.name, []).append(site)
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
-    found = [_candidate(gm, name, by_name[name]) for name in by_name]
+    found = []
+    for name, places in by_name.items():
+        linear = places[0].module
+        assert isinstance(linear, nn.Linear)  # plain ones are
+        roots = tuple(dict.fromkeys(site.node for site in places))
+        found.append(Candidate(name, linear, tuple(places), roots))
     return sorted(found, key=lambda c: min(position[n] for n in c.roots))
-
-
-def _candidate(gm: GraphModule, name: str, places: list[Site]) -> Candidate:
-    roots: dict[Node, None] = {}
-    for site in places:
-        if site.scope.gm is gm:
-            roots[site.node] = None
-            continue
-        for node in gm.graph.nodes:
-            target = str(node.target)
-            if node.op == "call_module" and f"{site.scope.path}.".startswith(f"{target}."):
-                roots[node] = None
-    linear = places[0].module
-    assert isinstance(linear, nn.Linear)  # they were selected so
-    return Candidate(name, linear, tuple(places), tuple(roots))

@@ -1,6 +1,7 @@
 """`exact`: the model's output when only one layer is quantized, for every layer and width.
 
-The float values are computed once. For a layer, only the nodes that depend on it are run again;
+Graphs that write in place, keep state or draw random numbers are run whole for each candidate. In
+others, the float values are computed once. For a layer, only the nodes that depend on it are run again;
 what they read besides comes from the float run, whose values are freed after their last user. Where
 activations are small, all widths of a layer run at once.
 """
@@ -20,8 +21,11 @@ from fxquant.analysis.batching import (
 )
 from fxquant.analysis.candidates import Candidate, QuantizeLinear
 from fxquant.analysis.output_metric import Metric, OutputError
-from fxquant.graph.stepper import Call, HeldBytes, Stepper, deaths
+from fxquant.graph.calls import Call
+from fxquant.graph.ops import has_effects
+from fxquant.graph.stepper import HeldBytes, Stepper, deaths
 from fxquant.modules.linear import QuantizedLinear
+from fxquant.passes.calibrate import run_call
 
 Errors = dict[str, dict[int, float]]
 
@@ -42,7 +46,7 @@ def measure_exact(
         gm: the float graph.
         candidates: the layers.
         bits: the widths to try.
-        calls: batches as `(args, kwargs)`.
+        calls: the batches.
         quantize_linear: makes a quantized layer from `(name, linear, bits)`.
         select: picks the tensor of the output that is compared.
         metric: of the output's error.
@@ -53,6 +57,17 @@ def measure_exact(
     """
     meters = {c.name: {b: OutputError(metric) for b in bits} for c in candidates}
     peak = 0
+    if has_effects(gm):  # a part run again may see what another run wrote, or draw other numbers
+        for index, call in enumerate(calls):
+            reference = select(run_call(gm, call, index))
+            for candidate in candidates:
+                for width in bits:
+                    made = quantize_linear(candidate.name, candidate.linear, width)
+                    with candidate.replaced_by(made):
+                        found = select(run_call(gm, call, index))
+                    meters[candidate.name][width].add(reference, found)
+                advance()
+        return {n: {b: m.value for b, m in row.items()} for n, row in meters.items()}, peak
     for call in calls:
         stepper = Stepper(gm, call)
         values: dict[Node, Any] = {}

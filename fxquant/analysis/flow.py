@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from fxquant.graph.scopes import user_name
+from fxquant.graph.layers import user_name
 from fxquant.numerics.metrics import SqnrMeter
 from fxquant.passes.rules import type_name
 
@@ -55,7 +55,7 @@ def _flow(node: Node, meters: Mapping[Node, SqnrMeter]) -> NodeFlow:
 
 def _kind(node: Node) -> str:
     if node.op == "call_module":
-        return user_name(str(node.target))
+        return user_name(node.graph.owning_module, str(node.target))
     return type_name(node.target)
 
 

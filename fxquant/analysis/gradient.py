@@ -19,7 +19,9 @@ from torch.fx import GraphModule
 from fxquant.analysis.candidates import Candidate, QuantizeLinear
 from fxquant.analysis.exact import Errors
 from fxquant.analysis.output_metric import Metric, probe
-from fxquant.graph.stepper import Call
+from fxquant.graph.calls import Call
+from fxquant.graph.layers import layer_input
+from fxquant.graph.left_alone import graph_left_alone
 from fxquant.numerics.metrics import squared_sum
 
 
@@ -49,10 +51,12 @@ def measure_gradient(
     sums = {c.name: dict.fromkeys(bits, 0.0) for c in candidates}
     weight = 0.0
     generator = torch.Generator().manual_seed(0)
-    for args, kwargs in calls:
+    for index, call in enumerate(calls):
+        own = call.clone()
+        torch.manual_seed(index)
         seen: dict[str, list[tuple[Tensor, Tensor]]] = {c.name: [] for c in candidates}
-        with torch.enable_grad(), _recording(candidates, seen):
-            output = select(gm(*args, **kwargs))
+        with torch.enable_grad(), graph_left_alone(gm), _recording(candidates, seen):
+            output = select(gm(*own.args, **own.kwargs))
             direction = probe(output.detach(), metric, generator)
             flat = [pair for pairs in seen.values() for pair in pairs]
             gradients = torch.autograd.grad(
@@ -100,15 +104,17 @@ def _recording(
     """Note each layer's input and output, and let gradients begin at the first layers."""
 
     def hook_for(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            seen[name].append((args[0].detach(), output))
+            seen[name].append((layer_input(args, kwargs).detach().clone(), output))
             return output.clone()  # the graph may change its value in place
 
         return hook
 
-    handles = [c.linear.register_forward_hook(hook_for(c.name)) for c in candidates]
+    handles = [
+        c.linear.register_forward_hook(hook_for(c.name), with_kwargs=True) for c in candidates
+    ]
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.analysis.graph_view import INFO_KEY, measured_rows
 from fxquant.analysis.sizes import model_bytes
-from fxquant.graph.scopes import Scope, scopes
+from fxquant.graph.layers import sites, user_name
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.numerics.metrics import sqnr_db
 from fxquant.passes.rules import type_name
@@ -26,7 +26,7 @@ class NodeChange:
     """One node in one or both graphs.
 
     Attributes:
-        node: its name; with the path of a nested graph in front.
+        node: its name; of a layer inside an opaque module, its path.
         module: the qualified name of the module it calls, or None.
         status: `"unchanged"`, `"rewritten"`, `"added"` or `"removed"`.
         before: the kind of op before, or None.
@@ -112,39 +112,58 @@ def diff(before: GraphModule, after: GraphModule) -> GraphDiff:
     return GraphDiff(changes)
 
 
-Place = tuple[Scope, Node]
+@dataclass(frozen=True)
+class _Place:
+    """A node, or a layer inside the opaque module that a node calls."""
+
+    gm: GraphModule
+    node: Node
+    target: str | None = None
+
+    @property
+    def module(self) -> nn.Module | None:
+        return None if self.target is None else self.gm.get_submodule(self.target)
+
+    @property
+    def kind(self) -> str:
+        module = self.module
+        if isinstance(module, QuantizedLinear):
+            return f"{type(module).__name__}({module.extra_repr()})"
+        return type(module).__name__ if module is not None else type_name(self.node.target)
 
 
-def _nodes(gm: GraphModule) -> dict[str, Place]:
-    return {
-        f"{scope.path}.{node.name}" if scope.path else node.name: (scope, node)
-        for scope in scopes(gm)
-        for node in scope.gm.graph.nodes
-    }
+def _nodes(gm: GraphModule) -> dict[str, _Place]:
+    found = {}
+    for node in gm.graph.nodes:
+        target = str(node.target) if node.op == "call_module" else None
+        found[node.name] = _Place(gm, node, target)
+    for site in sites(gm):
+        if site.is_inside:
+            found[site.target] = _Place(gm, site.node, site.target)
+    return found
 
 
 def _change(
     name: str,
-    old: Place | None,
-    new: Place | None,
+    old: _Place | None,
+    new: _Place | None,
     rules: dict[str, str],
     rows: dict[str, Any],
 ) -> NodeChange:
     place = new or old
     assert place is not None  # every name is in one of the graphs
-    scope, node = place
-    module = scope.name_of(str(node.target)) if node.op == "call_module" else None
-    before, after = _module(old), _module(new)
+    module = None if place.target is None else user_name(place.gm, place.target)
+    before, after = old and old.module, new and new.module
     status = "added" if old is None else "removed" if new is None else "unchanged"
-    if old is not None and new is not None and not _is_same(old, new, before, after):
+    if old is not None and new is not None and not _is_same(old, new):
         status = "rewritten"
     is_rewritten = status == "rewritten"
     return NodeChange(
         node=name,
         module=module,
         status=status,
-        before=_kind(old),
-        after=_kind(new),
+        before=old.kind if old is not None else None,
+        after=new.kind if new is not None else None,
         rule=rules.get(module or "") if is_rewritten else None,
         bytes_before=model_bytes(before) if before is not None else 0,
         bytes_after=model_bytes(after) if after is not None else 0,
@@ -153,27 +172,13 @@ def _change(
     )
 
 
-def _module(place: Place | None) -> nn.Module | None:
-    if place is None or place[1].op != "call_module":
-        return None
-    return place[0].gm.get_submodule(str(place[1].target))
-
-
-def _kind(place: Place | None) -> str | None:
-    if place is None:
-        return None
-    module = _module(place)
-    if isinstance(module, QuantizedLinear):
-        return f"{type(module).__name__}({module.extra_repr()})"
-    return type(module).__name__ if module is not None else type_name(place[1].target)
-
-
-def _is_same(old: Place, new: Place, before: nn.Module | None, after: nn.Module | None) -> bool:
-    if _kind(old) != _kind(new):
+def _is_same(old: _Place, new: _Place) -> bool:
+    before, after = old.module, new.module
+    if old.kind != new.kind:
         return False
     if before is not None and after is not None and before is not after:
         return _has_same_tensors(before, after)
-    return str(old[1].args) == str(new[1].args) and str(old[1].kwargs) == str(new[1].kwargs)
+    return str(old.node.args) == str(new.node.args) and str(old.node.kwargs) == str(new.node.kwargs)
 
 
 def _has_same_tensors(before: nn.Module, after: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import networkx as nx
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.graph.scopes import Scope, scopes
+from fxquant.graph.layers import user_name
 from fxquant.graph.shapes import DTYPE, MODULE_PATH, SHAPE
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.passes.rules import type_name
@@ -16,33 +16,31 @@ INFO_KEY = "fxquant_info"  # gm.meta: the record of the quantization, as plain d
 
 
 def to_networkx(gm: GraphModule, rows: dict[str, Any] | None = None) -> "nx.MultiDiGraph[str]":
-    """The graph, and graphs nested in it, for inspection.
+    """The graph, for inspection.
 
     Args:
         gm: any graph of fxquant.
         rows: figures by module name; by default those of the record that `gm` carries.
 
     Returns:
-        A node for each node of each graph, called by its name (with the path of a nested graph in
-        front), with `op`, `target`, `kind`, `module`, `scope`, `shape`, `dtype`, `bits`,
+        A node for each node of the graph, called by its name, with `op`, `target`, `kind`, `module`, `scope`, `shape`, `dtype`, `bits`,
         `parameters` and `sqnr_db` (the error it introduced; None where unknown), and an edge for
         each argument with its position or name as `argument`.
     """
     rows = measured_rows(gm) if rows is None else rows
     graph: nx.MultiDiGraph[str] = nx.MultiDiGraph(name=type(gm).__name__)
-    for scope in scopes(gm):
-        for node in scope.gm.graph.nodes:
-            graph.add_node(_name(scope, node), **describe_node(scope, node, rows))
-        for node in scope.gm.graph.nodes:
-            for argument, source in _arguments(node):
-                graph.add_edge(_name(scope, source), _name(scope, node), argument=argument)
+    for node in gm.graph.nodes:
+        graph.add_node(node.name, **describe_node(gm, node, rows))
+    for node in gm.graph.nodes:
+        for argument, source in _arguments(node):
+            graph.add_edge(source.name, node.name, argument=argument)
     return graph
 
 
-def describe_node(scope: Scope, node: Node, rows: dict[str, Any]) -> dict[str, Any]:
+def describe_node(gm: GraphModule, node: Node, rows: dict[str, Any]) -> dict[str, Any]:
     """The attributes of one node, as plain data."""
-    module = scope.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    name = scope.name_of(str(node.target)) if node.op in ("call_module", "get_attr") else None
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    name = user_name(gm, str(node.target)) if node.op in ("call_module", "get_attr") else None
     row = rows.get(name or "", {})
     return {
         "op": node.op,
@@ -89,7 +87,3 @@ def _nodes_in(path: str, value: Any) -> Iterator[tuple[str, Node]]:
     elif isinstance(value, slice):
         for part_name in ("start", "stop", "step"):
             yield from _nodes_in(f"{path}.{part_name}", getattr(value, part_name))
-
-
-def _name(scope: Scope, node: Node) -> str:
-    return f"{scope.path}.{node.name}" if scope.path else node.name

@@ -1,14 +1,15 @@
 """The table of what each quantized layer cost, from one paired run."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.analysis.paired_run import LayerErrors, PairedRun, run_paired
 from fxquant.analysis.sensitivity_report import SensitivityRow
-from fxquant.graph.scopes import sites
-from fxquant.graph.stepper import Call
+from fxquant.graph.calls import Call
+from fxquant.graph.layers import is_plain_linear, sites
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.numerics.metrics import SqnrMeter
 from fxquant.observers import Observer
@@ -28,14 +29,14 @@ def measure_rows(
         float_gm: the traced model.
         quantized_gm: its rewritten form.
         decisions: the ledger.
-        calls: batches as `(args, kwargs)`; without any, only weights are compared.
+        calls: batches; without any, only weights are compared.
         observers: the calibrated observer of each layer's input.
 
     Returns:
         One row for each quantized layer, and the paired run with the output's errors.
     """
     run = run_paired(float_gm, quantized_gm, calls)
-    linears = {s.name: s.module for s in sites(float_gm) if isinstance(s.module, nn.Linear)}
+    linears = {s.name: s.module for s in sites(float_gm) if is_plain_linear(s.module)}
     quantized = {
         s.name: s.module for s in sites(quantized_gm) if isinstance(s.module, QuantizedLinear)
     }
@@ -49,7 +50,7 @@ def measure_rows(
 
 def _row(
     decision: Decision,
-    linear: nn.Linear,
+    linear: Any,
     quantized: QuantizedLinear,
     errors: LayerErrors,
     observer: Observer | None,

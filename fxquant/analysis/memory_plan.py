@@ -8,8 +8,9 @@ from torch.fx import GraphModule, Node
 
 from fxquant.analysis.candidates import Candidate
 from fxquant.analysis.exact import dependents
+from fxquant.graph.ops import is_view
 from fxquant.graph.shapes import DTYPE, SHAPE
-from fxquant.graph.stepper import is_view, last_uses
+from fxquant.graph.stepper import last_uses
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.graph.scopes import Site, sites
-from fxquant.graph.stepper import Call, Stepper, is_rearrangement, is_tensor
+from fxquant.graph.calls import Call
+from fxquant.graph.layers import Site, is_plain_linear, layer_input, sites
+from fxquant.graph.left_alone import graph_left_alone
+from fxquant.graph.ops import is_rearrangement
+from fxquant.graph.stepper import Stepper, is_tensor
 from fxquant.graph.structures import main_output
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.numerics.metrics import SqnrMeter
+from fxquant.passes.calibrate import run_call
 
 
 @dataclass
@@ -53,7 +57,7 @@ def run_paired(
     Args:
         float_gm: the traced model.
         quantized_gm: the same graph with quantized layers; nodes have the same names.
-        calls: `(args, kwargs)` of each batch.
+        calls: the batches.
         select: picks the tensor of the model's output that is compared.
 
     Returns:
@@ -72,7 +76,7 @@ def run_paired(
         for name, linear, quantized in pairs:
             hooks.append((linear, _record(results[name])))
             hooks.append((quantized, _compare(linear, results[name], run.layers[name])))
-        with _hooks(hooks):
+        with _hooks(hooks), graph_left_alone(float_gm), graph_left_alone(quantized_gm):
             _run_side_by_side(
                 Stepper(float_gm, call), Stepper(quantized_gm, call), run, select, shared
             )
@@ -85,7 +89,7 @@ def _lone_sites(gm: GraphModule, run: PairedRun) -> list[Site]:
     for site in sites(gm):
         if site.name in run.layers:
             calls.setdefault(site.name, []).append(site)
-    return [found[0] for found in calls.values() if len(found) == 1 and not found[0].scope.path]
+    return [found[0] for found in calls.values() if len(found) == 1 and not found[0].is_inside]
 
 
 def _run_side_by_side(
@@ -130,8 +134,8 @@ def _note(run: PairedRun, node: Node, expected: Any, found: Any) -> None:
 
 def _layer_pairs(
     float_gm: GraphModule, quantized_gm: GraphModule
-) -> list[tuple[str, nn.Linear, QuantizedLinear]]:
-    linears = {s.name: s.module for s in sites(float_gm) if isinstance(s.module, nn.Linear)}
+) -> list[tuple[str, Any, QuantizedLinear]]:
+    linears = {s.name: s.module for s in sites(float_gm) if is_plain_linear(s.module)}
     found = {}
     for site in sites(quantized_gm):
         if isinstance(site.module, QuantizedLinear) and site.name in linears:
@@ -140,18 +144,21 @@ def _layer_pairs(
 
 
 def _record(results: list[Tensor]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        results.append(output)
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        results.append(output.clone())  # what runs behind the layer may write into it
 
     return hook
 
 
-def _compare(linear: nn.Linear, expected: list[Tensor], errors: LayerErrors) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        clean = expected.pop(0)  # F(x)
-        shifted = nn.functional.linear(args[0], linear.weight, linear.bias)  # F(x_q)
+def _compare(linear: Any, expected: list[Tensor], errors: LayerErrors) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        x = layer_input(args, kwargs)
+        shifted = nn.functional.linear(x, linear.weight, linear.bias)  # F(x_q)
         errors.introduced.add(shifted, output)
-        if clean.shape == output.shape:  # control flow may have taken another way
+        if not expected:  # control flow may have taken another way
+            return
+        clean = expected.pop(0)  # F(x)
+        if clean.shape == output.shape:
             errors.arrived.add(clean, shifted)
             errors.cumulative.add(clean, output)
 
@@ -160,9 +167,24 @@ def _compare(linear: nn.Linear, expected: list[Tensor], errors: LayerErrors) -> 
 
 @contextmanager
 def _hooks(hooks: list[tuple[nn.Module, Any]]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def output_sqnr(
+    float_gm: GraphModule,
+    quantized_gm: GraphModule,
+    calls: Iterable[Call],
+    select: Callable[[Any], Tensor] = main_output,
+) -> SqnrMeter:
+    """The error of the model's output alone, under the same random state on both sides."""
+    meter = SqnrMeter()
+    for index, call in enumerate(calls):
+        expected = select(run_call(float_gm, call, index))
+        meter.add(expected, select(run_call(quantized_gm, call, index)))
+    return meter

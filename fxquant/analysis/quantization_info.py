@@ -12,6 +12,7 @@ from fxquant.passes.scale_channels import FoldedScale
 from fxquant.report.tables import format_db, format_shape, text_table
 
 FEW_SAMPLES = 50
+FLOAT_SHARE = 0.1  # of the product weights: if more stays float, a warning says why
 HEADERS = (
     "module", "type", "shape", "params", "action",
     "weight\ndB", "introduced\ndB", "cumulative\ndB", "warning", "why",
@@ -30,7 +31,10 @@ class QuantizationInfo:
         decisions: the ledger: one row for each node with parameters.
         rows: what each quantized layer costs.
         calibration_samples_used: rows of the first dimension; 0 without data.
-        sqnr_db: output SQNR, float against quantized, on calibration data; None without data.
+        heldout_samples: how many of these rows chose nothing and were only measured on.
+        sqnr_db: output SQNR, float against quantized, on the rows that were held out (on all where
+            there are too few to hold any out); None without data.
+        fitted_sqnr_db: the same on the rows that chose the integers.
         original_size_mb: true bytes of the traced float model in 10⁶, tied tensors counted once.
         quantized_size_mb: the same of the quantized model.
         bits: 4, 8, or a mapping by module name.
@@ -47,7 +51,9 @@ class QuantizationInfo:
     decisions: list[Decision]
     rows: list[SensitivityRow] = field(default_factory=list)
     calibration_samples_used: int = 0
+    heldout_samples: int = 0
     sqnr_db: float | None = None
+    fitted_sqnr_db: float | None = None
     original_size_mb: float = 0.0
     quantized_size_mb: float = 0.0
     bits: int | Mapping[str, int] = 4
@@ -184,7 +190,28 @@ def _general_warnings(info: QuantizationInfo) -> list[str]:
         found.append(
             f"only {info.calibration_samples_used} calibration samples; use at least {FEW_SAMPLES}"
         )
-    coverage = info.trace.get("coverage", 1.0)
-    if coverage < 1:
-        found.append(f"only {coverage:.0%} of the linear weight is in traced graphs")
+    unverified = info.trace and not info.trace.get("verified")
+    if unverified:
+        found.append("the graph was not verified against the model: pass example inputs")
+    found += _float_products(info)
     return found
+
+
+def _float_products(info: QuantizationInfo) -> list[str]:
+    """A warning where more than a tenth of all product weights stays float: which, and why."""
+    total = sum(info.trace.get("product_elements", {}).values())
+    kept = [d for d in info.decisions if d.action == "float" and d.product is not None]
+    left = total - sum(
+        d.weight_elements for d in info.decisions if d.action != "float" and d.product is not None
+    )
+    if not total or left <= total * FLOAT_SHARE or not info.decisions:
+        return []
+    reasons: dict[str, int] = {}
+    for d in kept:
+        reasons[d.reason] = reasons.get(d.reason, 0) + d.weight_elements
+    unseen = total - sum(info.trace.get("traced_elements", {}).values())
+    if unseen > 0:
+        reasons["in modules that could not be traced"] = unseen
+    largest = sorted(reasons.items(), key=lambda item: -item[1])[:3]
+    why = "; ".join(f"{count / total:.0%}: {reason}" for reason, count in largest)
+    return [f"{left / total:.0%} of the product weights stay float ({why})"]

@@ -20,17 +20,20 @@ from fxquant.analysis.graph_view import to_networkx
 from fxquant.analysis.measured_rows import measure_rows
 from fxquant.analysis.memory_plan import plan_exact
 from fxquant.analysis.output_metric import Metric, db_of
+from fxquant.analysis.paired_run import output_sqnr
 from fxquant.analysis.rounded_layers import RoundedLayers
 from fxquant.analysis.sensitivity_report import SensitivityReport, SensitivityRow
-from fxquant.errors import check_choice
+from fxquant.errors import check_choice, check_positive_int
+from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_sharing_tensors
-from fxquant.graph.stepper import Call
+from fxquant.graph.left_alone import process_left_alone
 from fxquant.graph.structures import main_output
-from fxquant.numerics.metrics import SqnrMeter
-from fxquant.passes.calibration_data import calls, row_count
+from fxquant.passes.calibration_data import calls, check_batches
+from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import Decision, DecisionOptions, decide
 from fxquant.passes.observe_inputs import observe_inputs
 from fxquant.passes.rewrite import rewrite
+from fxquant.tracing.prepare import unwrap
 from fxquant.tracing.trace import graph_of
 
 METHODS = ("local", "exact", "gradient")
@@ -87,10 +90,31 @@ def sensitivity(
         skip_layer_names=skip_layer_names,
         skip_param_threshold=skip_param_threshold,
     )
+    check_positive_int("num_samples", num_samples)
+    with process_left_alone():
+        return _measured(
+            unwrap(model), data, options, symmetric, method, metric, select, num_samples, progress
+        )
+
+
+def _measured(
+    model: nn.Module,
+    data: Iterable[object],
+    options: DecisionOptions,
+    symmetric: bool,
+    method: str,
+    metric: Metric,
+    select: Callable[[Any], Tensor],
+    num_samples: int,
+    progress: bool | None,
+) -> SensitivityReport:
     batches = list(calls(data, model, num_samples))
-    traced = graph_of(model, *(batches[0] if batches else (None, {})))
+    check_batches(batches)
+    group_size = options.group_size
+    traced = graph_of(model, batches[0])
     gm = copy_sharing_tensors(traced, frozen=True)
     decisions = decide(gm, options)
+    check_weights(gm, [d.module for d in decisions if d.bits is not None])
     layers = RoundedLayers(group_size, symmetric)
     qmodel = rewrite(gm, decisions, layers.quantize)
     rows, run = measure_rows(gm, qmodel, decisions, batches)
@@ -137,7 +161,7 @@ class _Search:
             if method == "gradient":
                 return measure_gradient(*arguments), None
             if self.is_shown:
-                rows = max(map(row_count, self.batches), default=1)
+                rows = max((b.row_count for b in self.batches), default=1)
                 bar.write(str(plan_exact(self.gm, self.candidates, rows)), file=sys.stderr)
             return measure_exact(*arguments)
 
@@ -194,7 +218,4 @@ class _Evaluation:
             replace(d, action=actions.get(bits.get(d.module, 16), "float")) for d in self.decisions
         ]
         qmodel = rewrite(self.gm, planned, self.layers.quantize)
-        meter = SqnrMeter()
-        for args, kwargs in self.batches:
-            meter.add(self.select(self.gm(*args, **kwargs)), self.select(qmodel(*args, **kwargs)))
-        return meter.db
+        return output_sqnr(self.gm, qmodel, self.batches, self.select).db

@@ -16,11 +16,11 @@ from fxquant.cli.output import CHECK_FAILED, Output, exit_statuses
 from fxquant.cli.sources import load_data, load_graph, load_source
 from fxquant.demo.run import run_demo
 from fxquant.errors import OptionError
+from fxquant.graph.calls import Call
 from fxquant.passes.calibration_data import as_call
 from fxquant.pipeline import plan, quantize, static_quantize
 from fxquant.report.tables import format_db, format_shape, text_table
 from fxquant.serialization.files import load_model, save_model
-from fxquant.tracing.signature import ExampleInputs
 from fxquant.tracing.trace_report import trace_report
 
 MODEL_HELP = """
@@ -259,9 +259,9 @@ def _options(rules: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _example(batches: Any, model: Any) -> ExampleInputs | None:
+def _example(batches: Any, model: Any) -> Call | None:
     first = next(iter(batches), None)
-    return None if first is None else ExampleInputs(*as_call(first, model))
+    return None if first is None else as_call(first, model)
 
 
 def _require(found: float | None, needed: float) -> None:

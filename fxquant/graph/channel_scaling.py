@@ -16,18 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxquant.graph.scale_rules import (
-    HOMOGENEOUS,
-    CannotScaleError,
-    Values,
-    compress,
-    is_sum,
-    op_name,
-    pull,
-    push,
-)
-from fxquant.graph.scopes import Scope, scopes, tensor_attribute, user_name
-from fxquant.graph.stepper import Call, bind_inputs
+from fxquant.graph.calls import Call
+from fxquant.graph.layers import tensor_attribute, user_name
+from fxquant.graph.left_alone import left_alone, process_left_alone
+from fxquant.graph.ops import op_name, op_of
+from fxquant.graph.scale_rules import CannotScaleError, Values, compress, is_sum, pull, push
+from fxquant.graph.shapes import input_values
 from fxquant.graph.structures import tensors_in
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -234,7 +228,7 @@ class _Search:
             self._scale(node, module.weight, last[None], divides=True)
         else:
             kind = type(module).__name__
-            name = user_name(str(node.target))
+            name = user_name(self.finder.gm, str(node.target))
             raise CannotScaleError(f"{kind} {name} has no weight for the scale")
 
     def _read(self, user: Node, node: Node, label: Tensor) -> None:
@@ -258,17 +252,21 @@ class _Search:
         last = _last_axis(label)
         if not isinstance(module, nn.Linear) or last is None:
             kind = type(module).__name__
-            raise CannotScaleError(f"{kind} {user_name(str(user.target))} reads {node.name} too")
+            raise CannotScaleError(
+                f"{kind} {user_name(self.finder.gm, str(user.target))} reads {node.name} too"
+            )
         last = last.expand(module.in_features)
         self._scale(user, module.weight, last[None], divides=False)
-        self.readers.append((user_name(str(user.target)), module, last))
+        self.readers.append((user_name(self.finder.gm, str(user.target)), module, last))
 
     def _scale_attribute(self, node: Node, label: Tensor, offset: float = 0.0) -> None:
         value = tensor_attribute(self.finder.gm, node)
         if not isinstance(value, nn.Parameter):
-            raise CannotScaleError(f"{user_name(str(node.target))} is no parameter")
+            raise CannotScaleError(f"{user_name(self.finder.gm, str(node.target))} is no parameter")
         if len(node.users) > 1:
-            raise CannotScaleError(f"{user_name(str(node.target))} is used in several places")
+            raise CannotScaleError(
+                f"{user_name(self.finder.gm, str(node.target))} is used in several places"
+            )
         while label.ndim > value.ndim:
             label = label[0]
         self._scale(node, value, label, divides=True, offset=offset)
@@ -282,7 +280,7 @@ class _Search:
         divides: bool,
         offset: float = 0.0,
     ) -> None:
-        name = user_name(str(node.target))
+        name = user_name(self.finder.gm, str(node.target))
         if self.finder.readings[id(parameter)] > 1:
             raise CannotScaleError(f"a parameter of {name} is used in several places")
         self.edits.append(Edit(name, parameter, label, divides, offset))
@@ -304,7 +302,7 @@ def _shifted_parameter(node: Node) -> tuple[Node, float] | None:
     numbers = [a for a in node.args if isinstance(a, int | float)]
     source: Any = next((a for a in node.args if isinstance(a, Node)), None)
     while isinstance(source, Node) and source.op != "get_attr" and len(source.users) == 1:
-        is_cast = source.op != "call_module" and op_name(source) in HOMOGENEOUS
+        is_cast = source.op != "call_module" and op_of(source).scale == "homogeneous"
         source = source.args[0] if is_cast and source.args else None
     if len(numbers) != 1 or not isinstance(source, Node) or source.op != "get_attr":
         return None
@@ -314,19 +312,18 @@ def _shifted_parameter(node: Node) -> tuple[Node, float] | None:
 def _count_readings(gm: GraphModule) -> Mapping[int, int]:
     """How often each parameter is used: by nodes, and under how many names."""
     nodes: Counter[int] = Counter()
-    for scope in scopes(gm):
-        for node in scope.gm.graph.nodes:
-            for parameter in _parameters_of(scope, node):
-                nodes[id(parameter)] += 1
+    for node in gm.graph.nodes:
+        for parameter in _parameters_of(gm, node):
+            nodes[id(parameter)] += 1
     names = Counter(id(p) for _, p in gm.named_parameters(remove_duplicate=False))
     return Counter({key: max(nodes[key], names[key]) for key in nodes | names})
 
 
-def _parameters_of(scope: Scope, node: Node) -> list[Any]:
+def _parameters_of(gm: GraphModule, node: Node) -> list[Any]:
     if node.op == "get_attr":
-        return [tensor_attribute(scope.gm, node)]
+        return [tensor_attribute(gm, node)]
     if node.op == "call_module":
-        return list(scope.gm.get_submodule(str(node.target)).parameters())
+        return list(gm.get_submodule(str(node.target)).parameters())
     return []
 
 
@@ -347,8 +344,7 @@ class _Observer(Interpreter):
 
 @torch.no_grad()
 def _observe(gm: GraphModule, call: Call) -> Values:
-    inputs = bind_inputs(gm, call)
-    names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
     observer = _Observer(gm)
-    observer.run(*[inputs.get(name) for name in names])
+    with process_left_alone(), left_alone(gm):
+        observer.run(*input_values(gm, call.clone()))
     return Values(observer.shapes, observer.others)

@@ -1,22 +1,11 @@
 """Where a layer's output is added to something: the sum is what later layers see."""
 
-import operator
-
-import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-aten = torch.ops.aten
-# Ops that, in evaluation, give their first argument element by element in the same order.
-KEEPING = (
-    F.dropout, aten.dropout.default, aten.contiguous.default, aten.clone.default,
-    torch.reshape, aten.view.default, aten.reshape.default, aten._unsafe_view.default,
-    "view", "reshape", "contiguous", "clone",
-)  # fmt: skip
+from fxquant.graph.ops import is_addition, is_random, op_of
+
 KEEPING_MODULES = (nn.Dropout, nn.Identity)
-ADDITIONS = (operator.add, operator.iadd, torch.add, aten.add.Tensor, aten.add_.Tensor, "add",
-             "add_", "__add__")  # fmt: skip
 
 
 def added_to(gm: GraphModule, node: Node) -> Node | None:
@@ -40,8 +29,7 @@ def added_to(gm: GraphModule, node: Node) -> Node | None:
             value = user
             continue
         operands = [a for a in user.args if isinstance(a, Node)]
-        is_sum = user.target in ADDITIONS and not user.kwargs and len(user.args) == 2
-        if not is_sum or len(operands) != 2 or operands[0] is operands[1]:
+        if not is_addition(user) or len(operands) != 2 or operands[0] is operands[1]:
             return None
         return operands[1] if operands[0] is value else operands[0]
     return None
@@ -52,4 +40,4 @@ def _keeps(gm: GraphModule, user: Node, value: Node) -> bool:
         return False
     if user.op == "call_module":
         return isinstance(gm.get_submodule(str(user.target)), KEEPING_MODULES)
-    return user.target in KEEPING
+    return op_of(user).keeps and not is_random(user)

@@ -1,4 +1,4 @@
-"""The one table of ops through which a scale of channels passes: to support an op, add a row.
+"""How a scale of channels passes through ops, by the column `scale` of the table of ops.
 
 A label says which channel scales each element of a value: an integer tensor that broadcasts to the
 value's shape, with -1 where nothing is scaled. Two ways lead through an op: from its output back to
@@ -14,28 +14,10 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-# Positive scales pass: f(x · s) = f(x) · s.
-HOMOGENEOUS = frozenset(
-    ("relu", "relu_", "leaky_relu", "neg", "abs", "dropout", "contiguous", "clone", "detach", "to",
-     "float", "half", "bfloat16", "type", "type_as", "alias", "_to_copy", "lift_fresh_copy")
-)  # fmt: skip
-PRODUCTS = frozenset(("mul", "imul", "mul_", "multiply"))
-QUOTIENTS = frozenset(("div", "div_", "truediv", "divide"))
-SUMS = frozenset(("add", "iadd", "add_", "sub", "isub", "sub_", "subtract"))
-MATRIX_PRODUCTS = frozenset(("matmul", "bmm"))
-ATTENTION = "scaled_dot_product_attention"
-SPLITS = frozenset(("split", "chunk", "unbind", "split_with_sizes", "tensor_split"))
+from fxquant.graph.ops import op_name, op_of
+
+MOVES = ("move", "split")
 NORMS = {"layer_norm": (2, 3), "rms_norm": (2,)}  # where weight and bias are among the arguments
-# Ask for sizes and the like, which no scale changes.
-INQUIRIES = frozenset(
-    ("size", "sym_size", "dim", "ndimension", "numel", "sym_numel", "len", "is_floating_point",
-     "get_device", "expect_constant")
-)  # fmt: skip
-MOVES = SPLITS | {
-    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "t",
-    "numpy_T", "swapaxes", "swapdims", "movedim", "squeeze", "unsqueeze", "expand", "expand_as",
-    "repeat_interleave", "slice", "select", "getitem", "narrow", "index_select", "getattr",
-}  # fmt: skip
 
 
 class CannotScaleError(Exception):
@@ -55,21 +37,9 @@ class Values:
     others: Mapping[Node, Any]
 
 
-def op_name(node: Node) -> str:
-    """The op's short name, the same for functions, methods and their aten forms.
-
-    >>> graph = torch.fx.Graph()
-    >>> op_name(graph.call_function(torch.ops.aten.mul.Tensor, (graph.placeholder("x"), 2)))
-    'mul'
-    """
-    if node.op == "call_method":
-        return str(node.target)
-    return str(getattr(node.target, "__name__", node.target)).split(".")[0]
-
-
 def is_sum(node: Node) -> bool:
     """Whether `node` adds or subtracts without further options."""
-    return op_name(node) in SUMS and not node.kwargs and len(node.args) == 2
+    return op_of(node).scale == "sum" and not node.kwargs and len(node.args) == 2
 
 
 def compress(label: Tensor) -> Tensor:
@@ -98,31 +68,31 @@ def pull(
     Raises:
         CannotScaleError: no operand can carry it.
     """
-    name = op_name(node)
+    name, rule = op_name(node), op_of(node).scale
     operands = [a for a in node.args if isinstance(a, Node) and a in values.shapes]
-    if name in HOMOGENEOUS and operands:
+    if rule == "homogeneous" and operands:
         return [[(operands[0], label)]]
-    if name in PRODUCTS and len(set(operands)) == len(operands):
+    if rule == "product" and len(set(operands)) == len(operands):
         fitting = [o for o in operands if _fits(label, values.shapes[o])]
         return [[(o, _cut(label, values.shapes[o]))] for o in fitting]
-    if name in QUOTIENTS and operands[:1] == [node.args[0]]:
+    if rule == "quotient" and operands[:1] == [node.args[0]]:
         return [[(operands[0], label)]] if _fits(label, values.shapes[operands[0]]) else []
     if is_sum(node) and len(operands) == 2:
         fit = all(_fits(label, values.shapes[o]) for o in operands)
         labelled = [(o, _cut(label, values.shapes[o])) for o in dict.fromkeys(operands)]
         return [labelled] if fit else []
-    if name in NORMS:
+    if rule == "norm":
         found = [
             _argument(node, i, n) for i, n in zip(NORMS[name], ("weight", "bias"), strict=False)
         ]
         affine = [n for n in found if isinstance(n, Node)]
         return [[(n, label.flatten()) for n in affine]] if found[0] in affine else []
-    if name in MATRIX_PRODUCTS and len(operands) == 2:
+    if rule == "matmul" and len(operands) == 2:
         return [[_pull_matmul(label, operands, values)]]
-    if name == ATTENTION:
+    if rule == "attention":
         value = _argument(node, 2, "value")
         return [[(value, _pull_attention(node, label, values.shapes[value], tie))]]
-    if name in MOVES:
+    if rule in MOVES:
         source = _moved(node)
         if source in values.shapes:
             return [[(source, _pull_moved(node, source, label, values, tie))]]
@@ -135,23 +105,23 @@ def push(node: Node, operand: Node, label: Tensor, values: Values) -> list[tuple
     Raises:
         CannotScaleError: the op does not commute with the scale.
     """
-    name = op_name(node)
-    if name in INQUIRIES or (name == "getattr" and node not in values.shapes):
+    name, rule = op_name(node), op_of(node).scale
+    if rule == "inquiry" or (name == "getattr" and node not in values.shapes):
         return []
     uses = [a for a in node.args if a is operand]
     is_plain = len(uses) == 1 and operand not in node.kwargs.values()
     is_first = bool(node.args) and node.args[0] is operand
     if is_plain and (
-        (name in HOMOGENEOUS | QUOTIENTS and is_first) or name in PRODUCTS or is_sum(node)
+        (rule in ("homogeneous", "quotient") and is_first) or rule == "product" or is_sum(node)
     ):
         return [(node, _raise_rank(label, len(values.shapes[node])))]
-    if is_plain and name in MATRIX_PRODUCTS:
+    if is_plain and rule == "matmul":
         inner = -1 if is_first else -2
         if label.ndim >= 2 and label.shape[inner] == 1:
             return [(node, _raise_rank(label, len(values.shapes[node])))]
-    if name == ATTENTION and _argument(node, 2, "value") is operand and is_plain:
+    if rule == "attention" and _argument(node, 2, "value") is operand and is_plain:
         return [(node, _push_attention(node, label, values))]
-    if is_plain and name in MOVES and _moved(node) is operand:
+    if is_plain and rule in MOVES and _moved(node) is operand:
         return _push_moved(node, operand, label, values)
     raise CannotScaleError(f"{name} ({node.name}) reads it too and does not commute with a scale")
 
@@ -225,7 +195,7 @@ def _push_attention(node: Node, label: Tensor, values: Values) -> Tensor:
 def _moved(node: Node) -> Any:
     """The value whose elements `node` moves: for a part of a split, what was split."""
     source = node.args[0] if node.args else None
-    if op_name(node) == "getitem" and isinstance(source, Node) and op_name(source) in SPLITS:
+    if op_name(node) == "getitem" and isinstance(source, Node) and op_of(source).scale == "split":
         return source.args[0]
     return source
 
@@ -273,7 +243,7 @@ def _push_moved(
     node: Node, operand: Node, label: Tensor, values: Values
 ) -> list[tuple[Node, Tensor]]:
     full = label.expand(values.shapes[operand]).flatten()
-    parts = list(node.users) if op_name(node) in SPLITS else [node]
+    parts = list(node.users) if op_of(node).scale == "split" else [node]
     found = []
     for part in parts:
         if part is not node and op_name(part) != "getitem":

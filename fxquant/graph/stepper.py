@@ -1,4 +1,8 @@
-"""Running a graph node by node, with values freed after their last use."""
+"""Running a graph node by node, with values freed after their last use.
+
+Each node runs once and in order on values of its own call, so what a node writes in place is seen
+by the nodes behind it, as in the model, and by nobody else.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,26 +11,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from fxquant.graph.calls import Call
+from fxquant.graph.left_alone import left_alone
+from fxquant.graph.ops import is_foreign, is_random
+from fxquant.graph.shapes import input_values
 from fxquant.graph.structures import tensors_in
-
-REARRANGEMENTS = frozenset(
-    ("view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "unflatten",
-     "t", "contiguous", "detach", "numpy_T", "alias")
-)  # fmt: skip
-VIEWS = REARRANGEMENTS | {
-    "expand", "chunk", "split", "slice", "select", "to", "getitem", "unbind"
-}  # fmt: skip
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def bind_inputs(gm: GraphModule, call: Call) -> dict[str, Any]:
-    """The value of each placeholder for one call, defaults included."""
-    args, kwargs = call
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    values = {str(n.target): n.args[0] for n in placeholders if n.args}
-    values |= dict(zip((str(n.target) for n in placeholders), args, strict=False))
-    return values | kwargs
 
 
 class Stepper:
@@ -40,16 +29,32 @@ class Stepper:
     def __init__(self, gm: GraphModule, call: Call) -> None:
         self.gm = gm
         self.nodes = list(gm.graph.nodes)
-        self.inputs = bind_inputs(gm, call)
+        own = call.clone()  # the graph may write into its inputs
+        names = [n.name for n in self.nodes if n.op == "placeholder"]
+        self.inputs = dict(zip(names, input_values(gm, own), strict=True))
         self.interpreter = Interpreter(gm, garbage_collect_values=False)
         self.last_use = last_uses(self.nodes)
+        self.opaque = {
+            n: module
+            for n in self.nodes
+            if n.op == "call_module" and is_foreign(module := gm.get_submodule(str(n.target)))
+        }
+        self.drawing = {n: i for i, n in enumerate(self.nodes) if is_random(n) or n in self.opaque}
 
     @torch.no_grad()
     def compute(self, node: Node, values: dict[Node, Any]) -> Any:
-        """The value of `node`, from the values of its arguments."""
+        """The value of `node`, from the values of its arguments.
+
+        What draws random numbers draws the same at the same place of another run.
+        """
         if node.op == "placeholder":
-            return self.inputs[str(node.target)]
+            return self.inputs[node.name]
+        if node in self.drawing:
+            torch.manual_seed(self.drawing[node])
         self.interpreter.env = values
+        if node in self.opaque:  # batches that take turns must not see each other's state
+            with left_alone(self.opaque[node]):
+                return self.interpreter.run_node(node)
         return self.interpreter.run_node(node)
 
     def free(self, values: dict[Node, Any], before: int) -> None:
@@ -113,20 +118,3 @@ class HeldBytes:
 def is_tensor(value: Any) -> bool:
     """Whether `value` is a floating tensor, the kind that can be compared."""
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def is_rearrangement(node: Node) -> bool:
-    """Whether the op only moves all elements of its first argument."""
-    return _op_name(node) in REARRANGEMENTS
-
-
-def is_view(node: Node) -> bool:
-    """Whether the op's result mostly lies in the memory of its first argument."""
-    return _op_name(node) in VIEWS
-
-
-def _op_name(node: Node) -> str:
-    if node.op == "call_method":
-        return str(node.target)
-    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-    return str(name).split(".")[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -9,7 +10,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from fxquant.errors import TraceError
+from fxquant.errors import ShapeError, TraceError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,15 +34,20 @@ class OutputDict(dict[str, Any]):
     """A model's named outputs: by key, by attribute, or by position.
 
     Stands in for classes such as Hugging Face's `ModelOutput`, which a saved graph must not need.
+    As there, outputs that are None are no keys, but attributes that can be asked for.
 
     >>> output = OutputDict(logits=1, loss=2)
     >>> output.logits, output["loss"], output[0], output.to_tuple()
     (1, 2, 1, (1, 2))
     """
 
+    absent: tuple[str, ...] = ()
+
     def __getattr__(self, name: str) -> Any:
         if name in self:
             return self[name]
+        if name in self.absent:
+            return None
         raise AttributeError(f"no output named {name!r}; there are {sorted(self)}")
 
     def __getitem__(self, key: str | int | slice) -> Any:
@@ -54,8 +60,21 @@ class OutputDict(dict[str, Any]):
 
 @graph_function
 def output_dict(**outputs: Any) -> OutputDict:
-    """Build a model's named outputs."""
-    return OutputDict(outputs)
+    """Build a model's named outputs; those that are None become `absent`."""
+    made = OutputDict({name: value for name, value in outputs.items() if value is not None})
+    made.absent = tuple(name for name, value in outputs.items() if value is None)
+    return made
+
+
+@graph_function
+def named_tuple(class_name: str, fields: tuple[str, ...], *values: Any) -> Any:
+    """Build a named tuple, in place of a class that a saved graph must not need."""
+    return _tuple_class(class_name, tuple(fields))(*values)
+
+
+@functools.cache
+def _tuple_class(class_name: str, fields: tuple[str, ...]) -> Any:
+    return namedtuple(class_name, fields, rename=True)  # type: ignore[misc]
 
 
 @graph_function
@@ -70,17 +89,40 @@ def expect_constant(value: object, traced: object, name: str) -> None:
         )
 
 
-torch.fx.node.has_side_effect(expect_constant)
+@graph_function
+def expect_shape(holds: object, text: str, *sizes: object) -> None:
+    """Raise a `ShapeError` where the graph was not traced for the sizes of its inputs.
+
+    Args:
+        holds: whether it was.
+        text: the condition in words; each `{}` in it stands for one of `sizes`.
+        sizes: of the inputs.
+    """
+    if not holds:
+        found, _, needed = text.partition("|")
+        raise ShapeError(
+            found.format(*sizes),
+            found="an input for which this graph was not traced",
+            needed=needed,
+            remedy="Pass other inputs, or trace again with an example of this size.",
+        )
+
+
+for _function in (expect_constant, expect_shape):
+    torch.fx.node.has_side_effect(_function)
+
+
+def is_named_tuple(value: object) -> bool:
+    """Whether `value` is a named tuple."""
+    return isinstance(value, tuple) and hasattr(value, "_fields")
 
 
 def named_fields(value: object) -> dict[str, Any] | None:
-    """The fields of a dict subclass, a dataclass or a named tuple; None for anything else."""
-    if isinstance(value, Mapping) and type(value) is not dict:
-        return dict(value)
+    """The fields of a dict subclass or a dataclass; None for anything else."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return dict(zip(value._fields, value, strict=True))
+    if isinstance(value, Mapping) and type(value) is not dict:
+        return dict(value)
     return None
 
 

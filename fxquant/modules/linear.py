@@ -31,7 +31,7 @@ class QuantizedLinear(nn.Module):
         check_choice("activation", activation, ACTIVATIONS)
         self.in_features, self.out_features = in_features, out_features
         self._activation = activation
-        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     @property
     def weight(self) -> Tensor:

@@ -9,14 +9,10 @@ from torch import nn
 from tqdm import tqdm
 
 from fxquant.errors import CalibrationError, check_positive_int
+from fxquant.graph.calls import Call
+from fxquant.graph.left_alone import graph_left_alone, process_left_alone
 from fxquant.observers import Observer
-from fxquant.passes.calibration_data import (
-    Call,
-    calls,
-    describe,
-    describe_inputs,
-    row_count,
-)
+from fxquant.passes.calibration_data import calls, describe_inputs
 
 
 def calibrate(
@@ -52,12 +48,12 @@ def calibrate(
     name_observers(observed)
     observers = [m for m in observed.modules() if isinstance(m, Observer)]
     used = 0
-    with _evaluating(observed):
+    with process_left_alone(), _evaluating(observed):
         for index, call in enumerate(_with_progress(data, observed, num_samples, progress)):
             for observer in observers:
                 observer.batch = index
             run_call(observed, call, index)
-            used += row_count(call)
+            used += call.row_count
     if not used:
         raise CalibrationError(
             "calibration data",
@@ -72,21 +68,21 @@ def calibrate(
 
 
 def run_call(model: nn.Module, call: Call, index: int) -> object:
-    """Run one batch without gradients.
+    """Run one batch without gradients, on a clone: a forward may write into its inputs.
 
     Raises:
         CalibrationError: the model does not accept it.
     """
-    args, kwargs = call
     try:
-        with torch.no_grad():
-            return model(*args, **kwargs)
+        torch.manual_seed(index)  # a model that draws random numbers draws the same in each pass
+        with graph_left_alone(model):
+            return call.run(model)
     except CalibrationError:
         raise
     except Exception as error:  # a model may raise anything at all
         raise CalibrationError(
             f"calibration batch {index}",
-            found=f"that the model raises {type(error).__name__}: {error} on {describe(call)}",
+            found=f"that the model raises {type(error).__name__}: {error} on {call.describe()}",
             needed=f"a batch that {describe_inputs(model)} accepts",
             remedy="Yield the arguments of the model's forward, by position or by name.",
         ) from error

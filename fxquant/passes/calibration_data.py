@@ -1,21 +1,21 @@
-"""Calibration data in any of the forms people have it, as calls of the model."""
+"""Calibration data in any of the forms people have it, as calls of a model."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fxquant.errors import CalibrationError
+from fxquant.graph.calls import Call
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def as_call(item: object, model: nn.Module | None = None) -> Call:
-    """The `(args, kwargs)` of one item.
+    """The call that one item stands for.
 
     Args:
         item: a tensor (one argument), a tuple or list (positional arguments) or a mapping
@@ -26,16 +26,15 @@ def as_call(item: object, model: nn.Module | None = None) -> Call:
     Raises:
         CalibrationError: the item is of another type, or has a key that `model` does not take.
     """
-    if isinstance(item, Tensor):
-        return (item,), {}
+    if isinstance(item, Tensor | Call):
+        return Call.of(item)
     if isinstance(item, Mapping):
-        kwargs = dict(item)
         if model is not None:
-            _check_names(kwargs, model)
-        return (), kwargs
+            _check_names(item, model)
+        return Call.of(item)
     if isinstance(item, tuple | list):
         is_pair = len(item) == 2 and model is not None and _has_one_input(model)
-        return (tuple(item[:1]) if is_pair else tuple(item)), {}
+        return Call.of(item[:1] if is_pair else item)
     raise CalibrationError(
         "calibration data",
         found=f"an item of type {type(item).__name__}",
@@ -60,38 +59,16 @@ def calls(
         if left is None:
             yield call
             continue
-        rows = row_count(call)
-        yield call if rows <= left else _cut(call, rows, left)
-        left -= rows
+        yield call.rows(0, min(call.row_count, left))
+        left -= call.row_count
         if left <= 0:
             return
-
-
-def row_count(call: Call) -> int:
-    """The size of the first dimension of the first tensor; a scalar counts as one."""
-    tensors = (value for value in pytree.tree_leaves(call) if isinstance(value, Tensor))
-    first = next(tensors, None)
-    return first.shape[0] if first is not None and first.ndim else 1
-
-
-def describe(call: Call) -> str:
-    """The shapes of a call's tensors, for messages."""
-    named = [*enumerate(call[0]), *call[1].items()]
-    return ", ".join(f"{name}: {_shapes(value)}" for name, value in named)
 
 
 def describe_inputs(model: nn.Module) -> str:
     """The model's signature without annotations, for messages."""
     plain = [p.replace(annotation=p.empty) for p in _parameters(model)]
     return f"forward{inspect.Signature(plain)}"
-
-
-def _shapes(value: object) -> object:
-    if isinstance(value, Tensor):
-        return list(value.shape)
-    if isinstance(value, tuple | list):
-        return f"({', '.join(str(_shapes(v)) for v in value)})"
-    return type(value).__name__
 
 
 def _items(data: Iterable[object]) -> Iterator[object]:
@@ -103,17 +80,6 @@ def _items(data: Iterable[object]) -> Iterator[object]:
             remedy="Put a single batch into a list: [batch].",
         )
     return iter(data)
-
-
-def _cut(call: Call, rows: int, keep: int) -> Call:
-    """The first `keep` rows of each tensor that has as many as the batch."""
-
-    def cut(value: Any) -> Any:
-        has_rows = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
-        return value[:keep] if has_rows else value
-
-    args, kwargs = call
-    return pytree.tree_map(cut, args), pytree.tree_map(cut, kwargs)
 
 
 def _parameters(model: nn.Module) -> list[inspect.Parameter]:
@@ -141,3 +107,29 @@ def _check_names(kwargs: Mapping[str, Any], model: nn.Module) -> None:
             needed=f"keys among {accepted}",
             remedy="Leave the others out of the batches; labels are not needed to calibrate.",
         )
+
+
+def check_batches(batches: Sequence[Call]) -> None:
+    """Refuse data that can measure nothing.
+
+    Raises:
+        CalibrationError: there are no rows, or a value is NaN; the batch is named.
+    """
+    if not sum(call.row_count for call in batches):
+        raise CalibrationError(
+            "calibration data",
+            found="no samples",
+            needed="at least one batch with a row",
+            remedy="Pass representative inputs; a generator that was used up must be made anew.",
+        )
+    for index, call in enumerate(batches):
+        for path, value in call.leaves():
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                continue
+            if torch.isnan(value).any():
+                raise CalibrationError(
+                    f"calibration batch {index}, argument {path}",
+                    found="NaN",
+                    needed="numbers",
+                    remedy="Remove or repair the samples with missing values.",
+                )

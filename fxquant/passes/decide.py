@@ -1,4 +1,4 @@
-"""Decide: rules over the weighted nodes of a graph make the ledger. No weight is touched.
+"""Decide: rules over the nodes with parameters of a graph make the table of decisions. No weight is touched.
 
 The first rule of this list that applies decides:
 
@@ -13,14 +13,15 @@ The first rule of this list that applies decides:
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.errors import OptionError, check_positive_int
-from fxquant.graph.weighted import WeightedNode, weighted_nodes
+from fxquant.graph.layers import is_plain_linear
+from fxquant.graph.parameters import ParameterNode, memory_of, parameter_nodes
 from fxquant.passes.rules import (
     DEFAULT_INT4_SKIP,
     NameRule,
@@ -47,6 +48,8 @@ class Decision:
         action: `"int4"`, `"int8"` or `"float"`.
         rule: which rule decided.
         reason: why, in words.
+        product: the kind of product that the weight is a factor of, or None.
+        weight_elements: elements of that weight; 0 without a product.
     """
 
     module: str
@@ -56,6 +59,8 @@ class Decision:
     action: str
     rule: str
     reason: str
+    product: str | None = None
+    weight_elements: int = 0
 
     @property
     def bits(self) -> int | None:
@@ -74,7 +79,6 @@ class DecisionOptions:
     skip_layer_types: Sequence[Any] | None = None
     skip_layer_names: Sequence[str] | None = None
     skip_param_threshold: int | None = None
-    quantizable: tuple[type[nn.Module], ...] = field(default=(nn.Linear,))
 
     def __post_init__(self) -> None:
         check_positive_int("group_size", self.group_size)
@@ -99,12 +103,11 @@ class DecisionOptions:
                 remedy="Pass 0 to quantize layers of every size.",
             )
         for kind in self.layer_types or ():
-            if not any(is_type_match(kind, q) for q in self.quantizable):
-                names = ", ".join(q.__name__ for q in self.quantizable)
+            if not is_type_match(kind, nn.Linear):
                 raise OptionError(
                     "layer_types",
                     found=type_name(kind),
-                    needed=f"types that have an integer kernel: {names}",
+                    needed="a type that has an integer kernel: Linear",
                     remedy="Leave layer_types out to quantize all of them.",
                 )
         for argument in ("modules_to_not_convert", "skip_layer_names"):
@@ -130,12 +133,12 @@ def decide(gm: GraphModule, options: DecisionOptions) -> list[Decision]:
     Raises:
         RuleError: a rule that the caller wrote selects nothing.
     """
-    nodes = weighted_nodes(gm)
+    nodes = parameter_nodes(gm)
     _check_rules(nodes, options)
     float_weights = {
-        id(p): node.name
+        memory_of(p): node.name
         for node in nodes
-        if not _is_quantizable(node, options) or _skipped_type(node, options)
+        if node.is_lookup or not _is_quantizable(node, options) or _skipped_type(node, options)
         for p in node.parameters
     }
     return [_decide_node(node, options, float_weights) for node in nodes]
@@ -149,7 +152,7 @@ def add_notes(decisions: Iterable[Decision], notes: Mapping[str, str]) -> list[D
     ]
 
 
-def _check_rules(nodes: list[WeightedNode], options: DecisionOptions) -> None:
+def _check_rules(nodes: list[ParameterNode], options: DecisionOptions) -> None:
     names = [node.name for node in nodes]
     kinds = [node.kind for node in nodes]
     check_names_match("modules_to_not_convert", options.modules_to_not_convert or (), names)
@@ -161,15 +164,21 @@ def _check_rules(nodes: list[WeightedNode], options: DecisionOptions) -> None:
 
 
 def _decide_node(
-    node: WeightedNode, options: DecisionOptions, float_weights: dict[int, str]
+    node: ParameterNode, options: DecisionOptions, float_weights: dict[int, str]
 ) -> Decision:
     action, rule, reason = _first_rule(node, options, float_weights)
     kind = type_name(node.kind)
-    return Decision(node.name, kind, node.shape, node.parameter_count, action, rule, reason)
+    elements = 0
+    if node.product is not None:
+        elements = sum(p.numel() for p in node.parameters if p.ndim >= 2)
+    return Decision(
+        node.name, kind, node.shape, node.parameter_count, action, rule, reason,
+        node.product, elements,
+    )  # fmt: skip
 
 
 def _first_rule(
-    node: WeightedNode, options: DecisionOptions, float_weights: dict[int, str]
+    node: ParameterNode, options: DecisionOptions, float_weights: dict[int, str]
 ) -> tuple[str, str, str]:
     if node.is_opaque:
         return "float", "opaque", "it runs inside a module that could not be traced"
@@ -184,8 +193,10 @@ def _first_rule(
     if kind is not None:
         _, origin = _with_origin(options.skip_layer_types, "skip_types")
         return "float", f"{origin}: {type_name(kind)}", "type is skipped"
+    if node.is_lookup:
+        return "float", "default: skip_types", "its rows are looked up, as in an embedding"
     if not _is_quantizable(node, options):
-        return "float", "op table", f"no integer kernel for {type_name(node.kind)}"
+        return "float", "op table", _why_not(node)
     if options.layer_types is not None and not any(
         is_type_match(kind, node.kind) for kind in options.layer_types
     ):
@@ -194,14 +205,14 @@ def _first_rule(
     if bits == FLOAT_BITS:
         return "float", rule, reason
     is_explicit = isinstance(options.bits, Mapping) or options.skip_layer_names is not None
-    tied = float_weights.get(id(node.parameters[0]))
+    tied = float_weights.get(memory_of(node.parameters[0]))
     if tied is not None and not is_explicit:
         return "float", "default: tied weight", f"its weight is shared with {tied}, which is float"
     return _by_size(node, options, bits, rule, reason)
 
 
 def _by_size(
-    node: WeightedNode, options: DecisionOptions, bits: int, rule: str, reason: str
+    node: ParameterNode, options: DecisionOptions, bits: int, rule: str, reason: str
 ) -> tuple[str, str, str]:
     threshold = options.skip_param_threshold
     origin = "skip_param_threshold"
@@ -216,7 +227,7 @@ def _by_size(
     return ACTIONS[bits], rule, reason
 
 
-def _bits_of(node: WeightedNode, options: DecisionOptions) -> tuple[int, str, str]:
+def _bits_of(node: ParameterNode, options: DecisionOptions) -> tuple[int, str, str]:
     if not isinstance(options.bits, Mapping):
         return options.bits, "default", "a linear layer"
     if node.name in options.bits:
@@ -231,11 +242,28 @@ def _bits_of(node: WeightedNode, options: DecisionOptions) -> tuple[int, str, st
     )
 
 
-def _is_quantizable(node: WeightedNode, options: DecisionOptions) -> bool:
-    return isinstance(node.module, options.quantizable) and not node.is_opaque
+def _why_not(node: ParameterNode) -> str:
+    """Why there is no way to quantize a node, in words."""
+    sizes = " x ".join(map(str, node.shape))
+    match node.product:
+        case "expert":
+            experts, *matrix = node.shape
+            each = " x ".join(map(str, matrix))
+            return f"3-D expert weights ({experts} experts of {each}): not quantized"
+        case "linear" if node.module is not None:
+            return f"{type_name(node.kind)} computes more than a linear layer"
+        case "linear":
+            return f"{type_name(node.kind)} uses this weight ({sizes}) in a form that is no layer"
+        case None:
+            return f"no integer kernel for {type_name(node.kind)}"
+    return f"{node.product} weights ({sizes}): not quantized"
 
 
-def _skipped_type(node: WeightedNode, options: DecisionOptions) -> Any:
+def _is_quantizable(node: ParameterNode, options: DecisionOptions) -> bool:
+    return node.module is not None and is_plain_linear(node.module) and not node.is_opaque
+
+
+def _skipped_type(node: ParameterNode, options: DecisionOptions) -> Any:
     types, _ = _with_origin(options.skip_layer_types, "skip_types")
     return next((kind for kind in types if is_type_match(kind, node.kind)), None)
 

@@ -3,7 +3,8 @@
 before: `fc = self.fc(x)`
 after:  `x_observer = self.x_observer(x); fc = self.fc(x_observer)`
 
-One observer watches each value that enters linear layers, however many of them it feeds.
+One observer watches each value that enters linear layers, however many of them it feeds. Layers
+inside an opaque module have no nodes: their ranges are found while the model runs.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.copying import copy_sharing_tensors
-from fxquant.graph.scopes import finish, sites
+from fxquant.graph.layers import finish, free_name, is_plain_linear, sites
 from fxquant.graph.shapes import MODULE_PATH
 from fxquant.observers import Observer, create_observer
 
@@ -35,14 +36,14 @@ def insert_observers(gm: GraphModule, observer: str = "minmax", **options: Any) 
     create_observer(observer, **options)  # a wrong name fails even where nothing is observed
     observed = copy_sharing_tensors(gm)
     for site in list(sites(observed)):
-        if not isinstance(site.module, nn.Linear) or not isinstance(site.node.args[0], Node):
+        source = site.input
+        if not is_plain_linear(site.module) or source is None:
             continue
-        source = site.node.args[0]
-        if isinstance(_module_of(site.scope.gm, source), Observer):
+        if isinstance(_module_of(observed, source), Observer):
             continue
-        existing = _observer_of(site.scope.gm, source)
+        existing = _observer_of(observed, source)
         if existing is None:
-            existing = _insert(site.scope.gm, source, create_observer(observer, **options))
+            existing = _insert(observed, source, create_observer(observer, **options))
             existing.meta[MODULE_PATH] = site.node.meta.get(MODULE_PATH)
         site.node.replace_input_with(source, existing)
     finish(observed)
@@ -53,15 +54,14 @@ def observed_inputs(observed: GraphModule) -> dict[str, Observer]:
     """The observer of each linear layer's input, by the layer's name."""
     found = {}
     for site in sites(observed):
-        source = site.node.args[0] if site.node.args else None
-        watcher = _module_of(site.scope.gm, source)
-        if isinstance(site.module, nn.Linear) and isinstance(watcher, Observer):
+        watcher = _module_of(observed, site.input)
+        if is_plain_linear(site.module) and isinstance(watcher, Observer):
             found[site.name] = watcher
     return found
 
 
 def _insert(gm: GraphModule, source: Node, observer: Observer) -> Node:
-    name = f"{source.name}_observer"
+    name = free_name(gm, f"{source.name}_observer")
     gm.add_submodule(name, observer)
     with gm.graph.inserting_after(source):
         return gm.graph.call_module(name, (source,))

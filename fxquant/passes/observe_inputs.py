@@ -1,14 +1,16 @@
 """Collect statistics of the inputs of linear layers, from data or from what a graph promises."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from fxquant.algorithms.input_statistics import InputStatistics
-from fxquant.graph.scopes import Site, sites
-from fxquant.graph.stepper import Call
+from fxquant.graph.calls import Call
+from fxquant.graph.layers import Site, is_plain_linear, layer_input, sites
+from fxquant.passes.calibrate import run_call
 from fxquant.passes.padding import fitting_mask, padding_mask
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -33,7 +35,7 @@ def observe_inputs(
     by_input: dict[tuple[object, ...], InputStatistics] = {}
     watched: dict[nn.Module, InputStatistics] = {}
     for site in sites(gm):
-        if site.name not in wanted or not isinstance(site.module, nn.Linear):
+        if site.name not in wanted or not is_plain_linear(site.module):
             continue
         statistics = by_input.setdefault(
             _input_of(site), watched.get(site.module) or InputStatistics(site.module.in_features)
@@ -43,14 +45,17 @@ def observe_inputs(
         found.setdefault(site.name, statistics)
     mask: Tensor | None = None
 
-    def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        watched[module].add(args[0], fitting_mask(mask, args[0]))
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = layer_input(args, kwargs)
+        watched[module].add(x, fitting_mask(mask, x))
 
-    handles = [module.register_forward_pre_hook(watch) for module in watched]
+    if not watched:
+        return found
+    handles = [m.register_forward_pre_hook(watch, with_kwargs=True) for m in watched]
     try:
-        for call in calls:
+        for index, call in enumerate(calls):
             mask = padding_mask(call)
-            gm(*call[0], **call[1])
+            run_call(gm, call, index)
     finally:
         for handle in handles:
             handle.remove()
@@ -72,7 +77,7 @@ def expected_inputs(gm: GraphModule) -> Mapping[str, InputStatistics]:
     found = {}
     for site in sites(gm):
         norm = _module_before(site)
-        if not isinstance(site.module, nn.Linear) or not isinstance(norm, NORMS):
+        if not is_plain_linear(site.module) or not isinstance(norm, NORMS):
             continue
         if norm.weight is None or norm.weight.shape != (site.module.in_features,):
             continue
@@ -85,11 +90,11 @@ def expected_inputs(gm: GraphModule) -> Mapping[str, InputStatistics]:
 
 
 def _module_before(site: Site) -> nn.Module | None:
-    source = site.node.args[0] if site.node.args else None
-    if not isinstance(source, Node) or source.op != "call_module":
+    source = site.input
+    if source is None or source.op != "call_module":
         return None
-    return site.scope.gm.get_submodule(str(source.target))
+    return site.gm.get_submodule(str(source.target))
 
 
 def _input_of(site: Site) -> tuple[object, ...]:
-    return site.scope.path, site.node.args[0] if site.node.args else site.node
+    return (site.input,) if site.input is not None else (site.target,)

@@ -2,14 +2,14 @@
 
 from torch import Tensor
 
-from fxquant.graph.stepper import Call
+from fxquant.graph.calls import Call
 
 ARGUMENT = "attention_mask"
 
 
 def padding_mask(call: Call) -> Tensor | None:
     """The two-dimensional `attention_mask` among a call's keyword arguments, as booleans."""
-    given = call[1].get(ARGUMENT)
+    given = call.kwargs.get(ARGUMENT)
     return given.bool() if isinstance(given, Tensor) and given.ndim == 2 else None
 
 

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from fxquant.algorithms.input_statistics import InputStatistics
 from fxquant.errors import OptionError
 from fxquant.graph.copying import copy_sharing_tensors
-from fxquant.graph.scopes import Site, finish, sites
+from fxquant.graph.layers import Site, finish, free_name, sites
 from fxquant.graph.shapes import MODULE_PATH
 from fxquant.modules.activation import (
     channel_grid,
@@ -40,7 +40,8 @@ def quantize_activations(
 
     Returns:
         A new graph; a value that feeds several layers is quantized once. Layers whose input is
-        quantized already are left as they are.
+        quantized already are left as they are, and layers inside an opaque module quantize their
+        inputs while they run.
 
     Raises:
         CalibrationError: an observer saw nothing, NaN or Inf.
@@ -49,8 +50,13 @@ def quantize_activations(
     rewritten = copy_sharing_tensors(gm)
     made: dict[Node, Node] = {}
     for site in list(sites(rewritten)):
-        source = site.node.args[0] if site.node.args else None
-        if not isinstance(site.module, QuantizedLinear) or not isinstance(source, Node):
+        source = site.input
+        if not isinstance(site.module, QuantizedLinear):
+            continue
+        if site.is_inside:  # no node to put the quantization in front of
+            site.module.activation = "int8"
+            continue
+        if source is None:
             continue
         if source.target is dequantize_activation or site.name not in observers:
             continue
@@ -72,11 +78,12 @@ def _insert(
     if statistics is not None and statistics.tokens:
         ends = statistics.lowest, statistics.highest
         grid = channel_grid(*ends, *observer.clipping_range(finer_by(*ends)))
-    gm, nodes = site.scope.gm, list[Node]()
+    gm, nodes = site.gm, list[Node]()
     for kind, values in zip(("scale", "zero_point"), grid, strict=True):
-        gm.register_buffer(f"{source.name}_{kind}", values.float())
+        name = free_name(gm, f"{source.name}_{kind}")
+        gm.register_buffer(name, values.float())
         with gm.graph.inserting_after(nodes[-1] if nodes else source):
-            nodes.append(gm.graph.get_attr(f"{source.name}_{kind}"))
+            nodes.append(gm.graph.get_attr(name))
     with gm.graph.inserting_after(nodes[-1]):
         q = gm.graph.call_function(quantize_activation, (source, *nodes))
     with gm.graph.inserting_after(q):

@@ -4,14 +4,14 @@ before: `fc = self.fc(x)` with `fc` an `nn.Linear`
 after:  `fc = self.fc(x)` with `fc` a `QuantizedLinearInt4` or `QuantizedLinearInt8`
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.errors import WeightError
-from fxquant.graph.copying import copy_sharing_tensors
-from fxquant.graph.scopes import sites
+from fxquant.graph.copying import copy_owning_tensors
+from fxquant.graph.layers import Site, finish, is_plain_linear, replace_layer, sites
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.passes.decide import Decision
 
@@ -29,28 +29,44 @@ def rewrite(
         quantize_linear: makes a quantized layer from `(name, linear, bits)`.
 
     Returns:
-        A new graph whose nodes have the same names and whose parameters need no gradient. One
-        Linear called from several nodes stays one module.
+        A new graph on memory of its own, whose nodes have the same names and whose parameters need
+        no gradient. One Linear called from several nodes stays one module.
 
     Raises:
         WeightError: a weight cannot be quantized; the layer is named.
     """
     bits = {d.module: d.bits for d in decisions if d.bits is not None}
-    rewritten = copy_sharing_tensors(gm, frozen=True)
-    made: dict[nn.Module, QuantizedLinear] = {}
-    for site in list(sites(rewritten)):
-        linear = site.module
-        if not isinstance(linear, nn.Linear) or site.name not in bits:
-            continue
-        if linear not in made:
-            made[linear] = _quantize(site.name, linear, bits[site.name], quantize_linear)
-        site.scope.gm.set_submodule(str(site.node.target), made[linear])
+    chosen = {site.module: site.name for site in sites(gm) if _is_chosen(site, bits)}
+    made = {m: _quantize(name, m, bits[name], quantize_linear) for m, name in chosen.items()}
+    return replace_layers(gm, made)
+
+
+def replace_layers(gm: GraphModule, made: Mapping[nn.Module, nn.Module]) -> GraphModule:
+    """A copy of a graph, with memory of its own, in which some layers are others.
+
+    Args:
+        gm: a graph; it is not changed.
+        made: the new layer for each old one.
+    """
+    numbers = {layer: i for i, layer in enumerate(dict.fromkeys(s.module for s in sites(gm)))}
+    rewritten = copy_owning_tensors(gm, keep=made.__contains__)
+    layers = list(dict.fromkeys(site.module for site in sites(rewritten)))
+    for layer, other in made.items():
+        replace_layer(layers[numbers[layer]], other)
+    for parameter in rewritten.parameters():
+        parameter.requires_grad_(False)
+    finish(rewritten)
     return rewritten
 
 
+def _is_chosen(site: Site, bits: Mapping[str, int]) -> bool:
+    return is_plain_linear(site.module) and site.name in bits
+
+
 def _quantize(
-    name: str, linear: nn.Linear, bits: int, quantize_linear: QuantizeLinear
+    name: str, linear: nn.Module, bits: int, quantize_linear: QuantizeLinear
 ) -> QuantizedLinear:
+    assert isinstance(linear, nn.Linear)  # plain ones were chosen
     try:
         return quantize_linear(name, linear, bits).eval()
     except WeightError as error:
@@ -68,10 +84,5 @@ def dequantize_model(qmodel: GraphModule) -> GraphModule:
     Returns:
         A new graph. Activation quantize/dequantize nodes stay.
     """
-    rewritten = copy_sharing_tensors(qmodel)
-    made: dict[nn.Module, nn.Module] = {}
-    for site in list(sites(rewritten)):
-        if isinstance(site.module, QuantizedLinear):
-            made.setdefault(site.module, site.module.to_linear())
-            site.scope.gm.set_submodule(str(site.node.target), made[site.module])
-    return rewritten
+    layers = {s.module for s in sites(qmodel) if isinstance(s.module, QuantizedLinear)}
+    return replace_layers(qmodel, {layer: layer.to_linear() for layer in layers})

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.algorithms.input_statistics import InputStatistics
+from fxquant.graph.calls import Call
 from fxquant.graph.channel_scaling import Scaling, ScalingFinder, apply_scale
 from fxquant.graph.copying import copy_sharing_tensors
+from fxquant.graph.layers import Site, sites
 from fxquant.graph.scale_rules import CannotScaleError
-from fxquant.graph.scopes import Site, sites
-from fxquant.graph.stepper import Call
 from fxquant.passes.decide import Decision, add_notes
 from fxquant.passes.observe_inputs import observe_inputs
 
@@ -147,12 +147,11 @@ def _find_scalings(
 
 
 def _input_of(site: Site) -> Node:
-    source = site.node.args[0] if site.node.args else None
-    if site.scope.path:
+    if site.is_inside:
         raise CannotScaleError("it runs inside a module that could not be traced")
-    if not isinstance(source, Node):
+    if site.input is None:
         raise CannotScaleError("its input is no value of the graph")
-    return source
+    return site.input
 
 
 class _Search:

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 from fxquant.errors import LoadError, SaveError, near_misses
 from fxquant.graph.grouped_matmul import grouped_matmul
-from fxquant.graph.structures import expect_constant, output_dict
+from fxquant.graph.structures import expect_constant, expect_shape, named_tuple, output_dict
 from fxquant.modules.activation import dequantize_activation, quantize_activation
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
@@ -35,6 +35,8 @@ from fxquant.tracing.replacements import (
 
 FXQUANT_FUNCTIONS: tuple[Callable[..., Any], ...] = (
     expect_constant,
+    expect_shape,
+    named_tuple,
     output_dict,
     grouped_matmul,
     merge_attention_masks,
@@ -65,7 +67,22 @@ REFUSED_METHODS = frozenset(
 )  # fmt: skip
 EXTRA_METHODS = frozenset(("unflatten", "new_tensor", "tolist", "eq_", "ne_"))
 ATTRIBUTES = frozenset(
-    ("shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "itemsize", "layout")
+    (
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "T",
+        "mT",
+        "H",
+        "mH",
+        "real",
+        "imag",
+        "itemsize",
+        "layout",
+        "values",
+        "indices",
+    )
 )
 REFUSED_OPS = frozenset(("from_file", "set_", "resize_", "_pin_memory", "pin_memory"))
 

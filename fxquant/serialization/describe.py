@@ -7,9 +7,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from fxquant.errors import SaveError
-from fxquant.graph.scopes import tensor_attribute
+from fxquant.graph.layers import tensor_attribute
 from fxquant.graph.shapes import KEPT
-from fxquant.graph.stand_in import KEY, StandInGraph
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
 from fxquant.serialization.allowlist import (
@@ -26,6 +25,12 @@ INTERNAL = frozenset(vars(nn.Module())) | {"training"}
 # Attributes that a module makes again by itself.
 DERIVED = {nn.RNNBase: ("_flat_weights", "_flat_weight_refs")}
 DESCRIBED = (QuantizedLinearInt4, QuantizedLinearInt8)
+
+
+def lies_in(target: str, called: set[str]) -> bool:
+    """Whether the tensor at `target` belongs to a module that a node calls."""
+    parts = target.split(".")
+    return any(".".join(parts[:n]) in called for n in range(1, len(parts)))
 
 
 class Describer:
@@ -50,17 +55,17 @@ class Describer:
                 needed="a plain graph",
                 remedy="Trace the model with fxquant.trace.",
             )
-        gm.graph.lint()
         targets: dict[str, int] = {}
         attributes: dict[str, Any] = {}
         nodes = []
+        called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
         for node in gm.graph.nodes:
             where = f"node {node.name}"
             target = str(node.target)
             full = f"{path}.{target}" if path else target
             if node.op == "call_module":
                 targets[target] = self.module(gm.get_submodule(target), full)
-            elif node.op == "get_attr":
+            elif node.op == "get_attr" and not lies_in(target, called):
                 attributes[target] = self._attribute(tensor_attribute(gm, node), full)
             nodes.append(
                 {
@@ -90,7 +95,7 @@ class Describer:
 
     def _describe(self, module: nn.Module, path: str) -> dict[str, Any]:
         if isinstance(module, GraphModule):
-            return {"graph": self.graph(module, path), **self._stand_in(module, path)}
+            return {"graph": self.graph(module, path)}
         name = class_name(type(module))
         is_known = name in module_classes() or type(module) in self.allowed_modules
         if not is_known:
@@ -110,21 +115,12 @@ class Describer:
             }
         return self._generic(module, name, path)
 
-    def _stand_in(self, module: GraphModule, path: str) -> dict[str, Any]:
-        if not isinstance(module, StandInGraph):
-            return {}
-        original, attributes = module.meta[KEY]
-        encoded = {
-            k: self._encode_attribute(v, f"{path}.{k}", module) for k, v in attributes.items()
-        }
-        return {"stands_for": class_name(original), "attributes": encoded}
-
     def _encode_attribute(self, value: Any, where: str, owner: nn.Module) -> Any:
         """An attribute; what an opaque module holds beside plain data is left out by name."""
         try:
             return encode(value, where, self.allowed)
         except SaveError:
-            if type(owner) in self.allowed_modules or isinstance(owner, StandInGraph):
+            if type(owner) in self.allowed_modules:
                 return {"left_out": f"{where} ({class_name(type(value))})"}
             raise
 

@@ -14,6 +14,8 @@ from torch.fx import GraphModule
 
 from fxquant.analysis.graph_view import INFO_KEY
 from fxquant.errors import FxquantError, LoadError, SaveError
+from fxquant.graph.identity import FINGERPRINT
+from fxquant.graph.layers import NAMES
 from fxquant.report.tables import plain
 from fxquant.serialization.describe import Describer
 from fxquant.serialization.rebuild import Rebuilder, damaged
@@ -61,6 +63,8 @@ def save_model(
     describer = Describer(allow, allow_modules)
     description: dict[str, Any] = {"version": VERSION, "graph": describer.graph(qmodel)}
     description["modules"] = describer.modules
+    description["names"] = qmodel.meta.get(NAMES, {})
+    description["fingerprint"] = qmodel.meta.get(FINGERPRINT, {})
     record = info.to_dict() if info is not None else qmodel.meta.get(INFO_KEY)
     description["info"] = plain(record)
     report = qmodel.meta.get(REPORT_KEY)
@@ -100,6 +104,8 @@ def load_model(
         rebuilder = Rebuilder(description["modules"], TensorReader(tensors), allow, allow_modules)
         gm = rebuilder.graph(description["graph"])
         gm.meta[INFO_KEY] = description["info"]
+        gm.meta[NAMES] = {str(k): str(v) for k, v in description.get("names", {}).items()}
+        gm.meta[FINGERPRINT] = description.get("fingerprint", {})
         if description["trace"] is not None:
             gm.meta[REPORT_KEY] = TraceReport.from_dict(description["trace"])
     except LoadError as error:

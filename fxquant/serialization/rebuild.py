@@ -12,7 +12,6 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxquant.errors import LoadError
 from fxquant.graph.shapes import KEPT
-from fxquant.graph.stand_in import make_stand_in
 from fxquant.serialization.allowlist import (
     ATTRIBUTES,
     check_method,
@@ -20,7 +19,7 @@ from fxquant.serialization.allowlist import (
     resolve_class,
     resolve_function,
 )
-from fxquant.serialization.describe import DESCRIBED, INTERNAL
+from fxquant.serialization.describe import DESCRIBED, INTERNAL, lies_in
 from fxquant.serialization.tensor_store import TensorReader
 from fxquant.serialization.values import decode
 
@@ -60,8 +59,9 @@ class Rebuilder:
                 raise damaged(f"the node name {entry['name']!r}")
             nodes[node.name] = node
         graph.lint()
-        used = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
-        if used != set(root):
+        called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
+        read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+        if called | {t for t in read if not lies_in(t, called)} != set(root):
             raise damaged("a graph that uses other modules than it has")
         gm = GraphModule(root, graph, checked_name(data["class_name"]))
         gm.training = bool(data["training"])  # each module has its own
@@ -102,14 +102,7 @@ class Rebuilder:
 
     def _module(self, data: dict[str, Any]) -> nn.Module:
         if "graph" in data:
-            gm = self.graph(data["graph"])
-            if "stands_for" not in data:
-                return gm
-            original = resolve_class(data["stands_for"], self.allowed_modules)
-            attributes = {
-                checked_name(k): decode(v, {}, self.allowed) for k, v in data["attributes"].items()
-            }
-            return make_stand_in(gm, original, attributes)
+            return self.graph(data["graph"])
         cls = resolve_class(data["class"], self.allowed_modules)
         if cls in DESCRIBED:
             tensors = {k: self.reader.tensor(r) for k, r in data["tensors"].items()}
@@ -128,9 +121,9 @@ class Rebuilder:
         for key in data["empty"]:
             module.register_parameter(checked_name(key), None)
         for key, child in data["children"].items():
-            module.add_module(checked_name(key), self.module(child))
+            module._modules[_child_name(key)] = self.module(child)
         for key in data["no_child"]:
-            module.add_module(checked_name(key), None)
+            module._modules[_child_name(key)] = None
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()
         module.training = bool(data["training"])
@@ -160,6 +153,13 @@ def damaged(found: str) -> LoadError:
         needed="a graph that fxquant wrote",
         remedy="The file is damaged or hostile: save the model again.",
     )
+
+
+def _child_name(key: Any) -> str:
+    """The user's name of a child: data, which no generated code holds."""
+    if not isinstance(key, str) or not key or "." in key or key.startswith("__"):
+        raise damaged(f"the name {key!r} of a child")
+    return key
 
 
 def _attribute_name(cls: type, key: Any) -> str:

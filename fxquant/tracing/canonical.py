@@ -10,13 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
-from fxquant.graph.linear_ops import ADDITIONS, linear_operands, transposed_source
-from fxquant.graph.scopes import WRAPPED, tensor_attribute
+from fxquant.graph.layers import NAMES, ROOT, has_hooks, target_of, tensor_attribute, user_name
+from fxquant.graph.ops import (
+    LinearOperands,
+    is_addition,
+    linear_operands,
+    op_name,
+    remove_unused,
+)
 from fxquant.graph.shapes import MODULE_PATH
+from fxquant.tracing.assemble import make_graph_module
+from fxquant.tracing.constants import Constant, Constants
+from fxquant.tracing.einsum import linear_form
 from fxquant.tracing.export import innermost_module
 
 aten = torch.ops.aten
+LAYER = "fxquant_layer"  # node.meta: the linear layer was made from an op
 
 # Ops of exported graphs that are the whole forward of a torch.nn module, and the position of their
 # weight. Only modules of exactly these classes are put back: their forward is this op.
@@ -36,22 +47,44 @@ def canonicalize(gm: GraphModule, module: nn.Module) -> GraphModule:
     """Rewrite the layers of `gm`, and return a graph that holds only what it uses.
 
     Args:
-        gm: a plain graph of `module`.
-        module: the prepared module: names its parts and lends their tensors.
+        gm: a plain graph of `module`; it is taken apart.
+        module: the working copy: names its parts and lends their tensors.
     """
+    _fold_inquiries(gm)
+    remove_unused(gm)
     names = _Names(gm, module)
+    constants = Constants(gm)
     for node in list(gm.graph.nodes):
         node.meta.setdefault(MODULE_PATH, innermost_module(node))
         node.type = None  # annotations of the user's code, which a saved graph does not keep
+        if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.Linear):
+            if not node.args and len(node.kwargs) == 1:  # self.fc(input=x)
+                node.args, node.kwargs = (next(iter(node.kwargs.values())),), {}
         if node.op in ("call_function", "call_method"):
-            _restore_module(gm, names, node) or _make_linear(gm, names, node)
-    for node in reversed(gm.graph.nodes):  # parameters, and their transposes, that went into layers
-        is_value = node.op in ("get_attr", "call_function", "call_method")
-        if is_value and not node.users and not node.is_impure():
-            gm.graph.erase_node(node)
-    made = GraphModule(_used(gm, names.made), gm.graph, type(module).__name__)
-    made.graph.lint()
-    return made.eval()  # a new graph module is in train mode, whatever its modules are
+            _restore_module(gm, names, node) or _make_linear(gm, names, constants, node)
+    remove_unused(gm)
+    return make_graph_module(
+        _used(gm, names.made), gm.graph, type(module).__name__, {**gm.meta, NAMES: names.names}
+    )
+
+
+def _fold_inquiries(gm: GraphModule) -> None:
+    """Write the dtype and shape of a parameter where the graph asks for them.
+
+    The parameter need not stay in the graph for that, and its module may be replaced.
+    """
+    for node in list(gm.graph.nodes):
+        is_inquiry = op_name(node) == "getattr" and node.args[1] in ("dtype", "shape", "ndim")
+        source: Any = node.args[0] if node.args else None
+        if is_inquiry and isinstance(source, Node) and source.op == "get_attr":
+            tensor = tensor_attribute(gm, source)
+            if isinstance(tensor, Tensor):
+                value = getattr(tensor, str(node.args[1]))
+                for user in list(node.users):
+                    args, kwargs = map_arg(
+                        (user.args, user.kwargs), lambda n, v=value, own=node: v if n is own else n
+                    )
+                    user.args, user.kwargs = tuple(args), dict(kwargs)
 
 
 def _used(gm: GraphModule, made: dict[str, nn.Module]) -> dict[str, Any]:
@@ -73,14 +106,17 @@ def _restore_module(gm: GraphModule, names: "_Names", node: Node) -> bool:
         return False
     position, classes = row
     owner = names.module.get_submodule(path)
+    if type(owner) not in classes or has_hooks(owner) or "forward" in vars(owner):
+        return False  # their code is in the graph already
     weight = node.args[position]
-    if type(owner) not in classes or not _is_parameter(gm, weight, owner.weight):
+    if not _is_parameter(gm, weight, owner.weight):
         return False
     if getattr(owner, "padding_mode", "zeros") != "zeros" or getattr(owner, "max_norm", None):
         return False  # their forward does more than this op
-    names.made[path] = owner
+    target = names.target(path)
+    names.made[target] = owner
     source = node.args[1 if node.target is aten.embedding.default else 0]
-    _replace_by_call(gm.graph, node, path, source)
+    _replace_by_call(gm.graph, node, target, source)
     return True
 
 
@@ -90,32 +126,99 @@ def _is_parameter(gm: GraphModule, node: Any, parameter: Any) -> bool:
     )
 
 
-def _make_linear(gm: GraphModule, names: "_Names", node: Node) -> bool:
+def _make_linear(gm: GraphModule, names: "_Names", constants: Constants, node: Node) -> bool:
     operands = linear_operands(node)
-    if operands is None or not isinstance(operands.input, Node):
+    if operands is None:
         return False
-    source, is_transposed = operands.weight, operands.is_transposed
-    inner = transposed_source(source)
-    if inner is not None:
-        source, is_transposed = inner, not is_transposed
-    weight = _parameter_of(gm, source)
-    if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+    if operands.equation is not None:
+        return _make_linear_of_einsum(gm, names, constants, node, operands)
+    weight = constants.of(operands.weight)
+    if weight is None or not isinstance(operands.input, Node) or constants.of(operands.input):
         return False
-    if _parameter_of(gm, operands.input) is not None:
+    matrix = _matrix(weight.value)
+    if matrix is None or not weight.sources:
         return False
-    weight = nn.Parameter(weight.t(), weight.requires_grad) if is_transposed else weight
-    bias = _parameter_of(gm, operands.bias)
-    if operands.bias is not None and (bias is None or bias.shape != weight.shape[:1]):
-        return False
-    last = node
-    if operands.bias is None:
-        addition = _bias_addition(gm, node, weight.shape[0])
+    matrix = matrix.t() if operands.is_transposed else matrix
+    if operands.weight_scale != 1:
+        matrix = matrix * operands.weight_scale
+    out = matrix.shape[0]
+    bias = constants.of(operands.bias)
+    fits = bias is not None and _bias(bias.value, out) is not None
+    last, vector = node, None
+    if bias is not None and fits:
+        vector = _bias(bias.value, out)
+        if operands.bias_scale != 1:
+            vector = vector * operands.bias_scale
+    elif operands.bias is None:
+        addition = _bias_addition(constants, node, out)
         if addition is not None:
-            last, bias = addition
-    target = names.of(source, weight, bias, node.meta.get(MODULE_PATH))
-    names.made.setdefault(target, linear_of(weight, bias))
-    _replace_by_call(gm.graph, last, target, operands.input)
+            last, vector = addition
+    call = _call_linear(gm, names, weight, matrix, vector, operands.input, node, last)
+    if operands.bias is not None and not fits:  # a bias that depends on the input, or another shape
+        with gm.graph.inserting_after(call):
+            add = gm.graph.call_function(
+                torch.add, (call, operands.bias), {"alpha": operands.bias_scale}
+            )
+        call.replace_all_uses_with(add, delete_user_cb=lambda user: user is not add)
+        add.meta = dict(call.meta)
     return True
+
+
+def _make_linear_of_einsum(
+    gm: GraphModule, names: "_Names", constants: Constants, node: Node, operands: LinearOperands
+) -> bool:
+    for source, other, swapped in (
+        (operands.input, operands.weight, False),
+        (operands.weight, operands.input, True),
+    ):
+        weight = constants.of(other)
+        if weight is None or not weight.sources or constants.of(source):
+            continue
+        form = linear_form(str(operands.equation), weight.value, swapped=swapped)
+        if form is None or not weight.value.is_floating_point():
+            return False
+        matrix, contracted, made = form
+        with gm.graph.inserting_before(node):
+            if contracted > 1:
+                source = gm.graph.call_function(torch.flatten, (source, -contracted, -1))
+        call = _call_linear(gm, names, weight, matrix, None, source, node, node)
+        if len(made) > 1:
+            with gm.graph.inserting_after(call):
+                split = gm.graph.call_method("unflatten", (call, -1, tuple(made)))
+            call.replace_all_uses_with(split, delete_user_cb=lambda user: user is not split)
+        return True
+    return False
+
+
+def _matrix(weight: Tensor) -> Tensor | None:
+    """The [.., ..] matrix that a weight is, also where it is repeated for each row of the batch."""
+    if weight.ndim == 3 and weight.shape[0] and (weight.shape[0] == 1 or weight.stride(0) == 0):
+        weight = weight[0]
+    return weight if weight.ndim == 2 and weight.is_floating_point() else None
+
+
+def _bias(value: Tensor, out: int) -> Tensor | None:
+    """A constant that is added to [..., out], as a vector [out]; None where it is none."""
+    if not value.is_floating_point() or value.numel() not in (1, out):
+        return None
+    if value.ndim and value.shape[-1] not in (1, out):
+        return None
+    return value if value.shape == (out,) else value.reshape(-1).expand(out).contiguous()
+
+
+def _call_linear(
+    gm: GraphModule,
+    names: "_Names",
+    weight: Constant,
+    matrix: Tensor,
+    bias: Tensor | None,
+    source: Any,
+    node: Node,
+    last: Node,
+) -> Node:
+    target = names.of(weight, matrix, bias, node.meta.get(MODULE_PATH))
+    names.made.setdefault(target, linear_of(matrix, bias))
+    return _replace_by_call(gm.graph, last, target, source)
 
 
 def linear_of(weight: Any, bias: Any) -> nn.Linear:
@@ -130,104 +233,116 @@ def linear_of(weight: Any, bias: Any) -> nn.Linear:
 def _as_parameter(tensor: Tensor) -> nn.Parameter:
     if isinstance(tensor, nn.Parameter):
         return tensor
-    return nn.Parameter(tensor, requires_grad=False)
+    return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-def _parameter_of(gm: GraphModule, node: Any) -> Any:
-    """The parameter behind a `get_attr` node, or a constant slice of one; else None."""
-    if not isinstance(node, Node):
-        return None
-    if node.op == "get_attr":
-        value = tensor_attribute(gm, node)
-        return value if isinstance(value, nn.Parameter) else None
-    chunk = _constant_chunk(node)
-    if chunk is None:
-        return None
-    source, count, index = chunk
-    value = _parameter_of(gm, source)
-    return None if value is None else value.detach().chunk(count)[index]
-
-
-def _constant_chunk(node: Node) -> tuple[Any, int, int] | None:
-    """`(source, chunks, index)` if `node` is one of the chunks of a tensor along its rows."""
-    if node.op != "call_function" or len(node.args) != 2 or not isinstance(node.args[1], int):
-        return None
-    source: Any = node.args[0]
-    index = node.args[1]
-    is_chunk = isinstance(source, Node) and source.target in (
-        "chunk",
-        torch.chunk,
-        aten.chunk.default,
-    )
-    if not is_chunk or len(source.args) != 2 or source.kwargs.get("dim", 0) != 0:
-        return None
-    return source.args[0], source.args[1], index
-
-
-def _bias_addition(gm: GraphModule, node: Node, out_features: int) -> tuple[Node, Any] | None:
-    """The addition of a bias parameter [out] that is the only user of `node`."""
+def _bias_addition(constants: Constants, node: Node, out: int) -> tuple[Node, Any] | None:
+    """The addition of a constant [out] that is the only user of `node`."""
     if len(node.users) != 1:
         return None
     user = next(iter(node.users))
-    if user.target not in ADDITIONS or len(user.args) != 2 or user.kwargs:
+    if not is_addition(user):
         return None
     left, right = user.args
-    bias = _parameter_of(gm, right if left is node else left)
-    if bias is None or bias.shape != (out_features,):
+    bias = constants.of(right if left is node else left)
+    if bias is None or bias.value.shape != (out,) or not bias.value.is_floating_point():
         return None
-    return user, bias
+    return user, bias.value
 
 
-def _replace_by_call(graph: Graph, node: Node, target: str, source: Any) -> None:
+def _replace_by_call(graph: Graph, node: Node, target: str, source: Any) -> Node:
     with graph.inserting_before(node):
         call = graph.create_node("call_module", target, (source,))
     call.meta = {key: value for key, value in node.meta.items() if key == MODULE_PATH}
     node.replace_all_uses_with(call)
     graph.erase_node(node)
+    return call
 
 
 class _Names:
-    """Names for linear layers made of bare parameters."""
+    """Names for layers that are put back, or made of bare parameters."""
 
     def __init__(self, gm: GraphModule, module: nn.Module) -> None:
-        self.module = module
+        self.gm, self.module = gm, module
+        self.names: dict[str, str] = dict(gm.meta.get(NAMES, {}))
         self.made: dict[str, nn.Module] = {}
+        self.targets: dict[str, str] = {}
         self.taken = {
-            str(n.target)
+            user_name(gm, str(n.target))
             for n in gm.graph.nodes
             if n.op == "call_module" or (n.op == "get_attr" and len(n.users) > 1)
         }
-        self.given: dict[tuple[int, int, int], str] = {}
+        self.given: dict[tuple[Any, ...], str] = {}
+        self._kept: list[Tensor] = []  # alive, so that no identity is used twice
 
-    def of(self, source: Node, weight: Tensor, bias: Any, path: str | None) -> str:
-        """The target for a linear layer on `weight`; the same layer gets the same name."""
-        key = (weight.data_ptr(), weight.shape[0], 0 if bias is None else bias.data_ptr())
+    def target(self, path: str) -> str:
+        """The target of the user's module at `path`."""
+        if path not in self.targets:
+            known = [str(n.target) for n in self.gm.graph.nodes if n.op in ("call_module",)]
+            same = next((t for t in known if user_name(self.gm, t) == path), None)
+            target = same or target_of(path, {*self.names, *self.targets.values()} - {path})
+            self.targets[path] = target
+            if target != path:
+                self.names[target] = path
+        return self.targets[path]
+
+    def of(self, weight: Constant, matrix: Tensor, bias: Any, path: str | None) -> str:
+        """The target for a linear layer; the same layer gets the same name."""
+        node = weight.last
+        key = (_identity(node), None if bias is None else (bias._cdata, bias.storage_offset()))
+        key = (*key, tuple(matrix.shape), matrix.stride())
         if key not in self.given:
-            name = self._module_name(source, path)
+            name = self._module_name(weight, path)
             number, free = 1, name
             while free in self.taken:
                 number += 1
                 free = f"{name}_{number}"
             self.taken.add(free)
-            self.given[key] = free
+            if bias is not None:
+                self._kept.append(bias)
+            self.given[key] = self.target(free)
         return self.given[key]
 
-    def _module_name(self, source: Node, path: str | None) -> str:
+    def _module_name(self, weight: Constant, path: str | None) -> str:
+        source = max(weight.sources, key=lambda n: tensor_attribute(self.gm, n).numel())
         suffix = ""
-        if source.op != "get_attr":  # a chunk of a packed projection
-            chunk = _constant_chunk(source)
-            assert chunk is not None  # or it had no parameter
-            source, suffix = chunk[0], "_" + "qkv"[chunk[2] % 3]
-        owner, _, parameter = str(source.target).rpartition(".")
+        chunk = _chunk_index(weight.last)
+        if chunk is not None:
+            index, count = chunk
+            suffix = "_" + ("qkv"[index % 3] if count == 3 else str(index))
+        owner, _, parameter = user_name(self.gm, str(source.target)).rpartition(".")
         if path and self._is_lent(path, parameter):
             owner = path  # a tied weight: the module that uses it, not the one that is named first
         if parameter != "weight":
             stem = parameter.removesuffix("_weight").removesuffix(".weight") + suffix
             return f"{owner}.{stem}" if owner else stem
-        return owner + suffix if owner else WRAPPED
+        if not owner:
+            return "weight" if ROOT in dict(self.module.named_children()) else ROOT
+        return owner + suffix
 
     def _is_lent(self, path: str, parameter: str) -> bool:
         try:
             return isinstance(self.module.get_submodule(path), nn.Linear) and parameter == "weight"
         except AttributeError:
             return False
+
+
+def _identity(node: Node) -> tuple[Any, ...]:
+    """What is the same for nodes that compute the same constant in the same way."""
+    if node.op == "get_attr":
+        return (str(node.target),)
+    arguments = [_identity(a) if isinstance(a, Node) else repr(a) for a in node.args]
+    return (op_name(node), *arguments)
+
+
+def _chunk_index(node: Node) -> tuple[int, int] | None:
+    """`(index, count)` if the constant is, on the way to `node`, one of the chunks of another."""
+    while node.op != "get_attr":
+        source: Any = node.args[0] if node.args else None
+        if not isinstance(source, Node):
+            return None
+        if op_name(node) == "getitem" and op_name(source) == "chunk" and len(source.args) > 1:
+            index, count = node.args[1], source.args[1]
+            return (index, count) if isinstance(index, int) and isinstance(count, int) else None
+        node = source
+    return None

@@ -23,18 +23,19 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from fxquant.graph.calls import Call
 from fxquant.graph.grouped_matmul import LIBRARY_OPS
+from fxquant.graph.left_alone import left_alone
 from fxquant.graph.shapes import MODULE_PATH
-from fxquant.graph.structures import expect_constant, named_fields, output_dict
-from fxquant.tracing.guards import UnknownGuardError, insert_guards
-from fxquant.tracing.signature import (
-    ExampleInputs,
-    clone,
-    graph_arguments,
-    is_variadic,
-    placeholder_order,
+from fxquant.graph.structures import (
+    expect_constant,
+    is_named_tuple,
+    named_fields,
+    named_tuple,
+    output_dict,
 )
-from fxquant.tracing.symbolic import Capture, describe_error
+from fxquant.tracing.signature import call, graph_arguments, placeholders
+from fxquant.tracing.symbolic import Capture, describe_error, left_out
 
 aten = torch.ops.aten
 higher_order = torch.ops.higher_order
@@ -42,44 +43,39 @@ higher_order = torch.ops.higher_order
 DYNAMIC_DIMENSIONS = 2  # batch and length
 _DROPPED = (aten._assert_tensor_metadata.default,)
 _IDENTITIES = (aten.dropout.default, aten.alias.default)  # a third argument True means training
+_MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 
 
 class _UnsupportedError(Exception):
     """The exported program has something that a plain graph cannot express."""
 
 
-def capture_export(module: nn.Module, inputs: ExampleInputs, notes: list[str]) -> Capture | str:
+def capture_export(
+    module: nn.Module, inputs: Call, *, are_sizes_free: bool = True
+) -> Capture | str:
     """Export `module` on example inputs; return the reason as text if that is not possible.
 
     Args:
-        module: the prepared module; its parameters stay shared.
-        inputs: one call's arguments.
-        notes: receives a line for each output that a graph cannot hold and so leaves out.
+        module: a working copy; it is left as it was, and its parameters stay shared.
+        inputs: one call's arguments. A size of 1 is taken as fixed, so let there be none that may
+            change.
+        are_sizes_free: whether batch and length may change; else the graph is for these sizes.
     """
     arguments = graph_arguments(module, inputs)
-    if any(is_variadic(argument) for argument in arguments):
-        return "its forward takes a variable number of arguments"
     # One tensor passed twice would be taken as one input, so each argument is a tensor of its own.
-    example = {a.name: clone(a.value) for a in arguments if a.is_input}
-    reason = "nothing was tried"
-    for grown in (True, False):  # a dimension of size 1 would be taken as fixed
-        values = _grow(example) if grown else example
-        try:
-            with _flat_output(module) as output, _quiet_export():
-                program = _export(module, values)
-            gm = _plain_graph(module, program, placeholder_order(arguments), output)
-        except (_UnsupportedError, UnknownGuardError) as error:
-            return str(error)
-        except Exception as error:  # a user's forward may raise anything at all
-            reason = describe_error(error)
-        else:
-            notes += output.dropped
-            return Capture(gm, {})
-    return reason
+    example = {a.name: Call((a.value,)).clone().args[0] for a in arguments if a.is_input}
+    try:
+        with left_alone(module), _flat_forward(module, arguments) as output, _quiet_export():
+            program = _export(module, example, are_sizes_free)
+        return _capture(program, arguments, output)
+    except _UnsupportedError as error:
+        return str(error)
+    except Exception as error:  # a user's forward may raise anything at all
+        return describe_error(error)
 
 
-def _export(module: nn.Module, values: dict[str, Any]) -> ExportedProgram:
-    shapes = pytree.tree_map(_dynamic_dimensions, values)
+def _export(module: nn.Module, values: dict[str, Any], are_sizes_free: bool) -> ExportedProgram:
+    shapes = pytree.tree_map(_dynamic_dimensions, values) if are_sizes_free else None
     return torch.export.export(module, (), values, dynamic_shapes=shapes, strict=False)
 
 
@@ -87,18 +83,6 @@ def _dynamic_dimensions(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return None
     return dict.fromkeys(range(min(DYNAMIC_DIMENSIONS, value.ndim)), Dim.AUTO)
-
-
-def _grow(values: dict[str, Any]) -> dict[str, Any]:
-    """Repeat tensors along dynamic dimensions of size 1."""
-
-    def grow(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        repeats = [2 if n == 1 and d < DYNAMIC_DIMENSIONS else 1 for d, n in enumerate(value.shape)]
-        return value.repeat(repeats) if 2 in repeats else value
-
-    return {name: pytree.tree_map(grow, value) for name, value in values.items()}
 
 
 @contextmanager
@@ -144,18 +128,19 @@ class _FlatOutput:
             return _Slot(len(tensors) - 1)
         if value is None or isinstance(value, bool | int | float | str):
             return value
+        if is_named_tuple(value):
+            parts = [self._template(v, f"{where}.{k}", tensors) for k, v in value._asdict().items()]
+            return _NamedTemplate(type(value).__name__, tuple(value._fields), parts)
         fields = named_fields(value)
-        if fields is not None:
-            fields = {k: v for k, v in fields.items() if v is not None}
         if fields is not None or type(value) is dict:
             items = (fields if fields is not None else value).items()
-            parts = {k: self._template(v, f"{where}.{k}", tensors) for k, v in items}
-            kept = {k: v for k, v in parts.items() if not isinstance(v, _Dropped)}
+            found = {k: self._template(v, f"{where}.{k}", tensors) for k, v in items}
+            kept = {k: v for k, v in found.items() if not isinstance(v, _Dropped)}
             return OutputTemplate(kept) if fields is not None else kept
         if type(value) in (tuple, list):
             listed = [self._template(v, f"{where}[{i}]", tensors) for i, v in enumerate(value)]
             return type(value)(p for p in listed if not isinstance(p, _Dropped))
-        self.dropped.append(f"{where} is left out: a {type(value).__name__} cannot be in a graph")
+        self.dropped.append(left_out(where, value))
         return _Dropped()
 
 
@@ -171,33 +156,46 @@ class OutputTemplate(dict[str, Any]):
     """Named outputs, to become an `OutputDict`."""
 
 
+class _NamedTemplate:
+    """A named tuple of outputs."""
+
+    def __init__(self, name: str, fields: tuple[str, ...], parts: list[Any]) -> None:
+        self.name, self.fields, self.parts = name, fields, parts
+
+
 @contextmanager
-def _flat_output(module: nn.Module) -> Iterator[_FlatOutput]:
-    """Let `module` return a flat tuple of tensors, whatever class its outputs have."""
+def _flat_forward(module: nn.Module, arguments: list[Any]) -> Iterator[_FlatOutput]:
+    """Let `module` take its inputs by name and return a flat tuple of tensors."""
     output = _FlatOutput()
     original = module.forward
+    inputs = [a for a in arguments if a.is_input]
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        return output.flatten(original(*args, **kwargs))
+        values = dict(zip((a.name for a in inputs), args, strict=False)) | kwargs
+        return output.flatten(call(original, arguments, values))
 
-    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for a in inputs]
+    )
+    was_patched, patched = "forward" in vars(module), vars(module).get("forward")
     module.forward = forward
     try:
         yield output
     finally:
         del module.forward
+        if was_patched:
+            module.forward = patched  # type: ignore[assignment]
 
 
-def _plain_graph(
-    module: nn.Module, program: ExportedProgram, arguments: list[Any], output: _FlatOutput
-) -> GraphModule:
+def _capture(program: ExportedProgram, arguments: list[Any], output: _FlatOutput) -> Capture:
     graph = Graph()
     values: dict[str, Any] = {}
-    for argument in arguments:
-        default = argument.value if argument.is_constant else inspect.Parameter.empty
-        values[argument.name] = graph.placeholder(argument.name, default_value=default)
-    for argument in arguments:
+    for argument, default in placeholders(arguments):
+        values[argument.name] = graph.placeholder(
+            argument.name, default_value=(*default, inspect.Parameter.empty)[0]
+        )
+    for argument, _ in placeholders(arguments):
         if argument.is_constant:
             value = values[argument.name]
             graph.call_function(expect_constant, (value, argument.value, argument.name))
@@ -206,10 +204,11 @@ def _plain_graph(
     environment: dict[Node, Any] = {}
     attributes: dict[str, Node] = {}
     constants: dict[str, Any] = {}
-    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
-    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+    inputs: dict[str, Any] = {}
+    names = [n for n in program.graph.nodes if n.op == "placeholder"]
+    for node, spec in zip(names, program.graph_signature.input_specs, strict=True):
         if spec.kind == InputKind.USER_INPUT:
-            environment[node] = next(leaves)
+            environment[node] = inputs[node.name] = next(leaves)
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             target = str(spec.target)
             if spec.kind == InputKind.CONSTANT_TENSOR:
@@ -222,41 +221,19 @@ def _plain_graph(
     _copy_nodes(graph, program.graph_module, environment)
     specs = program.graph_signature.output_specs
     results = next(n for n in program.graph.nodes if n.op == "output").args[0]
-    tensors = [
-        environment.get(result, result) if isinstance(result, Node) else result
-        for result, spec in zip(results, specs, strict=True)
-        if spec.kind == OutputKind.USER_OUTPUT
-    ]
+    tensors = []
+    for result, spec in zip(results, specs, strict=True):
+        found = environment.get(result, result) if isinstance(result, Node) else result
+        if spec.kind == OutputKind.USER_OUTPUT:
+            tensors.append(found)
+        elif spec.kind in _MUTATIONS:  # what the program hands out, the forward wrote in place
+            is_buffer = spec.kind == OutputKind.BUFFER_MUTATION
+            target = attributes[str(spec.target)] if is_buffer else inputs[str(spec.target)]
+            if found is not target:
+                graph.call_function(aten.copy_.default, (target, found))
     graph.output(_build_output(graph, output.template, tensors))
-    first = next((n for n in graph.nodes if n.op != "placeholder"), None)
-    assert first is not None  # there is an output node
-    insert_guards(graph, program._guards_code, values, first)
-    root = _AttributeRoot(module, constants)
-    gm = GraphModule(root.collect(graph), graph, type(module).__name__)
-    gm.graph.eliminate_dead_code()
-    gm.graph.lint()
-    gm.delete_all_unused_submodules()
-    gm.recompile()
-    return gm
-
-
-class _AttributeRoot:
-    """Finds the tensors that `get_attr` nodes read, in the module or among lifted constants."""
-
-    def __init__(self, module: nn.Module, constants: dict[str, Any]) -> None:
-        self.module, self.constants = module, constants
-
-    def collect(self, graph: Graph) -> dict[str, Any]:
-        """The attributes that `graph` needs, by target."""
-        found = {}
-        for node in graph.nodes:
-            if node.op == "get_attr":
-                target = str(node.target)
-                found[target] = self.constants.get(target)
-                if found[target] is None:
-                    owner, _, name = target.rpartition(".")
-                    found[target] = getattr(self.module.get_submodule(owner), name)
-        return found
+    graph.lint()
+    return Capture(graph, constants, guards=list(program._guards_code), left_out=output.dropped)
 
 
 def _input_leaves(graph: Graph, values: dict[str, Any], example: Any) -> list[Any]:
@@ -324,6 +301,9 @@ def innermost_module(node: Node) -> str:
 def _build_output(graph: Graph, template: Any, tensors: list[Any]) -> Any:
     if isinstance(template, _Slot):
         return tensors[template]
+    if isinstance(template, _NamedTemplate):
+        parts = [_build_output(graph, part, tensors) for part in template.parts]
+        return graph.call_function(named_tuple, (template.name, template.fields, *parts))
     if isinstance(template, OutputTemplate):
         fields = {k: _build_output(graph, v, tensors) for k, v in template.items()}
         return graph.call_function(output_dict, (), fields)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.graph.layers import has_hooks
 from fxquant.graph.structures import graph_function
 
 
@@ -55,20 +56,28 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class TraceableMultiheadAttention(nn.Module):
-    """`nn.MultiheadAttention` without control flow on values."""
+    """`nn.MultiheadAttention` without control flow on values.
+
+    Its projections are linear layers on the original's parameters: one for all three where query,
+    key and value are the same tensor, else one each.
+    """
 
     def __init__(self, original: nn.MultiheadAttention) -> None:
         super().__init__()
         self.embed_dim, self.num_heads = original.embed_dim, original.num_heads
         self.head_dim, self.batch_first = original.head_dim, original.batch_first
         self.is_packed = original.in_proj_weight is not None
+        bias = original.in_proj_bias
+        biases: Any = (None, None, None) if bias is None else bias.detach().chunk(3)
         if self.is_packed:
-            self.in_proj_weight = original.in_proj_weight
+            self.in_proj = _linear_on(original.in_proj_weight, bias)
+            weights: Any = original.in_proj_weight.detach().chunk(3)
         else:
-            self.q_proj_weight = original.q_proj_weight
-            self.k_proj_weight = original.k_proj_weight
-            self.v_proj_weight = original.v_proj_weight
-        self.in_proj_bias = original.in_proj_bias
+            weights = (original.q_proj_weight, original.k_proj_weight, original.v_proj_weight)
+        names = PROJECTIONS if self.is_packed else ("q_proj", "k_proj", "v_proj")
+        self.projections = names
+        for name, weight, vector in zip(names, weights, biases, strict=True):
+            self.add_module(name, _linear_on(weight, vector))
         self.out_proj = original.out_proj
 
     def forward(
@@ -89,40 +98,130 @@ class TraceableMultiheadAttention(nn.Module):
             query = query.transpose(0, 1)
             key = query if is_shared else key.transpose(0, 1)
             value = key if is_memory else value.transpose(0, 1)
-        q, k, v = self._project(query, key, value, is_shared)  # [..., tokens, width]
-        mask = None
-        if attn_mask is not None or key_padding_mask is not None:
-            mask = merge_attention_masks(query, key, self.num_heads, attn_mask, key_padding_mask)
-        q, k, v = self._split(q), self._split(k), self._split(v)  # [..., heads, tokens, head]
-        weights = None
-        if need_weights:
-            scores = (q / math.sqrt(self.head_dim)) @ k.transpose(-2, -1)
-            weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
-            mixed = weights @ v
-            if average_attn_weights:
-                weights = weights.mean(-3)
+        if self.is_packed and is_shared:  # one product for all three
+            parts = self.in_proj(query).chunk(3, dim=-1)
+            q, k, v = parts[0], parts[1], parts[2]  # a traced chunk can be indexed, not iterated
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        output = self.out_proj(mixed.transpose(-3, -2).flatten(-2))
+            q, k, v = (
+                self.get_submodule(name)(x)
+                for name, x in zip(self.projections, (query, key, value), strict=True)
+            )
+        mixed, weights = attend(
+            q, k, v, query, key, self.num_heads, attn_mask, key_padding_mask,
+            need_weights=need_weights, average=average_attn_weights,
+        )  # fmt: skip
+        output = self.out_proj(mixed)
         return (output if self.batch_first else output.transpose(0, 1)), weights
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2)
 
-    def _project(
-        self, query: Tensor, key: Tensor, value: Tensor, is_shared: bool
-    ) -> tuple[Tensor, ...]:
-        bias = self.in_proj_bias
-        if self.is_packed and is_shared:  # one product for all three
-            return F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
-        biases = (None, None, None) if bias is None else bias.chunk(3)
-        if self.is_packed:
-            weights = self.in_proj_weight.chunk(3)
-        else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        inputs = (query, key, value)
-        # A traced chunk can be indexed, not iterated.
-        return tuple(F.linear(inputs[i], weights[i], biases[i]) for i in range(3))
+PROJECTIONS = ("in_proj_q", "in_proj_k", "in_proj_v")
+
+
+def _linear_on(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = _parameter(weight)
+    if bias is not None:
+        linear.bias = _parameter(bias)
+    return linear.eval()
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query: Tensor,
+    key: Tensor,
+    heads: int,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    *,
+    need_weights: bool,
+    average: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of projected queries, keys and values [..., tokens, width].
+
+    Returns:
+        The mixed values [..., tokens, width], and the attention weights if they are needed.
+    """
+    mask = None
+    if attn_mask is not None or key_padding_mask is not None:
+        mask = merge_attention_masks(query, key, heads, attn_mask, key_padding_mask)
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (q, k, v))
+    weights = None
+    if need_weights:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [..., heads, target, source]
+        weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+        mixed = weights @ v
+        if average:
+            weights = weights.mean(-3)
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return mixed.transpose(-3, -2).flatten(-2), weights
+
+
+def traceable_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`F.multi_head_attention_forward` in ops that a graph shows one by one.
+
+    Raises:
+        NotImplementedError: it appends to keys and values, or trains: then it stays one op.
+    """
+    extras = (bias_k, bias_v, static_k, static_v)
+    if any(extra is not None for extra in extras) or add_zero_attn or (training and dropout_p):
+        raise NotImplementedError("attention with further keys and values, or with dropout")
+    is_memory, is_shared = key is value, query is key and key is value
+    query = query.transpose(0, 1)
+    key = query if is_shared else key.transpose(0, 1)
+    value = key if is_memory else value.transpose(0, 1)
+    biases: Any = (None, None, None)
+    if in_proj_bias is not None:
+        third = in_proj_bias.chunk(3)
+        biases = (third[0], third[1], third[2])
+    if use_separate_proj_weight:
+        weights: Any = (q_proj_weight, k_proj_weight, v_proj_weight)
+    else:
+        thirds: Any = cast(Tensor, in_proj_weight).chunk(3)
+        weights = (thirds[0], thirds[1], thirds[2])
+    q, k, v = (
+        F.linear(x, weight, bias)
+        for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+    )
+    mixed, found = attend(
+        q, k, v, query, key, num_heads, attn_mask, key_padding_mask,
+        need_weights=need_weights, average=average_attn_weights,
+    )  # fmt: skip
+    return F.linear(mixed, out_proj_weight, out_proj_bias).transpose(0, 1), found
 
 
 class TraceableTransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -204,6 +303,11 @@ def _replace_attention(module: nn.Module) -> nn.Module:
     return TraceableMultiheadAttention(attention)
 
 
+# Functions of torch's that are entered when they are traced.
+FUNCTION_REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    F.multi_head_attention_forward: traceable_attention_forward,
+}
+
 REPLACEMENTS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     nn.MultiheadAttention: _replace_attention,
     nn.TransformerEncoderLayer: _with_class(TraceableTransformerEncoderLayer),
@@ -217,7 +321,7 @@ def replace_untraceable_layers(model: nn.Module) -> nn.Module:
     replaced: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         replace = REPLACEMENTS.get(type(module))
-        if replace is not None:
+        if replace is not None and not has_hooks(module) and "forward" not in vars(module):
             replaced[module] = replace(module)
     for parent in list(model.modules()):
         for name, child in parent.named_children():

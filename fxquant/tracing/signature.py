@@ -1,36 +1,15 @@
 """Which arguments of a model's `forward` become inputs of the graph."""
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from fxquant.errors import TraceError
-from fxquant.graph.structures import tensors_in
+from fxquant.graph.calls import VARIADIC, Call
 
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-
-@dataclass(frozen=True)
-class ExampleInputs:
-    """The arguments of one call."""
-
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, item: object) -> "ExampleInputs":
-        """A tensor is one argument, a tuple or list are positional, a mapping has keywords."""
-        if isinstance(item, ExampleInputs):
-            return item
-        if isinstance(item, Mapping):
-            return cls((), dict(item))
-        if isinstance(item, tuple | list):
-            return cls(tuple(item))
-        return cls((item,))
+POSITIONAL_ONLY = inspect.Parameter.POSITIONAL_ONLY
 
 
 @dataclass(frozen=True)
@@ -38,7 +17,8 @@ class Argument:
     """One argument of `forward` and how the graph takes it.
 
     An input is a placeholder; a constant one (a flag that was passed) is a placeholder that must
-    keep its value; any other argument is left out and has its default baked in.
+    keep its value; any other argument is left out and has its default baked in. Of `*args` and
+    `**kwargs`, each value that was passed is an argument of its own.
     """
 
     name: str
@@ -48,7 +28,7 @@ class Argument:
     is_constant: bool
 
 
-def graph_arguments(module: nn.Module, inputs: ExampleInputs | None) -> list[Argument]:
+def graph_arguments(module: nn.Module, inputs: Call | None) -> list[Argument]:
     """The arguments of `module.forward`, in the order of its signature.
 
     Without example inputs, arguments that have a default are left out.
@@ -68,28 +48,43 @@ def graph_arguments(module: nn.Module, inputs: ExampleInputs | None) -> list[Arg
                 needed=f"arguments of forward{signature}",
                 remedy="Pass a tensor, a tuple of positional or a dict of keyword arguments.",
             ) from error
-    arguments = []
+    arguments: list[Argument] = []
     for name, parameter in signature.parameters.items():
-        is_required = parameter.default is parameter.empty and parameter.kind not in _VARIADIC
-        value = given.get(name, None if is_required else parameter.default)
-        is_input = name in given or (inputs is None and is_required)
-        has_tensors = any(True for _ in tensors_in(value)) or isinstance(value, Tensor)
-        is_constant = is_input and inputs is not None and not has_tensors
-        if parameter.kind in _VARIADIC and name not in given:
-            continue
-        arguments.append(Argument(name, parameter.kind, value, is_input, is_constant))
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            values = enumerate(given.get(name, ()))
+            arguments += [_given(f"{name}_{i}", parameter.kind, value) for i, value in values]
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            kind = inspect.Parameter.KEYWORD_ONLY
+            arguments += [_given(key, kind, value) for key, value in given.get(name, {}).items()]
+        elif name in given:
+            arguments.append(_given(name, parameter.kind, given[name]))
+        else:
+            is_required = parameter.default is parameter.empty
+            value = None if is_required else parameter.default
+            is_input = inputs is None and is_required
+            arguments.append(Argument(name, parameter.kind, value, is_input, False))
     return arguments
 
 
-def is_variadic(argument: Argument) -> bool:
-    """Whether the argument is `*args` or `**kwargs`."""
-    return argument.kind in _VARIADIC
+def _given(name: str, kind: Any, value: Any) -> Argument:
+    has_tensors = bool(Call((value,)).tensors())
+    return Argument(name, kind, value, is_input=True, is_constant=not has_tensors)
 
 
-def placeholder_order(arguments: list[Argument]) -> list[Argument]:
-    """The graph's inputs: those with a default (constants) last, as Python requires."""
+def is_variadic(module: nn.Module) -> bool:
+    """Whether `forward` takes `*args` or `**kwargs`."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(parameter.kind in VARIADIC for parameter in parameters)
+
+
+def placeholders(arguments: list[Argument]) -> list[tuple[Argument, tuple[Any, ...]]]:
+    """The graph's inputs in the order of the signature, each with its default in a tuple.
+
+    A constant has its value as default, unless an argument without one follows.
+    """
     chosen = [a for a in arguments if a.is_input]
-    return [a for a in chosen if not a.is_constant] + [a for a in chosen if a.is_constant]
+    last = max((i for i, a in enumerate(chosen) if not a.is_constant), default=-1)
+    return [(a, (a.value,) if a.is_constant and i > last else ()) for i, a in enumerate(chosen)]
 
 
 def call(forward: Any, arguments: list[Argument], values: dict[str, Any]) -> Any:
@@ -104,6 +99,6 @@ def call(forward: Any, arguments: list[Argument], values: dict[str, Any]) -> Any
     return forward(*positional, **keyword)
 
 
-def clone(values: Any) -> Any:
-    """`values` with every tensor cloned: a forward may change its arguments."""
-    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, values)
+def named_call(arguments: list[Argument]) -> Call:
+    """The example as keyword arguments of the graph."""
+    return Call((), {a.name: a.value for a in arguments if a.is_input})

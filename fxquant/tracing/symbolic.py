@@ -1,97 +1,245 @@
 """The first way: `torch.fx` symbolic tracing, with opaque nodes where a child cannot be traced."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.fx
-from torch import nn
+from torch import Tensor, nn
+from torch.fx import Graph, Node, Proxy
+from torch.overrides import TorchFunctionMode
 
-from fxquant.graph.structures import expect_constant, named_fields, output_dict
-from fxquant.tracing.signature import (
-    Argument,
-    ExampleInputs,
-    call,
-    graph_arguments,
-    is_variadic,
-    placeholder_order,
+from fxquant.graph.calls import Call
+from fxquant.graph.layers import has_hooks, is_plain_linear
+from fxquant.graph.left_alone import left_alone
+from fxquant.graph.ops import OPS, target_name
+from fxquant.graph.structures import (
+    expect_constant,
+    is_named_tuple,
+    named_fields,
+    named_tuple,
+    output_dict,
 )
+from fxquant.tracing.replacements import FUNCTION_REPLACEMENTS
+from fxquant.tracing.signature import Argument, call, graph_arguments, placeholders
 
 
 @dataclass(frozen=True)
 class Capture:
-    """A graph, with the children that stayed opaque and why (path -> reason)."""
+    """A graph as it was recorded, before it gets fxquant's form.
 
-    gm: torch.fx.GraphModule
-    opaque: dict[str, str]
+    Attributes:
+        graph: its targets are paths in the module that was traced.
+        objects: modules and tensors by these paths, where the traced module does not have them.
+        opaque: the children that stayed opaque and why (path -> reason).
+        guards: conditions on the inputs' sizes under which the graph is right.
+        left_out: outputs that a graph cannot hold.
+    """
+
+    graph: Graph
+    objects: dict[str, Any] = field(default_factory=dict)
+    opaque: dict[str, str] = field(default_factory=dict)
+    guards: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
 
-def capture_symbolic(module: nn.Module, inputs: ExampleInputs | None) -> Capture | str:
-    """Trace `module` symbolically; return the reason as text if its own code cannot be traced."""
+def capture_symbolic(
+    module: nn.Module, inputs: Call | None, *, see_through: bool = True
+) -> Capture | str:
+    """Trace `module` symbolically; return the reason as text if its own code cannot be traced.
+
+    Args:
+        module: a working copy; it is left as it was.
+        inputs: an example call, or None.
+        see_through: trace into functions that a library marked with `torch.fx.wrap`, too.
+    """
     arguments = graph_arguments(module, inputs)
-    if any(is_variadic(argument) for argument in arguments):
-        return "its forward takes a variable number of arguments"
-    tracer = _Tracer(arguments)
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    tracer = _Tracer(arguments, is_verified=inputs is not None)
     try:
-        gm = torch.fx.GraphModule(module, tracer.trace(module), type(module).__name__)
-        gm.graph.eliminate_dead_code()
-        gm.graph.lint()
-        gm.recompile()
+        with left_alone(module), _traceable(see_through):
+            graph = tracer.trace(module)
+            constants = {
+                str(n.target): vars(module)[n.target]
+                for n in graph.nodes
+                if n.op == "get_attr" and str(n.target).startswith("_tensor_constant")
+            }
+            changed = tracer.changed_attribute(module) if inputs is None else None
     except Exception as error:  # a user's forward may raise anything at all
         return describe_error(error)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-    return Capture(gm, tracer.opaque)
+    if changed is not None:
+        return f"its forward changes the attribute {changed!r}"
+    return Capture(graph, constants, tracer.opaque, left_out=tracer.left_out)
 
 
-def describe_error(error: Exception) -> str:
+def describe_error(error: BaseException) -> str:
     """The error's class and first line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
+@contextmanager
+def _traceable(see_through: bool) -> Iterator[None]:
+    """Without the fast path of attention and, if asked, without opaque functions of libraries."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    wrapped = torch.fx._symbolic_trace._wrapped_fns_to_patch
+    kept = dict(wrapped)
+    if see_through:
+        for key, space in kept.items():
+            if not str(space.get("__name__", "")).startswith("torch."):
+                del wrapped[key]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        wrapped.clear()
+        wrapped.update(kept)
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+class _UnseenError(Exception):
+    """The forward does something that a graph would lose."""
+
+
+class _TensorProxy(Proxy):
+    """A value that is a tensor: `isinstance(x, torch.Tensor)` in a forward says so."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        return Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_is_param":  # asked by isinstance(x, nn.Parameter)
+            return False
+        return super().__getattr__(name)
+
+
+class _NoHiddenDraws(TorchFunctionMode):
+    """Refuses draws of random numbers that would become constants of the graph."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        row = OPS.get(target_name(func))
+        if row is not None and row.random and not row.keeps:
+            raise _UnseenError(f"it draws random numbers of a fixed size ({row.name})")
+        return func(*args, **(kwargs or {}))
+
+
 class _Tracer(torch.fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, arguments: list[Argument]) -> None:
+    def __init__(self, arguments: list[Argument], *, is_verified: bool) -> None:
         super().__init__(autowrap_modules=(math,))
-        self.arguments = arguments
+        self.arguments, self.is_verified = arguments, is_verified
         self.opaque: dict[str, str] = {}
-        self._attribute_proxies: dict[str, torch.fx.Proxy] = {}
+        self.left_out: list[str] = []
+        self._attribute_proxies: dict[str, Proxy] = {}
+        self._numbers: set[Node] = set()
+        self._before: dict[nn.Module, dict[str, int]] = {}
+
+    def trace(self, root: Any, concrete_args: Any = None) -> Graph:
+        """Record the graph of a module."""
+        self._before = {m: _plain_attributes(m) for m in root.modules()}
+        with _NoHiddenDraws():
+            return super().trace(root, concrete_args)
+
+    def changed_attribute(self, module: nn.Module) -> str | None:
+        """The first plain attribute that tracing changed, as the forward would, or None."""
+        for path, part in module.named_modules():
+            before, now = self._before.get(part, {}), _plain_attributes(part)
+            for name in now:
+                if not name.startswith("_tensor_constant") and before.get(name) != now[name]:
+                    return f"{path}.{name}".lstrip(".")
+        return None
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         """Make placeholders of the chosen arguments and bake the rest in."""
-        values = {}
-        order = placeholder_order(self.arguments)
-        for argument in order:
-            default = (argument.value,) if argument.is_constant else ()
+        values: dict[str, Any] = {}
+        inputs = placeholders(self.arguments)
+        for argument, default in inputs:
             values[argument.name] = self.create_proxy("placeholder", argument.name, default, {})
-        for argument in order:
+        for argument, _ in inputs:
             if argument.is_constant:
-                proxy = values.pop(argument.name)
-                expect_constant(proxy, argument.value, argument.name)
+                expect_constant(values.pop(argument.name), argument.value, argument.name)
+            elif not isinstance(argument.value, Tensor) and argument.value is not None:
+                values[argument.name] = self._opened(values[argument.name], argument.value)
 
         def run(root: nn.Module) -> Any:
-            return _plain_output(call(root.forward, self.arguments, values))
+            return self._plain_output(call(root.forward, self.arguments, values))
 
         return run, [self.root]
 
+    def _opened(self, proxy: Any, value: Any) -> Any:
+        """A container argument as a container of proxies, of the class that the forward expects."""
+        if type(value) in (list, tuple):
+            return type(value)(self._opened(proxy[i], v) for i, v in enumerate(value))
+        if type(value) is dict:
+            return {k: self._opened(proxy[k], v) for k, v in value.items()}
+        return proxy if isinstance(value, Tensor) else value
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Torch's own modules are leaves, unless there is a linear layer inside them."""
+        """Torch's own modules are leaves, unless there is a linear layer or other code inside."""
+        if isinstance(m, torch.jit.ScriptModule):
+            return True
+        if any(has_hooks(part) or "forward" in vars(part) for part in m.modules()):
+            return False
         if isinstance(m, nn.Linear):
-            return type(m).forward is nn.Linear.forward
+            return is_plain_linear(m)
         has_linear = any(isinstance(child, nn.Linear) for child in m.modules())
         return super().is_leaf_module(m, module_qualified_name) and not has_linear
 
-    def getattr(
-        self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, torch.fx.Proxy]
+    def proxy(self, node: Node) -> Proxy:
+        """A proxy that is a tensor where that is certain enough."""
+        if self._is_number(node):
+            self._numbers.add(node)
+            return Proxy(node, self)
+        return _TensorProxy(node, self)
+
+    def _is_number(self, node: Node) -> bool:
+        if node.op == "placeholder":
+            given = next((a for a in self.arguments if a.name == node.target), None)
+            return given is None or not isinstance(given.value, Tensor | None)
+        if node.op not in ("call_function", "call_method"):
+            return False
+        name = target_name(node.target)
+        if name == "getattr":
+            return node.args[1] not in ("T", "mT", "H", "mH", "data", "real", "imag", "grad")
+        row = OPS.get(name)
+        if (row is not None and row.scale == "inquiry") or name in ("item", "tolist", "stride"):
+            return True
+        operands = node.all_input_nodes
+        is_python = getattr(node.target, "__module__", None) in ("_operator", "math", "builtins")
+        return is_python and bool(operands) and all(n in self._numbers for n in operands)
+
+    def create_arg(self, a: Any) -> Any:
+        """A proxy is its node, whatever class it says it has."""
+        if isinstance(a, Proxy):
+            return a.node
+        return super().create_arg(a)
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+        *other: Any,
+        **options: Any,
     ) -> Any:
+        """Record a call, or trace into what takes its place."""
+        if kind == "call_function" and target in FUNCTION_REPLACEMENTS:
+            return FUNCTION_REPLACEMENTS[target](*args, **kwargs)
+        return super().create_proxy(kind, target, args, kwargs, name, type_expr, *other, **options)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
         """Remember the cache, to take entries of a failed child out again."""
         self._attribute_proxies = parameter_proxy_cache
         return super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -112,7 +260,7 @@ class _Tracer(torch.fx.Tracer):
             self.opaque = {**opaque, path: describe_error(error)}
             return self.create_proxy("call_module", path, args, kwargs)
 
-    def _erase_after(self, last: torch.fx.Node | None) -> None:
+    def _erase_after(self, last: Node | None) -> None:
         for node in reversed(self.graph.nodes):
             if node is last:
                 break
@@ -122,15 +270,49 @@ class _Tracer(torch.fx.Tracer):
             if proxy.node not in alive:
                 del self._attribute_proxies[name]
 
+    def _plain_output(self, value: Any, where: str = "output") -> Any:
+        """Replace classes of outputs by ones that every graph can build."""
+        if isinstance(value, Proxy | Tensor) or value is None:
+            return value
+        if is_named_tuple(value):
+            parts = [self._plain_output(v, f"{where}.{k}") for k, v in value._asdict().items()]
+            return named_tuple(type(value).__name__, tuple(value._fields), *parts)
+        fields = named_fields(value)
+        if fields is not None or type(value) is dict:
+            parts = {}
+            for key, part in (value if fields is None else fields).items():
+                plain = self._plain_output(part, f"{where}.{key}")
+                if plain is not _LEFT_OUT:
+                    parts[key] = plain
+            return parts if fields is None else output_dict(**parts)
+        if type(value) in (tuple, list):
+            listed = [self._plain_output(v, f"{where}[{i}]") for i, v in enumerate(value)]
+            return type(value)(v for v in listed if v is not _LEFT_OUT)
+        if isinstance(value, bool | int | float | str):
+            return value
+        self.left_out.append(left_out(where, value))
+        return _LEFT_OUT
 
-def _plain_output(value: Any) -> Any:
-    """Replace model-output classes by `OutputDict`s, which every graph can build."""
-    fields = named_fields(value)
-    if fields is not None:
-        present = {k: _plain_output(v) for k, v in fields.items() if v is not None}
-        return output_dict(**present)
-    if type(value) is dict:
-        return {k: _plain_output(v) for k, v in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_plain_output(v) for v in value)
-    return value
+
+_LEFT_OUT = object()
+
+
+def left_out(where: str, value: object) -> str:
+    """What the report says of an output that a graph cannot hold."""
+    return f"{where} is left out: a {type(value).__name__} cannot be in a graph"
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, int]:
+    """The identity, or the length for containers, of each attribute that is no module or tensor."""
+    found = {}
+    for name, value in vars(module).items():
+        if name.startswith("_") and name in _OWN:
+            continue
+        size = len(value) if isinstance(value, list | dict | set) else 0
+        found[name] = hash((id(value), size))
+    for name, buffer in module._buffers.items():
+        found[name] = id(buffer)
+    return found
+
+
+_OWN = frozenset(vars(nn.Module()))

@@ -1,47 +1,48 @@
-"""`trace`: symbolic where that works, else export, else opaque with its children traced.
+"""`trace`: one graph of a model, by the best way that computes what the model computes.
 
-For each module, from the root down:
+1. symbolic tracing, through functions that libraries marked with `torch.fx.wrap`, too
+2. `torch.export`, where example inputs are known
+3. the symbolic graph with opaque children, each exported on the inputs it saw where that works
+4. the whole model is opaque: a graph of a single node around it
 
-1. symbolic tracing, if no child stays opaque and the graph computes what the module computes;
-2. `torch.export`, where example inputs are known;
-3. the symbolic graph with opaque children; each of those starts again at 1, with the inputs that
-   it saw when the model ran on the example;
-4. the module itself is opaque: a graph of a single node around it.
+With example inputs each graph is compared with the user's own model (see `oracle.py`), on the
+example and on other sizes; the first that agrees everywhere is taken. A graph that is right for some
+sizes only gets checks that refuse the others; one that computes other values is never returned.
+Without example inputs a graph is taken only where nothing of the forward can have been lost.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import torch
 from torch import nn
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
-from fxquant.errors import OptionError, TraceError
-from fxquant.graph.scopes import WRAPPED, user_name
+from fxquant.graph.calls import Call
+from fxquant.graph.identity import FINGERPRINT, fingerprint
+from fxquant.graph.layers import user_name
+from fxquant.graph.left_alone import left_alone, process_left_alone
 from fxquant.graph.shapes import record_shapes
-from fxquant.graph.stand_in import stand_in
+from fxquant.tracing.assemble import assemble
 from fxquant.tracing.canonical import canonicalize
+from fxquant.tracing.coverage import weigh
 from fxquant.tracing.export import capture_export
-from fxquant.tracing.prepare import prepare
-from fxquant.tracing.signature import (
-    ExampleInputs,
-    clone,
-    graph_arguments,
-    is_variadic,
-    placeholder_order,
-)
-from fxquant.tracing.symbolic import Capture, capture_symbolic, describe_error
-from fxquant.tracing.trace_report import REPORT_KEY, OpaqueModule, TraceReport, weigh
-from fxquant.tracing.verify import mismatch
+from fxquant.tracing.guards import insert_guards
+from fxquant.tracing.inline import inline_children
+from fxquant.tracing.needed import export_examples, needed_guards
+from fxquant.tracing.opaque import describe_opaque, graph_around
+from fxquant.tracing.oracle import Oracle, Verdict
+from fxquant.tracing.prepare import prepare, unwrap
+from fxquant.tracing.signature import graph_arguments
+from fxquant.tracing.symbolic import Capture, capture_symbolic
+from fxquant.tracing.trace_report import REPORT_KEY, TraceReport
 
 
 def trace(model: nn.Module, example_inputs: object = None) -> GraphModule:
     """Capture `model` as a graph in which every linear layer is a node.
 
     Args:
-        model: any module; it is not changed. The graph shares its tensors and is in eval mode.
+        model: any module; it is left as it was. The graph shares its memory (training the one shows
+            in the other) and is in eval mode.
         example_inputs: one call's arguments: a tensor, a tuple or list (positional), or a dict
             (keywords). Optional, but without them `torch.export` cannot be tried, optional
             arguments keep their defaults, and the graph is not verified against the model.
@@ -50,203 +51,143 @@ def trace(model: nn.Module, example_inputs: object = None) -> GraphModule:
         A `GraphModule`; `trace_report` tells how it was made.
 
     Raises:
-        TraceError: the model does not run on the example inputs.
+        TraceError: the model does not run on the example inputs, or cannot be copied.
+        OptionError: it is no Python module.
     """
-    if not isinstance(model, nn.Module):
-        raise OptionError(
-            "model",
-            found=type(model).__name__,
-            needed="a torch.nn.Module",
-            remedy="Pass the model itself, not its path or its output.",
+    model = unwrap(model)
+    inputs = None if example_inputs is None else Call.of(example_inputs)
+    with process_left_alone():
+        if inputs is not None:
+            graph_arguments(model, inputs)  # inputs that do not fit are named before anything runs
+        oracle = None if inputs is None else Oracle(model, inputs)
+        with left_alone(model) as memory:
+            model.eval()
+            prepared = prepare(model, memory)
+        chosen = _Search(prepared, oracle).run()
+        gm = chosen.gm
+        if oracle is not None:
+            record_shapes(gm, oracle.example)
+        gm.meta[FINGERPRINT] = fingerprint(model)
+        weight = weigh(gm, model, prepared, oracle)
+        gm.meta[REPORT_KEY] = TraceReport(
+            way=chosen.way,
+            verified=chosen.verdict.checked,
+            attempts=chosen.attempts,
+            opaque=describe_opaque(gm, chosen.opaque),
+            left_out=chosen.left_out,
+            refused=[f"{label}: {reason}" for label, reason in chosen.verdict.refused],
+            unreached=weight.unreached,
+            product_elements=weight.product_elements,
+            traced_elements=weight.traced_elements,
         )
-    inputs = None if example_inputs is None else ExampleInputs.of(example_inputs)
-    prepared = prepare(model)
-    if inputs is not None:
-        _check_runs(prepared, inputs)
-    findings = _Findings()
-    root = _trace_module(prepared, inputs, "", findings)
-    if not isinstance(root, GraphModule):
-        root = _graph_around(root, inputs)
-    if inputs is not None:
-        record_shapes(root, clone(inputs.args), clone(inputs.kwargs))
-    total, traced, unreached = weigh(root, prepared)
-    root.meta[REPORT_KEY] = replace(
-        findings.report(), linear_elements=total, traced_elements=traced, unreached=unreached
-    )
-    return root
-
-
-@dataclass
-class _Findings:
-    """What tracing learns on its way down."""
-
-    way: str = "opaque"
-    attempts: list[str] = field(default_factory=list)
-    opaque: list[OpaqueModule] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-
-    def report(self) -> TraceReport:
-        return TraceReport(self.way, self.attempts, self.opaque, left_out=self.left_out)
-
-
-def _check_runs(module: nn.Module, inputs: ExampleInputs) -> None:
-    graph_arguments(module, inputs)
-    try:
-        with torch.no_grad():
-            module(*clone(inputs.args), **clone(inputs.kwargs))
-    except Exception as error:  # a user's forward may raise anything at all
-        raise TraceError(
-            f"{type(module).__name__}.forward",
-            found=f"that it raises on the example inputs: {describe_error(error)}",
-            needed="inputs the model runs on",
-            remedy="Check the shapes, dtypes and argument names of the example inputs.",
-        ) from error
-
-
-def _trace_module(
-    module: nn.Module, inputs: ExampleInputs | None, path: str, findings: _Findings
-) -> nn.Module:
-    """A graph of `module`, or `module` itself with its children replaced by graphs."""
-    where = user_name(path)
-    symbolic = capture_symbolic(module, inputs)
-    if isinstance(symbolic, Capture):
-        symbolic = replace(symbolic, gm=canonicalize(symbolic.gm, module))
-        wrong = mismatch(symbolic.gm, module, inputs) if inputs is not None else None
-        if wrong is None and not symbolic.opaque:
-            return _taken(symbolic.gm, "symbolic", path, findings)
-        opaque = ", ".join(f"{p}: {r}" for p, r in list(symbolic.opaque.items())[:3])
-        reason = wrong or f"opaque inside: {opaque}"
-    else:
-        wrong = reason = symbolic
-    findings.attempts.append(f"{where}: symbolic: {reason}")
-    if inputs is not None:
-        notes: list[str] = []
-        exported = capture_export(module, inputs, notes)
-        if isinstance(exported, Capture):
-            gm = canonicalize(exported.gm, module)
-            exported_wrong = mismatch(gm, module, inputs)
-            if exported_wrong is None:
-                findings.left_out += [f"{where}: {note}" for note in notes]
-                return _taken(gm, "export", path, findings)
-            exported = exported_wrong
-        findings.attempts.append(f"{where}: export: {exported}")
-    if isinstance(symbolic, Capture) and wrong is None:
-        seen = _inputs_of(module, symbolic.opaque, inputs)
-        for child, why in symbolic.opaque.items():
-            submodule = module.get_submodule(child)
-            child_path = f"{path}.{child}" if path else child
-            opened = _open(submodule, seen.get(child), child_path, why, findings)
-            symbolic.gm.set_submodule(child, opened)
-        return _taken(symbolic.gm, "symbolic", path, findings)
-    return _open(module, inputs, path, str(wrong), findings)
-
-
-def _taken(gm: GraphModule, way: str, path: str, findings: _Findings) -> GraphModule:
-    if not path:
-        findings.way = way
     return gm
 
 
-def _open(
-    module: nn.Module, inputs: ExampleInputs | None, path: str, why: str, findings: _Findings
-) -> nn.Module:
-    """Keep `module` as it is and replace its children by graphs."""
-    findings.opaque.append(OpaqueModule(user_name(path), type(module).__name__, why))
-    children = dict(_callable_children(module))
-    seen = _inputs_of(module, children, inputs)
-    replaced: dict[nn.Module, nn.Module] = {}
-    for name, child in children.items():
-        if child not in replaced:
-            replaced[child] = _child_graph(
-                child, seen.get(name), f"{path}.{name}" if path else name, findings
-            )
-        module.set_submodule(name, replaced[child])
-    return module
+@dataclass
+class _Found:
+    """A graph, how it was made, and how it compares with the model."""
+
+    gm: GraphModule
+    way: str
+    verdict: Verdict
+    left_out: list[str] = field(default_factory=list)
+    opaque: dict[str, str] = field(default_factory=dict)
+    attempts: list[str] = field(default_factory=list)
 
 
-def _callable_children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Children that may be called; containers that code may index or iterate are entered."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
-            yield from _callable_children(child, f"{prefix}{name}.")
-        elif any(True for _ in child.parameters()):
-            yield prefix + name, child
+class _Search:
+    """Tries one way after another."""
+
+    def __init__(self, prepared: nn.Module, oracle: Oracle | None) -> None:
+        self.prepared, self.oracle = prepared, oracle
+        self.attempts: list[str] = []
+
+    def run(self) -> _Found:
+        """The first graph that does all that was tried, or the best of the others."""
+        best: _Found | None = None
+        for found in self._candidates():
+            if found.verdict.wrong is not None:
+                self.attempts.append(f"model: {found.way}: {found.verdict.wrong}")
+                continue
+            if found.verdict.is_perfect:
+                best = found
+                break
+            label, reason = found.verdict.refused[0]
+            self.attempts.append(f"model: {found.way}: it refuses {label}: {reason}")
+            if best is None or len(found.verdict.refused) < len(best.verdict.refused):
+                best = found
+        if best is None or self._is_narrow(best):
+            around = self._around()
+            best = around if around.verdict.wrong is None or best is None else best
+        return replace(best, attempts=self.attempts)
+
+    def _is_narrow(self, found: _Found) -> bool:
+        """Whether a graph refuses more than it takes: then the model's own code serves better."""
+        return len(found.verdict.refused) > found.verdict.checked
+
+    def _candidates(self) -> Iterator[_Found]:
+        parts: list[Capture] = []
+        for see_through in (True, False):
+            capture = capture_symbolic(self.prepared, self._example, see_through=see_through)
+            if isinstance(capture, str):
+                self.attempts.append(f"model: symbolic: {capture}")
+            elif capture.opaque:
+                inside = ", ".join(f"{p}: {r}" for p, r in list(capture.opaque.items())[:3])
+                self.attempts.append(f"model: symbolic: opaque inside: {inside}")
+                parts.append(capture)
+            else:
+                yield self._judged(capture, "symbolic")
+        if self.oracle is not None:
+            yield from self._exported(self.oracle)
+        for capture in parts:
+            if self.oracle is not None:
+                notes: list[str] = []
+                inlined = inline_children(capture, self.prepared, self.oracle, notes)
+                self.attempts += notes
+                if inlined is not None:
+                    yield self._judged(inlined, "symbolic")
+            yield self._judged(capture, "symbolic")
+
+    @property
+    def _example(self) -> Call | None:
+        return None if self.oracle is None else self.oracle.example
+
+    def _exported(self, oracle: Oracle) -> Iterator[_Found]:
+        for call, are_sizes_free in export_examples(oracle):
+            capture = capture_export(self.prepared, call, are_sizes_free=are_sizes_free)
+            if isinstance(capture, str):
+                self.attempts.append(f"model: export: {capture}")
+            else:
+                yield self._judged(capture, "export")
+
+    def _judged(self, capture: Capture, way: str) -> _Found:
+        opaque = dict(capture.opaque)
+        gm = canonicalize(assemble(capture, self.prepared), self.prepared)
+        found = _Found(gm, way, Verdict(None), capture.left_out, opaque)
+        if self.oracle is None:
+            return found
+        needed = needed_guards(gm, capture.guards, self.oracle)
+        if isinstance(needed, str):
+            return replace(found, verdict=Verdict(needed))
+        if needed:
+            insert_guards(gm.graph, needed)
+            gm.recompile()
+        return replace(found, verdict=self.oracle.judge(gm))
+
+    def _around(self) -> _Found:
+        gm = graph_around(self.prepared, self._example)
+        reason = "; ".join(self.attempts[:3]) or "it was not traced"
+        verdict = Verdict(None) if self.oracle is None else self.oracle.judge(gm)
+        return _Found(gm, "opaque", verdict, opaque={user_name(gm, "_self"): reason})
 
 
-def _child_graph(
-    child: nn.Module, inputs: ExampleInputs | None, path: str, findings: _Findings
-) -> nn.Module:
-    """A graph in the place of `child` that answers like it to the opaque parent's code."""
-    if type(child).forward is nn.Linear.forward or not any(True for _ in child.children()):
-        if not isinstance(child, nn.Linear):
-            return child  # a norm, an embedding: nothing inside to reach
-        graph = Graph()
-        graph.output(graph.call_module(WRAPPED, (graph.placeholder("input"),)))
-        return stand_in(GraphModule({WRAPPED: child}, graph), child)
-    traced = _trace_module(child, inputs, path, findings)
-    return stand_in(traced, child) if isinstance(traced, GraphModule) else traced
-
-
-def _inputs_of(
-    module: nn.Module, names: Any, inputs: ExampleInputs | None
-) -> dict[str, ExampleInputs]:
-    """What each named child is called with, first, when `module` runs on `inputs`."""
-    seen: dict[str, ExampleInputs] = {}
-    if inputs is None:
-        return seen
-    with _recording(module, names, seen), torch.no_grad():
-        module(*clone(inputs.args), **clone(inputs.kwargs))
-    return seen
-
-
-@contextmanager
-def _recording(module: nn.Module, names: Any, seen: dict[str, ExampleInputs]) -> Iterator[None]:
-    def hook_for(name: str) -> Any:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            seen.setdefault(name, ExampleInputs(clone(args), clone(kwargs)))
-
-        return hook
-
-    handles = [
-        module.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True)
-        for name in names
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _graph_around(module: nn.Module, inputs: ExampleInputs | None) -> GraphModule:
-    """A graph whose only call is the opaque root."""
-    graph = Graph()
-    arguments = graph_arguments(module, inputs)
-    nodes: dict[str, Any] = {}
-    for argument in placeholder_order(arguments):
-        if argument.is_constant:
-            nodes[argument.name] = graph.placeholder(argument.name, default_value=argument.value)
-        elif is_variadic(argument):
-            raise TraceError(
-                f"{type(module).__name__}.forward",
-                found=f"that it takes *{argument.name}",
-                needed="named arguments",
-                remedy="Wrap the model in a module whose forward names its arguments.",
-            )
-        else:
-            nodes[argument.name] = graph.placeholder(argument.name)
-    graph.output(graph.call_module(WRAPPED, (), nodes))
-    return GraphModule({WRAPPED: module}, graph, type(module).__name__).eval()
-
-
-def graph_of(model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any]) -> GraphModule:
+def graph_of(model: nn.Module, example: Call | None) -> GraphModule:
     """The model's graph; one that `trace` made is taken as it is.
 
     Args:
         model: any module, or a graph from `trace`.
-        args: positional arguments of an example call, or None for no example.
-        kwargs: its keyword arguments.
+        example: one call's arguments, or None.
     """
     if isinstance(model, GraphModule) and REPORT_KEY in model.meta:
         return model
-    return trace(model, None if args is None else ExampleInputs(args, kwargs))
+    return trace(model, example)

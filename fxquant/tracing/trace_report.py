@@ -1,25 +1,32 @@
-"""Which way a model was traced, what is opaque and why, and how much weight is in graphs."""
+"""Which way a model was traced, what is opaque and why, and how much weight is in the graph."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tabulate import tabulate
-from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.errors import OptionError
-from fxquant.graph.scopes import sites
 
 REPORT_KEY = "fxquant_trace_report"
 
 
 @dataclass(frozen=True)
 class OpaqueModule:
-    """A module that is one node of its graph: its children are graphs of their own."""
+    """A module that keeps its own Python code; its linear layers are swapped inside it.
+
+    Attributes:
+        module: the user's name.
+        type: its class.
+        reason: why it could not be traced.
+        classes: the classes, of no library that fxquant knows, that `save_model` and `load_model`
+            must be told to save it.
+    """
 
     module: str
     type: str
     reason: str
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -27,27 +34,33 @@ class TraceReport:
     """What tracing did.
 
     Attributes:
-        way: `"symbolic"`, `"export"` or `"opaque"`, for the outermost graph.
+        way: `"symbolic"`, `"export"` or `"opaque"`.
+        verified: on how many calls the graph was compared with the model; 0 without example inputs.
         attempts: why better ways were not taken, one line each.
         opaque: each opaque module with the reason.
-        unreached: linear layers of the model that no graph calls.
+        unreached: linear layers of the model that the graph does not call.
         left_out: outputs that a graph cannot hold.
-        linear_elements: elements of all linear weights of the model, tied ones once.
-        traced_elements: those of them that a graph multiplies with.
+        refused: sizes that the model takes and the graph refuses, with the reason.
+        product_elements: elements of all parameters that are factors of a product, by kind; tied
+            ones count once.
+        traced_elements: those of them that the graph can see, by kind.
     """
 
     way: str
+    verified: int = 0
     attempts: list[str] = field(default_factory=list)
     opaque: list[OpaqueModule] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    linear_elements: int = 0
-    traced_elements: int = 0
+    refused: list[str] = field(default_factory=list)
+    product_elements: dict[str, int] = field(default_factory=dict)
+    traced_elements: dict[str, int] = field(default_factory=dict)
 
     @property
     def coverage(self) -> float:
-        """The share of linear weight elements that sit in a traced graph, 0..1."""
-        return self.traced_elements / self.linear_elements if self.linear_elements else 1.0
+        """The share of all product weight that the graph can see, 0..1."""
+        total = sum(self.product_elements.values())
+        return min(1.0, sum(self.traced_elements.values()) / total) if total else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -57,18 +70,35 @@ class TraceReport:
     def from_dict(cls, data: dict[str, Any]) -> "TraceReport":
         """Undo `to_dict`."""
         values = {key: value for key, value in data.items() if key != "coverage"}
-        opaque = [OpaqueModule(**entry) for entry in values.pop("opaque")]
+        opaque = [
+            OpaqueModule(**{**entry, "classes": tuple(entry.get("classes", ()))})
+            for entry in values.pop("opaque")
+        ]
         return cls(**values, opaque=opaque)
 
     def __str__(self) -> str:
-        lines = [f"traced by: {self.way}", f"linear weight in graphs: {self.coverage:.1%}"]
+        checked = (
+            f"compared with the model on {self.verified} calls"
+            if self.verified
+            else "not verified against the model: pass example inputs"
+        )
+        lines = [
+            f"traced by: {self.way}, {checked}",
+            f"product weights that the graph can see: {self.coverage:.1%}",
+        ]
         lines += [f"not taken: {line}" for line in self.attempts]
+        lines += [f"refuses: {line}" for line in self.refused]
         lines += [f"output: {line}" for line in self.left_out]
         if self.unreached:
             lines.append("never called: " + ", ".join(self.unreached))
         if self.opaque:
             rows = [(o.module, o.type, o.reason) for o in self.opaque]
             lines.append(tabulate(rows, headers=("opaque module", "type", "reason")))
+            classes = sorted({name for o in self.opaque for name in o.classes})
+            lines.append(
+                "Opaque modules keep their Python code: their inner ops are not analysed, and "
+                "saving needs allow_modules with " + (", ".join(classes) or "no further class")
+            )
         return "\n".join(lines)
 
 
@@ -87,38 +117,3 @@ def trace_report(gm: GraphModule) -> TraceReport:
             remedy="Call fxquant.trace(model, example_inputs) first.",
         )
     return report
-
-
-def weigh(gm: GraphModule, prepared: nn.Module) -> tuple[int, int, list[str]]:
-    """`(linear_elements, traced_elements, unreached)` of a traced model."""
-    traced = {
-        (site.module.weight.data_ptr(), site.module.weight.numel())
-        for site in sites(gm)
-        if isinstance(site.module, nn.Linear)
-    }
-    total, unreached = 0, []
-    owned: set[tuple[int, int]] = set()
-    counted: set[int] = set()
-    for name, weight in _linear_weights(prepared):
-        start, end = weight.data_ptr(), weight.data_ptr() + weight.numel() * weight.element_size()
-        inside = {(pointer, count) for pointer, count in traced if start <= pointer < end}
-        owned |= inside
-        if not inside:
-            unreached.append(name)
-        if start not in counted:
-            counted.add(start)
-            total += weight.numel()
-    traced_elements = sum(count for _, count in traced)
-    return total + sum(count for _, count in traced - owned), traced_elements, unreached
-
-
-def _linear_weights(prepared: nn.Module) -> list[tuple[str, Tensor]]:
-    found: list[tuple[str, Tensor]] = []
-    for name, module in prepared.named_modules():
-        if isinstance(module, nn.Linear):
-            found.append((name, module.weight))
-        for parameter in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-            weight = module._parameters.get(parameter)
-            if weight is not None:
-                found.append((f"{name}.{parameter}".lstrip("."), weight))
-    return found

@@ -1,0 +1,249 @@
+"""Run a model and leave it, and the process, bit for bit as they were.
+
+A forward may write into parameters (an embedding with `max_norm`), buffers, its own attributes and
+the lists and objects behind them; `eval()` may merge adapters into weights. What is written is put
+back on the way out, also after an error or an interrupt.
+"""
+
+import random
+import types
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxquant.graph.ops import is_foreign, writes
+from fxquant.modules.linear import QuantizedLinear
+
+DEPTH = 6  # of containers and objects behind a module's attributes
+LARGEST_CONTAINER = 10_000  # entries; a longer list is data, not a module's state
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
+_CODE = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType)
+
+
+@contextmanager
+def process_left_alone() -> Iterator[None]:
+    """Put back the random state, grad mode, default dtype, threads and attention's fast path."""
+    rng, own = torch.get_rng_state(), random.getstate()
+    numpy_state = numpy.random.get_state()
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    grad = torch.is_grad_enabled()
+    try:
+        with torch.inference_mode(False):
+            torch.set_grad_enabled(grad)
+            yield
+    finally:
+        torch.set_rng_state(rng)
+        random.setstate(own)
+        numpy.random.set_state(numpy_state)
+        torch.set_grad_enabled(grad)
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        if torch.get_default_dtype() != dtype:
+            torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+
+@contextmanager
+def left_alone(model: nn.Module) -> Iterator["WrittenMemory"]:
+    """Whatever happens to `model` and its tensors inside is undone at the end.
+
+    Yields:
+        The memory that was written so far: what shares it must take a copy to keep it.
+    """
+    state, memory = _State(model), WrittenMemory(model)
+    with ExitStack() as undo:
+        undo.callback(state.put_back)
+        undo.callback(memory.put_back)
+        with memory:
+            yield memory
+
+
+@contextmanager
+def graph_left_alone(gm: nn.Module) -> Iterator[None]:
+    """Undo what runs of a graph leave in its opaque modules and in buffers that it writes.
+
+    What observers have seen stays, and so do layers that are put in place of others.
+    """
+    with ExitStack() as undo:
+        if isinstance(gm, GraphModule):
+            for node in gm.graph.nodes:
+                if node.op == "call_module":
+                    module = gm.get_submodule(str(node.target))
+                    if is_foreign(module):
+                        undo.enter_context(left_alone(module))
+                elif writes(node):
+                    undo.enter_context(_attributes_kept(gm, node))
+        yield
+
+
+@contextmanager
+def _attributes_kept(gm: GraphModule, node: Node) -> Iterator[None]:
+    """Undo what `node` writes into tensors that are attributes of the graph."""
+    owners = [str(n.target).rpartition(".") for n in node.all_input_nodes if n.op == "get_attr"]
+    tensors = [getattr(gm.get_submodule(owner), name) for owner, _, name in owners]
+    kept = [(t, t.detach().clone()) for t in tensors if isinstance(t, Tensor)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in kept:
+                tensor.copy_(value)
+
+
+class WrittenMemory(TorchDispatchMode):
+    """Saves the memory of a model's tensors at the moment when an op is about to write into it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._own = {s._cdata: s for s in map(_storage, _tensors_of(model)) if s is not None}
+        self._saved: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def is_written(self, tensor: Tensor) -> bool:
+        """Whether an op wrote into the memory of `tensor`."""
+        storage = _storage(tensor)
+        return storage is not None and storage._cdata in self._saved
+
+    def put_back(self) -> None:
+        """Undo what was written."""
+        for storage, saved in self._saved.values():
+            storage.copy_(saved)
+        self._saved.clear()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            for argument, value in zip(schema.arguments, args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._save(value)
+            for argument in schema.arguments:
+                info = argument.alias_info
+                if info is not None and info.is_write and argument.name in kwargs:
+                    self._save(kwargs[argument.name])
+        return func(*args, **kwargs)
+
+    def _save(self, value: Any) -> None:
+        for tensor in value if isinstance(value, list | tuple) else (value,):
+            storage = _storage(tensor) if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata in self._own:
+                if storage._cdata not in self._saved:
+                    own = self._own[storage._cdata]
+                    self._saved[storage._cdata] = own, own.clone()
+
+
+class _State:
+    """The classes, attributes and containers of all modules, and where parameters lie."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._entries: list[tuple[Any, Any, Any]] = []
+        self._data: list[tuple[Tensor, Tensor, bool]] = []
+        self._seen: set[int] = set()
+        for module in model.modules():
+            self._note(module, 0)
+
+    def put_back(self) -> None:
+        """Undo changes of attributes, containers and of tensors' `.data`."""
+        for owner, kind, contents in reversed(self._entries):
+            if kind == "object":
+                own, attributes = contents
+                if type(owner) is not own:
+                    owner.__class__ = own
+                _restore(vars(owner), attributes)
+            elif kind == "dict":
+                _restore(owner, contents)
+            elif kind == "list":
+                if len(owner) != len(contents) or any(
+                    a is not b for a, b in zip(owner, contents, strict=True)
+                ):
+                    owner[:] = contents
+            elif kind == "set" and owner != contents:
+                owner.clear()
+                owner.update(contents)
+        for tensor, data, requires_grad in self._data:
+            if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
+                tensor.data = data
+            if tensor.requires_grad != requires_grad and tensor.is_leaf:
+                tensor.requires_grad_(requires_grad)
+
+    def _note(self, value: Any, depth: int) -> None:
+        if isinstance(value, (*_PLAIN, *_CODE)) or id(value) in self._seen or depth > DEPTH:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, Tensor):
+            if isinstance(value, nn.Parameter):
+                self._data.append((value, value.detach(), value.requires_grad))
+        elif isinstance(value, dict):
+            self._entries.append((value, "dict", dict(value)))
+            self._note_all(value.values(), len(value), depth)
+        elif isinstance(value, list):
+            self._entries.append((value, "list", list(value)))
+            self._note_all(value, len(value), depth)
+        elif isinstance(value, set):
+            self._entries.append((value, "set", set(value)))
+        elif isinstance(value, tuple):
+            self._note_all(value, len(value), depth)
+        elif isinstance(getattr(value, "__dict__", None), dict):
+            attributes = vars(value)
+            self._entries.append((value, "object", (type(value), dict(attributes))))
+            self._note_all(attributes.values(), len(attributes), depth)
+
+    def _note_all(self, values: Any, count: int, depth: int) -> None:
+        if count <= LARGEST_CONTAINER:
+            for value in list(values):
+                self._note(value, depth + 1)
+
+
+def _restore(owner: dict[Any, Any], contents: dict[Any, Any]) -> None:
+    """Give a dict the entries it had, in their order; untouched where nothing changed."""
+    same = len(owner) == len(contents) and all(
+        a is b and x is y for (a, x), (b, y) in zip(owner.items(), contents.items(), strict=True)
+    )
+    if not same:
+        owner.clear()
+        owner.update(contents)
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    """The memory of a tensor; None for kinds that have none of their own."""
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return None
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # a wrapper around other tensors
+        return None
+
+
+def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and tensors in attributes, lists and objects behind modules."""
+    seen: set[int] = set()
+    open_values: list[tuple[Any, int]] = [
+        (vars(m), 0) for m in model.modules() if not isinstance(m, QuantizedLinear)
+    ]
+    while open_values:
+        value, depth = open_values.pop()
+        if isinstance(value, (*_PLAIN, *_CODE)) or id(value) in seen or depth > DEPTH:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+            continue
+        parts: Any = ()
+        if isinstance(value, dict):
+            parts = value.values()
+        elif isinstance(value, list | tuple | set):
+            parts = value
+        elif not isinstance(value, nn.Module) and isinstance(
+            getattr(value, "__dict__", None), dict
+        ):
+            parts = vars(value).values()
+        if len(parts) <= LARGEST_CONTAINER:
+            open_values += [(part, depth + 1) for part in list(parts)]

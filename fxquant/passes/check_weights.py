@@ -1,0 +1,35 @@
+"""Refuse weights that cannot be quantized, before any data runs."""
+
+from collections.abc import Iterable
+
+import torch
+from torch.fx import GraphModule
+
+from fxquant.errors import WeightError
+from fxquant.graph.layers import sites
+
+
+def check_weights(gm: GraphModule, names: Iterable[str]) -> None:
+    """Raise a `WeightError` that names the first weight of `names` that is on meta or not finite."""
+    wanted = set(names)
+    for site in sites(gm):
+        if site.name not in wanted:
+            continue
+        wanted.discard(site.name)
+        weight = site.module.weight
+        assert isinstance(weight, torch.Tensor)  # the layers that were chosen have one
+        if weight.is_meta:
+            raise WeightError(
+                f"{site.name}.weight",
+                found="a tensor on the meta device, which has no values",
+                needed="a weight with values",
+                remedy="Load the checkpoint into the model before quantizing it "
+                "(fxquant.plan needs no values).",
+            )
+        if not torch.isfinite(weight).all():
+            raise WeightError(
+                f"{site.name}.weight",
+                found="NaN or Inf",
+                needed="finite values",
+                remedy="Check the checkpoint that the model was loaded from.",
+            )

@@ -1,0 +1,93 @@
+"""Other sizes of an example call: batches and lengths that a model may take too.
+
+Nobody says which dimension of which input is the batch and which is a length, so it is tried.
+Dimensions that have the same size may belong together: those at the same position first (the batch
+of all inputs), then all of that size (a mask [T, T] beside inputs [B, T, C]).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxquant.graph.calls import Call
+
+Place = tuple[int, int]  # which tensor of the call, which dimension of it
+MOST_AXES = 4
+ROWS = 3  # of a batch that are enough to compare
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Dimensions of the inputs that change together.
+
+    Attributes:
+        places: which they are.
+        size: what they are in the example.
+    """
+
+    places: frozenset[Place]
+    size: int
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether it is the first dimension of the first tensor."""
+        return (0, 0) in self.places
+
+    def resized(self, call: Call, size: int) -> Call:
+        """The call with another size along the axis: elements are left out or repeated."""
+        numbers = {id(t): i for i, t in enumerate(call.tensors())}
+
+        def resize(tensor: Tensor) -> Tensor:
+            number = numbers[id(tensor)]
+            for dimension in range(tensor.ndim):
+                if (number, dimension) in self.places:
+                    length = tensor.shape[dimension]
+                    index = torch.arange(size, device=tensor.device) % length
+                    tensor = tensor.index_select(dimension, index)
+            return tensor
+
+        return call.map(resize)
+
+    def sizes(self) -> list[int]:
+        """Other sizes to try: the model may treat 1, less and more in another way."""
+        n = self.size
+        wanted = (1, 2, 3) if self.is_batch else (1, n // 2, n - 1, n + 1, 2 * n + 1)
+        return [s for s in dict.fromkeys(wanted) if s > 0 and s != n]
+
+
+def candidate_axes(call: Call) -> Iterator[list[Axis]]:
+    """The axes of a call, each as alternatives: the first that a model accepts is meant."""
+    shapes = [tuple(t.shape) for t in call.tensors()]
+    seen: set[Place] = set()
+    for number, shape in enumerate(shapes):
+        for dimension, size in enumerate(shape):
+            if (number, dimension) in seen or size == 0:
+                continue
+            aligned = frozenset(
+                (i, dimension) for i, s in enumerate(shapes) if len(s) > dimension
+                and s[dimension] == size
+            )  # fmt: skip
+            everywhere = frozenset(
+                (i, d) for i, s in enumerate(shapes) for d, n in enumerate(s) if n == size
+            )
+            alone = frozenset([(number, dimension)])
+            seen |= aligned
+            groups = dict.fromkeys((aligned, everywhere, alone))
+            yield [Axis(places, size) for places in groups]
+
+
+def free_axes(call: Call, accepts: Callable[[Call], bool]) -> list[Axis]:
+    """The axes along which a model takes other sizes, as far as a few trials show."""
+    found: list[Axis] = []
+    for alternatives in candidate_axes(call):
+        for axis in alternatives:
+            probe = axis.size - 1 if axis.size > 2 else axis.size + 1
+            others = [s for s in (probe, 2 * axis.size) if s != axis.size]
+            if any(accepts(axis.resized(call, size)) for size in others[: 1 + axis.is_batch]):
+                found.append(axis)
+                break
+        if len(found) == MOST_AXES:
+            break
+    return found
