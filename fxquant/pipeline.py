@@ -1,6 +1,5 @@
 """The pipeline: trace, decide, observe, calibrate, scale, rewrite, report."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +22,7 @@ from fxquant.graph.left_alone import process_left_alone
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.observers import OBSERVERS, Observer
 from fxquant.passes.calibrate import calibrate
-from fxquant.passes.calibration_data import calls
+from fxquant.passes.calibration_data import calls, check_batches
 from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import DecisionOptions, decide
 from fxquant.passes.insert_observers import insert_observers, observed_inputs
@@ -37,15 +36,6 @@ from fxquant.passes.simulate import DYNAMIC, SimulatedActivations, SimulatedWeig
 from fxquant.tracing.prepare import unwrap
 from fxquant.tracing.trace import graph_of
 from fxquant.tracing.trace_report import trace_report
-
-NOT_VERIFIED = (
-    "the graph was not verified against the model, since no example inputs were given: pass "
-    "example_inputs (one call's arguments) to fxquant.quantize to compare them"
-)
-
-
-class UnverifiedWarning(UserWarning):
-    """A graph could not be compared with the model."""
 
 
 def static_quantize(
@@ -146,6 +136,7 @@ def _quantize_calibrated(
     watch = "minmax" if observer == DYNAMIC else observer
     observed = insert_observers(gm, watch)
     used = calibrate(observed, batches)
+    check_batches(drawn)
     info.observer, info.activation_bits = observer, activation_bits
     info.heldout_samples = sum(call.row_count for call in held_out)
     info.calibration_samples_used = used + info.heldout_samples
@@ -168,6 +159,8 @@ def _quantize_calibrated(
     statistics: dict[str, InputStatistics] = {}
     if info.selected_layers and (recipe.rounding != "gptq" or is_auto or activation_bits):
         statistics = observe_inputs(gm, info.selected_layers, batches)
+    expected = expected_inputs(gm)
+    steady = {name: seen.steadied(expected.get(name)) for name, seen in statistics.items()}
 
     def with_activations(qmodel: GraphModule) -> GraphModule:
         if activation_bits is not None and observer == DYNAMIC:
@@ -177,11 +170,11 @@ def _quantize_calibrated(
         return qmodel
 
     planned = info.decisions
-    qmodel = with_activations(_quantize_with_data(gm, info, recipe, batches, held_out, statistics))
+    qmodel = with_activations(_quantize_with_data(gm, info, recipe, batches, held_out, steady))
     _measure(gm, qmodel, info, batches, held_out, observers)
     if is_auto and held_out and info.selected_layers and info.sqnr_db is not None:
         plain = replace(info, decisions=planned)
-        rounded = _round(gm, plain, Recipe((), "rtn"), statistics)
+        rounded = _round(gm, plain, Recipe((), "rtn"), steady)
         rounded = with_activations(rounded)
         _measure(gm, rounded, plain, batches, held_out, observers)
         if plain.sqnr_db is not None and plain.sqnr_db > info.sqnr_db:
@@ -233,8 +226,6 @@ def quantize(
     with process_left_alone():
         model = unwrap(model)
         gm = graph_of(model, None if example_inputs is None else Call.of(example_inputs))
-        if not trace_report(gm).verified and example_inputs is None:
-            warnings.warn(NOT_VERIFIED, UnverifiedWarning, stacklevel=2)
         info = _plan(gm, options, symmetric, recipe)
         check_weights(gm, info.selected_layers)
         info.observer, info.activation_bits = DYNAMIC, activation_bits

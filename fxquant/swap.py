@@ -108,7 +108,7 @@ def _plan(model: nn.Module, qmodel: GraphModule) -> _Plan:
     for site in sites(qmodel):
         original = own.get(site.name)
         if isinstance(site.module, QuantizedLinear):
-            if original is None or not _is_swappable(own, site.name, original):
+            if original is None or not is_product_only(original):
                 plan.left_float.append(site.name)
                 unmatched.append(site.name)
             else:
@@ -126,14 +126,6 @@ def _plan(model: nn.Module, qmodel: GraphModule) -> _Plan:
     plan.left_float = list(dict.fromkeys(plan.left_float))
     _check_scales(qmodel, unmatched)
     return plan
-
-
-def _is_swappable(own: dict[str, nn.Module], name: str, original: nn.Module) -> bool:
-    """Whether a quantized layer can take the place of `original` and compute the same."""
-    parent = own.get(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        return False  # its forward reads the weights of its children, it does not call them
-    return is_product_only(original)
 
 
 def _check_scales(qmodel: GraphModule, unmatched: list[str]) -> None:
@@ -225,5 +217,5 @@ def _other_model(where: str, found: str) -> OptionError:
         where,
         found=found,
         needed="the model that was quantized",
-        remedy="Pass the same model, or quantize this one.",
+        remedy="Pass a model of the same class and configuration, or quantize this one.",
     )

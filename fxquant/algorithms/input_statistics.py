@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 SAMPLE = 512  # tokens that are kept as they are
+PRIOR_TOKENS = 128
+TINY = torch.finfo(torch.float32).tiny
 
 
 class InputStatistics:
@@ -48,6 +50,32 @@ class InputStatistics:
         self.lowest = torch.minimum(self.lowest, x.amin(0))
         self.highest = torch.maximum(self.highest, x.amax(0))
         self._add_to_sample(x, share)
+
+    def steadied(self, expected: "InputStatistics | None" = None) -> "InputStatistics":
+        """The mean and mean square as if `PRIOR_TOKENS` more tokens had looked as expected.
+
+        A few tokens say little about how channels differ: taken at their word, they cost more than
+        they bring.
+
+        Args:
+            expected: what the graph promises of the input; None: a mean of 0 and the same mean
+                square in each channel.
+
+        Returns:
+            Statistics of which only `tokens`, `mean` and `mean_square` are set.
+        """
+        if not self.tokens:
+            return self if expected is None else expected
+        share = self.tokens / (self.tokens + PRIOR_TOKENS)
+        mean, square = torch.zeros_like(self.mean), self.mean_square.mean().expand_as(self.mean)
+        if expected is not None:  # which knows how channels differ, not how large they are
+            size = self.mean_square.mean() / expected.mean_square.mean().clamp(min=TINY)
+            mean, square = expected.mean * size.sqrt(), expected.mean_square * size
+        steady = InputStatistics(len(mean))
+        steady.tokens = self.tokens
+        steady.mean = torch.lerp(mean, self.mean, share)
+        steady.mean_square = torch.lerp(square, self.mean_square, share)
+        return steady
 
     @property
     def largest(self) -> Tensor:

@@ -150,7 +150,8 @@ def check_accuracy_warnings(
     elif info.sqnr_db is not None and info.sqnr_db < sqnr_warning_threshold:
         text = f"low: output SQNR is {info.sqnr_db:.1f} dB, below {sqnr_warning_threshold:g} dB"
         low.insert(0, text)
-    info.warnings = [*critical, *low, *_general_warnings(info)]
+    info.warnings = [*critical[:1], *_float_products(info), *critical[1:], *low]
+    info.warnings += _general_warnings(info)
     if on_failure == "error" and critical:
         raise AccuracyError(
             "quantized model",
@@ -192,8 +193,9 @@ def _general_warnings(info: QuantizationInfo) -> list[str]:
         )
     unverified = info.trace and not info.trace.get("verified")
     if unverified:
-        found.append("the graph was not verified against the model: pass example inputs")
-    found += _float_products(info)
+        found.append(
+            "the graph was not verified against the model: pass example_inputs, one call's arguments"
+        )
     return found
 
 

@@ -80,8 +80,8 @@ class Call:
     def rows(self, start: int, stop: int) -> "Call":
         """The rows from `start` to `stop` of each tensor that has as many as the batch.
 
-        Where the batch is as long as a sequence, nobody can tell the rows of a mask [T, T] from
-        those of the batch: then the call is returned whole.
+        Where the batch is as long as a sequence, nobody can tell the rows of a mask [T, T] beside
+        the first tensor from those of the batch: then the call is returned whole.
         """
         count = self.row_count
         if (start, stop) == (0, count) or self._is_ambiguous(count):
@@ -89,7 +89,8 @@ class Call:
         return self.map(lambda t: t[start:stop] if t.ndim and t.shape[0] == count else t)
 
     def _is_ambiguous(self, count: int) -> bool:
-        return count > 1 and any(list(t.shape).count(count) > 1 for t in self.tensors())
+        others = self.tensors()[1:]
+        return count > 1 and any(list(t.shape).count(count) > 1 for t in others)
 
     def bind(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The value of each named parameter; defaults fill the rest.

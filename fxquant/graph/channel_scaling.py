@@ -7,7 +7,7 @@ x, and if everything else that reads x takes part. This is found by following la
 architectures.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from fxquant.graph.calls import Call
 from fxquant.graph.layers import tensor_attribute, user_name
 from fxquant.graph.left_alone import left_alone, process_left_alone
 from fxquant.graph.ops import op_name, op_of
+from fxquant.graph.parameters import memory_of
 from fxquant.graph.scale_rules import CannotScaleError, Values, compress, is_sum, pull, push
 from fxquant.graph.shapes import input_values
 from fxquant.graph.structures import tensors_in
@@ -310,13 +311,26 @@ def _shifted_parameter(node: Node) -> tuple[Node, float] | None:
 
 
 def _count_readings(gm: GraphModule) -> Mapping[int, int]:
-    """How often each parameter is used: by nodes, and under how many names."""
-    nodes: Counter[int] = Counter()
-    for node in gm.graph.nodes:
-        for parameter in _parameters_of(gm, node):
-            nodes[id(parameter)] += 1
+    """How often the memory of each parameter is used: by nodes, and under how many names."""
+    readings = [p for node in gm.graph.nodes for p in _parameters_of(gm, node)]
     names = Counter(id(p) for _, p in gm.named_parameters(remove_duplicate=False))
-    return Counter({key: max(nodes[key], names[key]) for key in nodes | names})
+    by_memory: dict[int, list[Tensor]] = defaultdict(list)
+    for parameter in readings:
+        by_memory[memory_of(parameter)].append(parameter)
+    found: Counter[int] = Counter(names)
+    for sharing in by_memory.values():
+        ranges = [(p, *_range_of(p)) for p in sharing]
+        for parameter, start, end in ranges:
+            count = sum(first < end and start < last for _, first, last in ranges)
+            found[id(parameter)] = max(count, names[id(parameter)])
+    return found
+
+
+def _range_of(tensor: Tensor) -> tuple[int, int]:
+    """The first element in memory, and one behind the last."""
+    start = tensor.storage_offset()
+    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + reach + 1
 
 
 def _parameters_of(gm: GraphModule, node: Node) -> list[Any]:

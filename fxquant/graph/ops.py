@@ -261,6 +261,18 @@ def _parameter_names(target: Any) -> tuple[str, ...]:
         return ()
 
 
+def writes_before(gm: GraphModule) -> dict[Node, int]:
+    """For each node, how many nodes that write come before it.
+
+    A value that two nodes read may be taken as one only where this number is the same for both.
+    """
+    found, count = {}, 0
+    for node in gm.graph.nodes:
+        found[node] = count
+        count += writes(node, gm)
+    return found
+
+
 def has_effects(gm: GraphModule) -> bool:
     """Whether running a part of the graph again may give another result than running all of it.
 

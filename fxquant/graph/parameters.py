@@ -17,6 +17,7 @@ from fxquant.graph.layers import (
     user_name,
 )
 from fxquant.graph.ops import is_foreign, op_of
+from fxquant.graph.shapes import MODULE_PATH
 
 # Parameters of torch's modules that are factors of a product, by kind.
 _MODULE_PRODUCTS: tuple[tuple[type[nn.Module], str], ...] = (
@@ -100,24 +101,32 @@ def _bare_parameters(gm: GraphModule, taken: dict[str, ParameterNode]) -> Iterat
     nodes = [
         (node, value)
         for node in gm.graph.nodes
-        if node.op == "get_attr"
-        and isinstance(value := tensor_attribute(gm, node), nn.Parameter)
-        and not _is_read_from(taken.get(_owner(gm, node)), value)
+        if node.op == "get_attr" and isinstance(value := tensor_attribute(gm, node), nn.Parameter)
     ]
     by_owner: dict[str, set[int]] = defaultdict(set)
     for node, value in nodes:
         by_owner[_owner(gm, node)].add(id(value))
     for node, value in nodes:
         owner, full = _owner(gm, node), user_name(gm, str(node.target))
+        product, is_lookup = _use(node)
+        if _is_read_from(taken.get(owner), value):
+            if not is_lookup:
+                continue
+            full = _place_of_lookup(node) or full  # an embedding that is tied to this layer
         is_alone = len(by_owner[owner]) == 1 and owner not in taken and owner != ROOT
         reader = next(iter(node.users), None)
         kind = reader.target if reader is not None else "unused"
-        product, is_lookup = _use(node)
         if product == "linear" and value.ndim == 3:
             product = "expert"
         yield ParameterNode(
             owner if is_alone else full, kind, (value,), product=product, is_lookup=is_lookup
         )
+
+
+def _place_of_lookup(node: Node) -> str | None:
+    """The module whose code looks rows of the parameter up, where that is known."""
+    places = (user.meta.get(MODULE_PATH) for user in node.users if op_of(user).lookup)
+    return next(filter(None, places), None)
 
 
 def _is_read_from(owner: ParameterNode | None, value: Tensor) -> bool:

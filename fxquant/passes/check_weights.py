@@ -26,10 +26,11 @@ def check_weights(gm: GraphModule, names: Iterable[str]) -> None:
                 remedy="Load the checkpoint into the model before quantizing it "
                 "(fxquant.plan needs no values).",
             )
-        if not torch.isfinite(weight).all():
+        bad = weight.numel() - int(torch.isfinite(weight).sum())
+        if bad:
             raise WeightError(
                 f"{site.name}.weight",
-                found="NaN or Inf",
+                found=f"NaN or Inf in {bad} of {weight.numel()} elements",
                 needed="finite values",
                 remedy="Check the checkpoint that the model was loaded from.",
             )

@@ -193,8 +193,6 @@ def _first_rule(
     if kind is not None:
         _, origin = _with_origin(options.skip_layer_types, "skip_types")
         return "float", f"{origin}: {type_name(kind)}", "type is skipped"
-    if node.is_lookup:
-        return "float", "default: skip_types", "its rows are looked up, as in an embedding"
     if not _is_quantizable(node, options):
         return "float", "op table", _why_not(node)
     if options.layer_types is not None and not any(
@@ -245,6 +243,8 @@ def _bits_of(node: ParameterNode, options: DecisionOptions) -> tuple[int, str, s
 def _why_not(node: ParameterNode) -> str:
     """Why there is no way to quantize a node, in words."""
     sizes = " x ".join(map(str, node.shape))
+    if node.is_lookup:
+        return "its rows are looked up, as in an embedding"
     match node.product:
         case "expert":
             experts, *matrix = node.shape
@@ -255,7 +255,7 @@ def _why_not(node: ParameterNode) -> str:
         case "linear":
             return f"{type_name(node.kind)} uses this weight ({sizes}) in a form that is no layer"
         case None:
-            return f"no integer kernel for {type_name(node.kind)}"
+            return f"{type_name(node.kind)} is no product with a weight"
     return f"{node.product} weights ({sizes}): not quantized"
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.copying import copy_sharing_tensors
-from fxquant.graph.layers import finish, free_name, is_plain_linear, sites
+from fxquant.graph.layers import Site, finish, free_name, is_plain_linear, sites
+from fxquant.graph.ops import writes_before
 from fxquant.graph.shapes import MODULE_PATH
 from fxquant.observers import Observer, create_observer
 
@@ -35,15 +36,17 @@ def insert_observers(gm: GraphModule, observer: str = "minmax", **options: Any) 
     """
     create_observer(observer, **options)  # a wrong name fails even where nothing is observed
     observed = copy_sharing_tensors(gm)
+    written, made = writes_before(observed), dict[tuple[Node, int], Node]()
     for site in list(sites(observed)):
         source = site.input
         if not is_plain_linear(site.module) or source is None:
             continue
         if isinstance(_module_of(observed, source), Observer):
             continue
-        existing = _observer_of(observed, source)
+        place = source, written[site.node]
+        existing = made.get(place)
         if existing is None:
-            existing = _insert(observed, source, create_observer(observer, **options))
+            existing = made[place] = _insert(observed, site, create_observer(observer, **options))
             existing.meta[MODULE_PATH] = site.node.meta.get(MODULE_PATH)
         site.node.replace_input_with(source, existing)
     finish(observed)
@@ -60,18 +63,13 @@ def observed_inputs(observed: GraphModule) -> dict[str, Observer]:
     return found
 
 
-def _insert(gm: GraphModule, source: Node, observer: Observer) -> Node:
-    name = free_name(gm, f"{source.name}_observer")
+def _insert(gm: GraphModule, site: Site, observer: Observer) -> Node:
+    """Watch the value right before the layer reads it: ops in between may write into it."""
+    assert site.input is not None  # such sites were left out
+    name = free_name(gm, f"{site.input.name}_observer")
     gm.add_submodule(name, observer)
-    with gm.graph.inserting_after(source):
-        return gm.graph.call_module(name, (source,))
-
-
-def _observer_of(gm: GraphModule, source: Node) -> Node | None:
-    for user in source.users:
-        if isinstance(_module_of(gm, user), Observer):
-            return user
-    return None
+    with gm.graph.inserting_before(site.node):
+        return gm.graph.call_module(name, (site.input,))
 
 
 def _module_of(gm: GraphModule, node: object) -> nn.Module | None:

@@ -13,6 +13,7 @@ from fxquant.algorithms.input_statistics import InputStatistics
 from fxquant.errors import OptionError
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.layers import Site, finish, free_name, sites
+from fxquant.graph.ops import writes_before
 from fxquant.graph.shapes import MODULE_PATH
 from fxquant.modules.activation import (
     channel_grid,
@@ -48,7 +49,8 @@ def quantize_activations(
         OptionError: an observer's grid is not of unsigned integers.
     """
     rewritten = copy_sharing_tensors(gm)
-    made: dict[Node, Node] = {}
+    made: dict[tuple[Node, int], Node] = {}
+    written = writes_before(rewritten)
     for site in list(sites(rewritten)):
         source = site.input
         if not isinstance(site.module, QuantizedLinear):
@@ -60,11 +62,12 @@ def quantize_activations(
             continue
         if source.target is dequantize_activation or site.name not in observers:
             continue
-        if source not in made:
-            made[source] = _insert(
+        place = source, written[site.node]
+        if place not in made:
+            made[place] = _insert(
                 site, source, observers[site.name], (statistics or {}).get(site.name)
             )
-        site.node.replace_input_with(source, made[source])
+        site.node.replace_input_with(source, made[place])
     finish(rewritten)
     return rewritten
 
@@ -82,11 +85,10 @@ def _insert(
     for kind, values in zip(("scale", "zero_point"), grid, strict=True):
         name = free_name(gm, f"{source.name}_{kind}")
         gm.register_buffer(name, values.float())
-        with gm.graph.inserting_after(nodes[-1] if nodes else source):
+        with gm.graph.inserting_before(site.node):
             nodes.append(gm.graph.get_attr(name))
-    with gm.graph.inserting_after(nodes[-1]):
+    with gm.graph.inserting_before(site.node):
         q = gm.graph.call_function(quantize_activation, (source, *nodes))
-    with gm.graph.inserting_after(q):
         made = gm.graph.call_function(dequantize_activation, (q, *nodes, source))
     for node in (*nodes, q, made):
         node.meta[MODULE_PATH] = site.node.meta.get(MODULE_PATH)

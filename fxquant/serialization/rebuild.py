@@ -63,6 +63,14 @@ class Rebuilder:
         read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         if called | {t for t in read if not lies_in(t, called)} != set(root):
             raise damaged("a graph that uses other modules than it has")
+        for target in sorted(read - set(root)):
+            owner = next(t for t in called if target.startswith(f"{t}."))
+            value: Any = root[owner]
+            for part in target[len(owner) + 1 :].split("."):
+                value = getattr(value, part)
+            if not isinstance(value, Tensor):
+                raise damaged(f"a read of {target!r}, which is no tensor")
+            root[target] = value
         gm = GraphModule(root, graph, checked_name(data["class_name"]))
         gm.training = bool(data["training"])  # each module has its own
         return gm

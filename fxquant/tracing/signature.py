@@ -88,17 +88,18 @@ def placeholders(arguments: list[Argument]) -> list[tuple[Argument, tuple[Any, .
 
 
 def call(forward: Any, arguments: list[Argument], values: dict[str, Any]) -> Any:
-    """Call `forward` with `values` for its inputs and the recorded values for the rest."""
+    """Call `forward` with `values` for its inputs, the recorded values of flags, and no others.
+
+    Arguments go by name, as decorators of libraries expect them, where the signature allows it.
+    """
     positional, keyword = [], {}
+    has_variadic = any(a.kind is inspect.Parameter.VAR_POSITIONAL for a in arguments)
     for argument in arguments:
         value = values.get(argument.name, argument.value)
-        if argument.kind is inspect.Parameter.KEYWORD_ONLY:
-            keyword[argument.name] = value
+        is_named = argument.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and not has_variadic
+        if is_named or argument.kind is inspect.Parameter.KEYWORD_ONLY:
+            if argument.is_input:
+                keyword[argument.name] = value
         else:
             positional.append(value)
     return forward(*positional, **keyword)
-
-
-def named_call(arguments: list[Argument]) -> Call:
-    """The example as keyword arguments of the graph."""
-    return Call((), {a.name: a.value for a in arguments if a.is_input})

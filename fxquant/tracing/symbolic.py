@@ -1,6 +1,8 @@
 """The first way: `torch.fx` symbolic tracing, with opaque nodes where a child cannot be traced."""
 
+import builtins
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -92,7 +94,7 @@ def _traceable(see_through: bool) -> Iterator[None]:
             if not str(space.get("__name__", "")).startswith("torch."):
                 del wrapped[key]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _proxies_are_tensors():
             yield
     finally:
         wrapped.clear()
@@ -104,17 +106,32 @@ class _UnseenError(Exception):
     """The forward does something that a graph would lose."""
 
 
-class _TensorProxy(Proxy):
-    """A value that is a tensor: `isinstance(x, torch.Tensor)` in a forward says so."""
+class _NumberProxy(Proxy):
+    """A value that is a size, a dtype or another number, not a tensor."""
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
-        return Tensor
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "_is_param":  # asked by isinstance(x, nn.Parameter)
-            return False
-        return super().__getattr__(name)
+def _isinstance_of_proxies(kind: Any, value: Any, classes: Any) -> bool:
+    """`isinstance` for a forward that is traced: a proxy of a tensor is a tensor.
+
+    A class of proxies that says so itself would crash torch, whose C++ code would take it for one.
+    """
+    if kind(value, classes):
+        return True
+    if type(value) is not Proxy:
+        return False
+    wanted = classes if type(classes) is tuple else (classes,)
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    return Tensor in wanted and not caller.startswith(("torch.", "fxquant."))
+
+
+@contextmanager
+def _proxies_are_tensors() -> Iterator[None]:
+    kind = builtins.isinstance
+    builtins.isinstance = lambda value, classes: _isinstance_of_proxies(kind, value, classes)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        builtins.isinstance = kind
 
 
 class _NoHiddenDraws(TorchFunctionMode):
@@ -195,11 +212,11 @@ class _Tracer(torch.fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name) and not has_linear
 
     def proxy(self, node: Node) -> Proxy:
-        """A proxy that is a tensor where that is certain enough."""
+        """A proxy that tells whether it is a tensor, as far as that is known."""
         if self._is_number(node):
             self._numbers.add(node)
-            return Proxy(node, self)
-        return _TensorProxy(node, self)
+            return _NumberProxy(node, self)
+        return Proxy(node, self)
 
     def _is_number(self, node: Node) -> bool:
         if node.op == "placeholder":
@@ -216,12 +233,6 @@ class _Tracer(torch.fx.Tracer):
         operands = node.all_input_nodes
         is_python = getattr(node.target, "__module__", None) in ("_operator", "math", "builtins")
         return is_python and bool(operands) and all(n in self._numbers for n in operands)
-
-    def create_arg(self, a: Any) -> Any:
-        """A proxy is its node, whatever class it says it has."""
-        if isinstance(a, Proxy):
-            return a.node
-        return super().create_arg(a)
 
     def create_proxy(
         self,

@@ -13,6 +13,7 @@ from fxquant.analysis.memory_plan import plan_exact
 from fxquant.analysis.rounded_layers import RoundedLayers
 from fxquant.demo.language_model import calibration_tokens, load_language_model
 from fxquant.errors import BudgetError, OptionError
+from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.stepper import Stepper
 from tests import models
@@ -98,7 +99,7 @@ class MixesRows(nn.Module):
 
 def test_a_graph_with_its_rows_elsewhere_is_found_out():
     def values_of(model, x):
-        stepper = Stepper(fxquant.trace(model), ((x,), {}))
+        stepper = Stepper(fxquant.trace(model), Call((x,)))
         values = {}
         for node in stepper.nodes:
             values[node] = stepper.compute(node, values)

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxquant
+from fxquant.graph.calls import Call
 from fxquant.graph.channel_scaling import ScalingFinder, apply_scale
+from fxquant.graph.layers import sites
 from fxquant.graph.scale_rules import CannotScaleError
-from fxquant.graph.scopes import sites
 from fxquant.graph.structures import main_output
 from tests import zoo
 
@@ -152,7 +153,7 @@ def random_scale(scaling):
 @pytest.mark.parametrize(("body", "norm", "producers"), FOLDED.values(), ids=FOLDED)
 def test_a_folded_scale_changes_the_input_but_not_the_output(body, norm, producers):
     gm = traced(body, norm)
-    scaling = ScalingFinder(gm, ((X,), {})).find(input_of(gm))
+    scaling = ScalingFinder(gm, Call((X,))).find(input_of(gm))
     assert scaling.producers == producers
     seen = []
     gm.c.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
@@ -171,12 +172,12 @@ def test_a_folded_scale_changes_the_input_but_not_the_output(body, norm, produce
 def test_what_cannot_be_folded_is_refused_with_the_reason(body, reason):
     gm = traced(body)
     with pytest.raises(CannotScaleError, match=reason):
-        ScalingFinder(gm, ((X,), {})).find(input_of(gm))
+        ScalingFinder(gm, Call((X,))).find(input_of(gm))
 
 
 def test_heads_that_share_a_value_share_its_scale():
     gm = traced(grouped_attention)
-    scaling = ScalingFinder(gm, ((X,), {})).find(input_of(gm))
+    scaling = ScalingFinder(gm, Call((X,))).find(input_of(gm))
     assert int(scaling.group_of.max()) + 1 == WIDTH // 2
     groups = scaling.group_of.view(HEADS // 2, 2, 8)
     assert torch.equal(groups[:, 0], groups[:, 1])
@@ -187,7 +188,7 @@ def test_a_tied_weight_is_left_alone():
     model.embedding.weight = model.c.weight
     gm = fxquant.trace(model, X)
     with pytest.raises(CannotScaleError, match="several places"):
-        ScalingFinder(gm, ((X,), {})).find(input_of(gm))
+        ScalingFinder(gm, Call((X,))).find(input_of(gm))
 
 
 # Layers of each architecture whose input can be scaled. Post-norm models have few.
@@ -203,13 +204,11 @@ def test_all_scales_of_real_architectures_together_leave_the_output(name):
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
     gm = copy.deepcopy(fxquant.trace(model, call))
-    finder, found = ScalingFinder(gm, ((), call)), 0
+    finder, found = ScalingFinder(gm, Call((), call)), 0
     with torch.no_grad():
         before = main_output(gm(**call)).clone()
         values = {
-            s.node.args[0]
-            for s in sites(gm)
-            if isinstance(s.module, nn.Linear) and not s.scope.path
+            s.node.args[0] for s in sites(gm) if isinstance(s.module, nn.Linear) and not s.is_inside
         }
         for value in sorted(values, key=str):
             try:

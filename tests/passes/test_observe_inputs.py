@@ -3,6 +3,7 @@ from torch import nn
 
 import fxquant
 from fxquant.algorithms.input_statistics import SAMPLE, InputStatistics
+from fxquant.graph.calls import Call
 from fxquant.passes.observe_inputs import expected_inputs, observe_inputs
 
 X = [torch.randn(4, 5, 8) * torch.arange(1, 9) + 1, torch.randn(3, 5, 8)]
@@ -21,7 +22,7 @@ class Branches(nn.Module):
 
 def test_statistics_are_those_of_the_tokens_and_shared_inputs_collect_once():
     gm = fxquant.trace(Branches(), X[0])
-    found = observe_inputs(gm, ["a", "b", "c"], [((x,), {}) for x in X])
+    found = observe_inputs(gm, ["a", "b", "c"], [Call((x,)) for x in X])
     assert found["a"] is found["b"]
     tokens = torch.cat([x.flatten(0, 1) for x in X])
     c = found["c"]
@@ -37,7 +38,7 @@ def test_statistics_are_those_of_the_tokens_and_shared_inputs_collect_once():
 def test_padding_is_masked_out():
     mask = torch.ones(4, 5, dtype=torch.long)
     mask[:, 3:] = 0
-    call = ((), {"x": X[0], "attention_mask": mask})
+    call = Call((), {"x": X[0], "attention_mask": mask})
     gm = fxquant.trace(Branches(), call[1])
     found = observe_inputs(gm, ["c"], [call])["c"]
     assert found.tokens == 12
@@ -60,6 +61,6 @@ def test_layers_after_a_norm_need_no_data():
     gm = fxquant.trace(model, X[0])
     found = expected_inputs(gm)
     assert set(found) == {"a", "b"}
-    seen = observe_inputs(gm, ["a"], [((torch.randn(400, 50, 8),), {})])["a"]
+    seen = observe_inputs(gm, ["a"], [Call((torch.randn(400, 50, 8),))])["a"]
     assert torch.allclose(found["a"].mean, seen.mean, atol=0.05)
     assert torch.allclose(found["a"].mean_square, seen.mean_square, rtol=0.05, atol=0.02)

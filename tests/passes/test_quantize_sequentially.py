@@ -6,6 +6,7 @@ import fxquant
 from fxquant.algorithms.moments import LayerMoments
 from fxquant.demo.language_model import calibration_tokens, heldout_tokens, load_language_model
 from fxquant.errors import OptionError
+from fxquant.graph.calls import Call
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.passes.decide import DecisionOptions, decide
 from fxquant.passes.quantize_sequentially import quantize_sequentially
@@ -26,7 +27,7 @@ def seen_moments(model):
         return QuantizedLinearInt4.from_float(linear, 32)
 
     decisions = decide(gm, DecisionOptions(group_size=32, skip_param_threshold=0))
-    calls = [((x,), {}) for x in X]
+    calls = [Call((x,)) for x in X]
     return gm, quantize_sequentially(gm, decisions, calls, quantize), seen
 
 
@@ -124,7 +125,7 @@ def test_a_padding_mask_among_the_arguments_is_used():
 
     mask = torch.ones(16, 5, dtype=torch.long)
     mask[:, 3:] = 0
-    call = ((), {"x": X[0], "attention_mask": mask})
+    call = Call((), {"x": X[0], "attention_mask": mask})
     gm = fxquant.trace(Masked(), call[1])
     seen = []
 

@@ -3,6 +3,8 @@ import torch
 from torch import nn
 
 import fxquant
+from fxquant.analysis.heldout import hold_out
+from fxquant.graph.calls import Call
 from fxquant.graph.structures import main_output
 from fxquant.passes.decide import DecisionOptions, decide
 from fxquant.passes.observe_inputs import observe_inputs
@@ -30,7 +32,7 @@ class Block(nn.Module):
 
 
 X = list(torch.randn(48, 5, WIDTH, generator=torch.Generator().manual_seed(0)).split(16))
-CALLS = [((x,), {}) for x in X]
+CALLS = [Call((x,)) for x in X]
 
 
 def scaled(model, kinds, activations=None):
@@ -108,10 +110,11 @@ def test_the_rounding_of_activations_takes_part_in_the_search():
 def test_what_activations_are_rounded_to_is_what_the_graph_rounds_them_to():
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH)).eval()
     q, _ = fxquant.static_quantize(model, [X[0]], activation_bits=8, **OPTIONS)
-    simulated = SimulatedActivations("minmax", 32)(X[0].flatten(0, 1)).view_as(X[0])
+    fitted = hold_out([Call((X[0],))])[0][0].args[0]
+    simulated = SimulatedActivations("minmax", 32)(fitted.flatten(0, 1)).view_as(fitted)
     layer = q.get_submodule("0")
     weights_only = fxquant.QuantizedLinearInt4(layer.int4_weight, layer.bias)
-    assert torch.allclose(q(X[0]), weights_only(simulated), atol=1e-5)
+    assert torch.allclose(q(fitted), weights_only(simulated), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert", "whisper"])

@@ -6,7 +6,7 @@ from torch import nn
 
 import fxquant
 from fxquant.errors import OptionError, TraceError
-from fxquant.graph.scopes import sites
+from fxquant.graph.layers import sites
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.numerics.metrics import sqnr_db
 from tests import models

@@ -12,7 +12,7 @@ from transformers.activations import SiLUActivation
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 import fxquant
-from fxquant.graph.scopes import sites
+from fxquant.graph.layers import sites
 from fxquant.graph.structures import main_output, tensors_in
 from fxquant.modules.linear import QuantizedLinear
 from tests import zoo
