@@ -71,9 +71,13 @@ def _assert_same_tensor(found: object, expected: Tensor, bits: bool, at: str) ->
 
 
 def sqnr(expected: Tensor, found: Tensor) -> float:
-    """10 log10 of signal over noise, in float64."""
+    """10 log10 of signal over noise, in float64, where finite."""
     a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (expected, found))
     a, b = a.detach().double(), b.detach().double()
+    finite = torch.isfinite(a)
+    if not torch.equal(torch.isfinite(b), finite):
+        return -math.inf
+    a, b = a[finite], b[finite]
     signal, noise = float(a.square().sum()), float((a - b).square().sum())
     if noise == 0:
         return math.inf

@@ -84,12 +84,15 @@ def fingerprint(model: nn.Module, *data: object) -> Fingerprint:
 
 def differences(before: Fingerprint, after: Fingerprint) -> list[str]:
     """One line for each fact that is not the same."""
-    lines = []
+    lines: list[str] = []
+    told: tuple[str, ...] = ()  # what is new or gone is told once, not with all that is in it
     for name in {**before, **after}:
-        if name not in after:
-            lines.append(f"{name}: gone")
-        elif name not in before:
-            lines.append(f"{name}: new, {after[name]!r}")
+        if name.startswith(told):
+            continue
+        if name not in after or name not in before:
+            what = f"new, {_short(after[name])}" if name in after else "gone"
+            lines.append(f"{name}: {what}")
+            told += tuple(name + follows for follows in (" ", ".", "["))
         elif type(before[name]) is not type(after[name]) or before[name] != after[name]:
             old, new = before[name], after[name]
             if isinstance(old, Bits) and isinstance(new, Bits):

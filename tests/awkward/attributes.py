@@ -29,7 +29,7 @@ class Handler(logging.Handler):
 
 
 def _holding(what, make, **facts):
-    """A `Base` with an attribute that is hard to copy."""
+    """A `Base` with an attribute that is hard to copy: it works, or the attribute is named."""
 
     def build():
         model = Base()
@@ -38,7 +38,7 @@ def _holding(what, make, **facts):
 
     build.__name__ = f"holds_{what}"
     build.__doc__ = f"An attribute that is a {what.replace('_', ' ')}."
-    awkward(**facts)(build)
+    awkward(**{"refused": "attribute", **facts})(build)
 
 
 _holding("lock", lambda m: threading.Lock())
@@ -60,7 +60,7 @@ _holding("storage", lambda m: torch.ones(2).untyped_storage())
 _holding("memory_view", lambda m: memoryview(bytearray(8)))
 
 
-@awkward()
+@awkward(refused="CannotBeCopied|too large to be copied")
 class CannotBeCopied(Base):
     """deepcopy raises."""
 

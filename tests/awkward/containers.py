@@ -89,7 +89,7 @@ def sequential_with_its_own_forward():
     return nn.Sequential(Overridden(nn.Linear(W, W), nn.ReLU()), nn.Linear(W, W))
 
 
-@awkward()
+@awkward(layers=("fc",))
 class UnusedLayers(nn.Module):
     """A layer that forward never calls, and a None child."""
 
@@ -104,7 +104,7 @@ class UnusedLayers(nn.Module):
         return self.fc(x) if self.none is None else x
 
 
-@awkward()
+@awkward(own=False, int4=("head",))
 class RunsAChildWithOtherWeights(nn.Module):
     """`torch.func.functional_call` runs a child with scaled weights."""
 
@@ -140,7 +140,7 @@ class Inherits(Two):
 
 @awkward()
 class ChildrenLookedAt(nn.Module):
-    """forward looks at the types and names of its children."""
+    """forward looks at the names and attributes of its children."""
 
     def __init__(self):
         super().__init__()
@@ -149,6 +149,6 @@ class ChildrenLookedAt(nn.Module):
     def forward(self, x):
         for name, child in self.named_children():
             x = child(x)
-            if isinstance(child, nn.Linear) and name != "b":
+            if getattr(child, "in_features", 0) == W and name != "b":
                 x = x + float(child.bias is not None)
         return x

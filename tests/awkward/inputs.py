@@ -117,7 +117,7 @@ class TakesAUserDict(Base):
         return self.apply_both(batch["x"])
 
 
-@awkward(inputs=lambda b, n: (torch.randn(b, n, W), 2, 0.5, "relu", True))
+@awkward(inputs=lambda b, n: (torch.randn(b, n, W), 2, 0.5, "relu", True), blind=True)
 class TakesPlainValues(Base):
     """A number of rounds, a scale, a name and a flag."""
 
@@ -137,7 +137,7 @@ class TakesASquareMask(Base):
         return self.second(scores.softmax(-1) @ h)
 
 
-@awkward(inputs=lambda b, n: (torch.randn(n, b, W), torch.zeros(b, n, dtype=torch.bool)))
+@awkward(inputs=lambda b, n: (torch.randn(n, b, W), torch.zeros(b, n, dtype=torch.bool)), own=False)
 class SequenceFirst(Base):
     """Inputs [T, B, C] with a padding mask [B, T]."""
 
@@ -164,6 +164,7 @@ class TakesAnAdditiveMask(Base):
 @awkward(
     inputs=lambda b, n: (torch.randint(0, 50, (b, n)), torch.arange(n).repeat(b, 1)),
     layers=("first", "second"),
+    blind=True,
 )
 class TakesPositions(Base):
     """Tokens and their positions."""

@@ -76,7 +76,7 @@ class MmAndAddmm(Functional):
         return torch.addmm(torch.ones(W), h, self.a, beta=0.5, alpha=2)
 
 
-@awkward(**BARE)
+@awkward(**BARE, int4=())
 class BmmAndBaddbmm(Functional):
     """`bmm` and `baddbmm` with an expanded parameter."""
 
@@ -113,7 +113,7 @@ class WeightFromTheLeft(Functional):
         return (self.b @ h).transpose(1, 2)
 
 
-@awkward(**BARE)
+@awkward(**BARE, int4=())
 class TensordotAndInner(Functional):
     """`tensordot` and `inner`."""
 
@@ -134,7 +134,7 @@ class ChunksOfAParameter(nn.Module):
         return self.head((q @ k.transpose(1, 2) / 8).softmax(-1) @ v)
 
 
-@awkward(layers=("qkv", "head"), own=False)
+@awkward(layers=("qkv", "head"), int4=("head",), own=False)
 class SlicesOfALayer(nn.Module):
     """Slices of a layer's weight and bias are used one by one."""
 
@@ -148,7 +148,7 @@ class SlicesOfALayer(nn.Module):
         return self.head(a * torch.sigmoid(b))
 
 
-@awkward(layers=("q", "k", "head"), own=False)
+@awkward(layers=("q", "k", "head"), int4=("head",), own=False)
 class JoinedWeights(nn.Module):
     """The weights of two layers are joined for one product."""
 
@@ -195,7 +195,7 @@ class FunctionalAttentionPacked(nn.Module):
         )[0]  # fmt: skip
 
 
-@awkward(layers=("fc", "head"), own=False)
+@awkward(layers=("fc", "head"), int4=("head",), own=False)
 class CalledAndRead(nn.Module):
     """A layer is called, and its weight is used again, transposed."""
 
@@ -243,7 +243,7 @@ class ParameterContainers(nn.Module):
         return x @ self.named["head"]
 
 
-@awkward(layers=("frozen", "head"), int4=("head",), own=False)
+@awkward(layers=("head",))
 class WeightsThatAreNoParameters(nn.Module):
     """A buffer, and a tensor that is a plain attribute, are weights."""
 

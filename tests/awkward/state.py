@@ -144,7 +144,7 @@ class UpdatesAParameter(Base):
         h = self.first(x)
         self.codes.data.lerp_(h.mean((0, 1)), 0.05)
         nearest = torch.cdist(h.flatten(0, 1), self.codes).argmin(-1)
-        return self.second(self.codes[nearest].view_as(h) + h)
+        return self.second(0.1 * self.codes[nearest].view_as(h) + h)
 
 
 @awkward()
@@ -215,7 +215,7 @@ class Memoizes(Base):
         return self.second(torch.relu(self.first(x) + self.memo[n]))
 
 
-@awkward()
+@awkward(own=False, int4=("second",))
 class CachedProperty(Base):
     """`functools.cached_property` puts a tensor among the attributes at the first call."""
 

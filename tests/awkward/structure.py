@@ -68,7 +68,7 @@ class CallsAnotherMethod(nn.Module):
         return self.head(self.child(x, self.child.recall(x)))
 
 
-@awkward(own=False)
+@awkward(own=False, int4=("head",))
 class ReadsAWeight(nn.Module):
     """A parent with a branch reads the weight of its child beside calling it."""
 

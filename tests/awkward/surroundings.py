@@ -84,7 +84,7 @@ class WrappedFunction(Base):
         return self.second(drop_path(torch.relu(self.first(x)), 0.1, self.training))
 
 
-@awkward(own=False)
+@awkward(own=False, int4=("second",))
 class WrappedProduct(Base):
     """A wrapped function does the product with a layer's weight."""
 
@@ -161,7 +161,7 @@ def fx_graph_as_a_child():
     return nn.Sequential(torch.fx.symbolic_trace(Base()), nn.Linear(W, W))
 
 
-@awkward(sizes=((3, 5),))
+@awkward(sizes=((3, 5),), layers=("first", "second"), own=False)
 def exported_program():
     """The module of an exported program."""
     program = torch.export.export(Base().eval(), (torch.randn(3, 5, W),))

@@ -165,7 +165,7 @@ def stale_spectral_norm():
     return model
 
 
-@awkward(layers=("first", "again", "second"))
+@awkward(layers=("first", "second"))
 class SharedParametrization(nn.Module):
     """One parametrized layer under two names."""
 
