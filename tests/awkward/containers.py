@@ -89,9 +89,9 @@ def sequential_with_its_own_forward():
     return nn.Sequential(Overridden(nn.Linear(W, W), nn.ReLU()), nn.Linear(W, W))
 
 
-@awkward(layers=("fc",))
+@awkward(layers=("fc", "unused"), int4=("fc",))
 class UnusedLayers(nn.Module):
-    """A layer that forward never calls, and a None child."""
+    """A layer that forward never calls, which has a row all the same, and a None child."""
 
     def __init__(self):
         super().__init__()
