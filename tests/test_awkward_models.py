@@ -75,7 +75,7 @@ def test_the_quantized_graph_is_close_and_the_swapped_copy_equal_to_it(case, exa
     except RefusedError:
         return
     assert has_values(model), "a model without values was quantized"
-    check_ledger(case, model, info)
+    check_ledger(case, model, info, example)
     check_quantized(case, example, model, q)
 
 

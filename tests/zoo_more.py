@@ -51,12 +51,6 @@ def series(batch: int, length: int) -> dict[str, Tensor]:
     return {"past_values": torch.randn(batch, 32, 3)}
 
 
-def regions(batch: int, length: int) -> dict[str, Tensor]:
-    """Tokens beside features and places of image regions."""
-    features, places = torch.randn(batch, 5, 48), torch.rand(batch, 5, 4)
-    return {**masked(batch, length), "visual_feats": features, "visual_pos": places}
-
-
 def steps(batch: int, length: int) -> dict[str, Tensor]:
     """States, actions and rewards of a game."""
     return {
@@ -168,7 +162,6 @@ def detr_config() -> Any:
 MORE: dict[str, Entry] = {
     # encoders of text
     "big_bird": encoder("BigBird", attention_type="original_full"),
-    "convbert": encoder("ConvBert", embedding_size=WIDTH),
     "deberta": encoder("Deberta", relative_attention=True, pos_att_type=["c2p", "p2c"]),
     "eurobert": encoder("EuroBert"),
     "fnet": encoder("FNet", tokens),
@@ -203,7 +196,6 @@ MORE: dict[str, Entry] = {
     "apertus": decoder("Apertus", **GROUPED),
     "biogpt": decoder("BioGpt"),
     "bitnet": decoder("BitNet", **GROUPED),
-    "codegen": model("CodeGenForCausalLM", lambda: gpt("CodeGen", rotary_dim=8)),
     "cohere2": decoder("Cohere2", **GROUPED),
     "ctrl": model("CTRLLMHeadModel", lambda: gpt("CTRL", dff=96)),
     "decision_transformer": model(
@@ -249,10 +241,6 @@ MORE: dict[str, Entry] = {
     "nemotron": decoder("Nemotron", **GROUPED),
     "olmo": decoder("Olmo", **GROUPED),
     "olmo2": decoder("Olmo2", **GROUPED),
-    "qwen2_moe": decoder(
-        "Qwen2Moe", moe_intermediate_size=64, shared_expert_intermediate_size=64, **FEW_EXPERTS,
-        **GROUPED,
-    ),
     "smollm3": decoder("SmolLM3", **GROUPED),
     "xglm": decoder("XGLM", d_model=WIDTH, ffn_dim=96, num_layers=2, attention_heads=4),
     # encoders with decoders
@@ -276,7 +264,6 @@ MORE: dict[str, Entry] = {
         ),
         encoder_decoder,
     ),
-    "umt5": model("UMT5Model", lambda: t5_config("UMT5"), encoder_decoder),
     # images and films
     "beit": vision("Beit", use_relative_position_bias=True),
     "convnext": model(
@@ -307,13 +294,6 @@ MORE: dict[str, Entry] = {
         lambda: hf.PvtV2Config(image_size=64, num_attention_heads=[1, 2, 4, 4], **STAGES),
         images(64),
     ),
-    "segformer": model(
-        "SegformerForSemanticSegmentation",
-        lambda: hf.SegformerConfig(
-            num_attention_heads=[1, 2, 4, 4], decoder_hidden_size=WIDTH, **STAGES
-        ),
-        images(64),
-    ),
     "swinv2": model(
         "Swinv2Model",
         lambda: hf.Swinv2Config(
@@ -331,21 +311,7 @@ MORE: dict[str, Entry] = {
         pixels,
     ),
     # several kinds of inputs
-    "git": encoder(
-        "Git",
-        lambda b, n: {**masked(b, n), **pixels(b, n)},
-        vision_config={"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2,
-                       "num_attention_heads": 4, **VISION},
-    ),
     "llava": model("LlavaForConditionalGeneration", llava_config, prompt(16)),
-    "lxmert": model(
-        "LxmertModel",
-        lambda: hf.LxmertConfig(
-            vocab_size=VOCABULARY, hidden_size=WIDTH, num_attention_heads=4, intermediate_size=96,
-            l_layers=1, x_layers=1, r_layers=1, visual_feat_dim=48,
-        ),
-        regions,
-    ),
     "vilt": encoder(
         "Vilt",
         lambda b, n: {
@@ -380,7 +346,6 @@ MORE: dict[str, Entry] = {
         lambda: config("Wav2Vec2Bert", feature_projection_input_dim=40),
         lambda b, n: {"input_features": torch.randn(b, 20 + n, 40)},
     ),
-    "wav2vec2_conformer": listener("Wav2Vec2Conformer"),
     "wavlm": listener("WavLM"),
     # time series
     "patchtsmixer": model(

@@ -185,7 +185,7 @@ class ReturnsHalf(Base):
         return h, h.half(), h.bfloat16(), h.double()
 
 
-@awkward()
+@awkward(refused="floating tensor")
 class ReturnsAnObject(Base):
     """An object that no library knows."""
 

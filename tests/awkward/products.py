@@ -104,7 +104,7 @@ class EinsumPlain(Functional):
         return torch.einsum("b n k, k i -> b n i", torch.relu(h), self.a)
 
 
-@awkward(**BARE)
+@awkward(**BARE, int4=())
 class WeightFromTheLeft(Functional):
     """`w @ x.transpose(1, 2)`."""
 
@@ -257,7 +257,7 @@ class WeightsThatAreNoParameters(nn.Module):
         return self.head(torch.relu(F.linear(F.linear(x, self.frozen), self.plain)))
 
 
-@awkward(layers=("head",), own=True)
+@awkward(layers=("head",), own=False)
 class FusedExperts(nn.Module):
     """Experts in one three-dimensional parameter, chosen softly."""
 

@@ -245,7 +245,7 @@ class FusesOnEval(nn.Module):
         return self.fc(x) * (self.gain * 2 if self.ready is None else self.ready)
 
 
-@awkward(layers=("second",))
+@awkward(layers=("second",), own=False)
 class ProductWeight(nn.Module):
     """The weight of a product is a product of two parameters."""
 
