@@ -18,7 +18,9 @@ from fxquant.modules.linear import QuantizedLinear
 from tests import zoo
 
 OPAQUE = {"mamba": (MambaMixer, SiLUActivation)}  # its scan is a Python loop over the length
-WAYS = {"mamba": "symbolic"}
+# What nothing stops from being traced symbolically: no branch and no mask that depends on inputs.
+SYMBOLIC = ("mamba", "fnet", "hiera", "poolformer", "pvt_v2", "wavlm")
+WAYS = dict.fromkeys(SYMBOLIC, "symbolic")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 LOADER = """
