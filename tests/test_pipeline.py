@@ -18,10 +18,12 @@ QUIET = {"group_size": 32, "accuracy_warning": "ignore"}
 def test_the_record_can_be_recomputed_by_hand():
     model = models.Plain().eval()
     q, info = fxquant.static_quantize(model, [X], **QUIET)
+    assert info.heldout_samples == 8
+    fitted, held = X[:-8], X[-8:]
     with torch.no_grad():
-        assert info.sqnr_db == pytest.approx(fxquant.sqnr_db(model(X), q(X)), abs=1e-4)
+        assert info.sqnr_db == pytest.approx(fxquant.sqnr_db(model(held), q(held)), abs=1e-4)
         by_hand = 10 * math.log10(
-            model(X).double().square().sum() / (q(X) - model(X)).double().square().sum()
+            model(held).double().square().sum() / (q(held) - model(held)).double().square().sum()
         )
     assert info.sqnr_db == pytest.approx(by_hand, abs=1e-4)
     row = info.rows[0]
@@ -30,8 +32,10 @@ def test_the_record_can_be_recomputed_by_hand():
     )
     with torch.no_grad():
         assert row.introduced_sqnr_db == pytest.approx(
-            fxquant.sqnr_db(model.first(X), q.first(X)), abs=1e-4
+            fxquant.sqnr_db(model.first(held), q.first(held)), abs=1e-4
         )
+        fitted_db = fxquant.sqnr_db(model(fitted), q(fitted))
+    assert info.fitted_sqnr_db == pytest.approx(fitted_db, abs=1e-4)
     assert info.calibration_samples_used == 64
     original = sum(p.numel() * 4 for p in model.parameters())
     assert info.original_size_mb == pytest.approx(original / 1e6)
@@ -48,12 +52,12 @@ def test_the_record_can_be_recomputed_by_hand():
 def test_introduced_and_arrived_error_add_up_to_the_cumulative_one():
     model = models.CalledTwice().eval()
     q, info = fxquant.static_quantize(model, [X], **QUIET)
-    row = info.rows[0]
+    row, held = info.rows[0], X[-info.heldout_samples :]
     with torch.no_grad():
-        clean = [model.fc(X), model.fc(torch.tanh(model.fc(X)))]
-        shifted_input = torch.tanh(q.fc(X))
-        quantized = [q.fc(X), q.fc(shifted_input)]
-        shifted = [model.fc(X), model.fc(shifted_input)]
+        clean = [model.fc(held), model.fc(torch.tanh(model.fc(held)))]
+        shifted_input = torch.tanh(q.fc(held))
+        quantized = [q.fc(held), q.fc(shifted_input)]
+        shifted = [model.fc(held), model.fc(shifted_input)]
 
     def db(a, b):
         return fxquant.sqnr_db(torch.cat(a), torch.cat(b))

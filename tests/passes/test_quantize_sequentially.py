@@ -76,7 +76,7 @@ def test_layers_in_opaque_modules_and_shared_layers_are_reached():
     assert seen["child.fc"].tokens == seen["head"].tokens == 23 * 5
     assert torch.isfinite(q(X[0])).all()
     _, _, seen = seen_moments(models.CalledTwice().eval())
-    assert seen["fc"].tokens == 23 * 5  # at its first call: the second depends on it
+    assert seen["fc"].tokens == 2 * 23 * 5  # of all its calls
 
 
 def test_a_layer_without_tokens_is_rounded_and_the_ledger_says_so():
