@@ -11,8 +11,8 @@ class LayerMoments:
     model's input x to get what the float model has there.
 
     All sums of products are kept for two halves of the tokens, so that what is learnt from one half
-    can be tried on the other. Tokens that are held out are kept apart: they choose nothing, and tell
-    which of several results is best.
+    can be tried on the other. Tokens that are held out are kept apart: they choose nothing, and
+    tell which of several results is best.
 
     Args:
         in_features: the width of x.

@@ -33,7 +33,7 @@ class RepeatedValues:
         self.count = count
         self.values: dict[Node, Any] = {}
         self.repeats: set[Node] = set()
-        wide = Stepper(stepper.gm, ((), {k: repeat(v, count) for k, v in stepper.inputs.items()}))
+        wide = Stepper(stepper.gm, stepper.call.map(lambda t: repeat(t, count)))
         for node in wide.nodes:
             self.values[node] = wide.compute(node, self.values)
             if is_repeated(values[node], self.values[node], count):

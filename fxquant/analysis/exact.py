@@ -1,9 +1,9 @@
 """`exact`: the model's output when only one layer is quantized, for every layer and width.
 
 Graphs that write in place, keep state or draw random numbers are run whole for each candidate. In
-others, the float values are computed once. For a layer, only the nodes that depend on it are run again;
-what they read besides comes from the float run, whose values are freed after their last user. Where
-activations are small, all widths of a layer run at once.
+others, the float values are computed once. For a layer, only the nodes that depend on it are run
+again; what they read besides comes from the float run, whose values are freed after their last
+user. Where activations are small, all widths of a layer run at once.
 """
 
 from collections.abc import Callable, Iterable, Sequence

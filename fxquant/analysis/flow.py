@@ -55,7 +55,8 @@ def _flow(node: Node, meters: Mapping[Node, SqnrMeter]) -> NodeFlow:
 
 def _kind(node: Node) -> str:
     if node.op == "call_module":
-        return user_name(node.graph.owning_module, str(node.target))
+        owner = node.graph.owning_module
+        return str(node.target) if owner is None else user_name(owner, str(node.target))
     return type_name(node.target)
 
 

@@ -153,7 +153,8 @@ def _change(
     place = new or old
     assert place is not None  # every name is in one of the graphs
     module = None if place.target is None else user_name(place.gm, place.target)
-    before, after = old and old.module, new and new.module
+    before = None if old is None else old.module
+    after = None if new is None else new.module
     status = "added" if old is None else "removed" if new is None else "unchanged"
     if old is not None and new is not None and not _is_same(old, new):
         status = "rewritten"

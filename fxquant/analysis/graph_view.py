@@ -23,9 +23,10 @@ def to_networkx(gm: GraphModule, rows: dict[str, Any] | None = None) -> "nx.Mult
         rows: figures by module name; by default those of the record that `gm` carries.
 
     Returns:
-        A node for each node of the graph, called by its name, with `op`, `target`, `kind`, `module`, `scope`, `shape`, `dtype`, `bits`,
-        `parameters` and `sqnr_db` (the error it introduced; None where unknown), and an edge for
-        each argument with its position or name as `argument`.
+        A node for each node of the graph, called by its name, with `op`, `target`, `kind`,
+        `module`, `scope`, `shape`, `dtype`, `bits`, `parameters` and `sqnr_db` (the error it
+        introduced; None where unknown), and an edge for each argument with its position or name as
+        `argument`.
     """
     rows = measured_rows(gm) if rows is None else rows
     graph: nx.MultiDiGraph[str] = nx.MultiDiGraph(name=type(gm).__name__)

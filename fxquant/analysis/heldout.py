@@ -12,8 +12,8 @@ def hold_out(calls: Sequence[Call]) -> tuple[list[Call], list[Call]]:
     """`(batches to fit to, batches to measure on)`.
 
     The last rows are held out, an eighth of all, at least one and at most 32. A single row, or
-    batches that cannot be cut (see `Call.rows`), stay whole; then a whole batch is held out if there
-    are several, and nothing if there is one.
+    batches that cannot be cut (see `Call.rows`), stay whole; then a whole batch is held out if
+    there are several, and nothing if there is one.
     """
     total = sum(call.row_count for call in calls)
     wanted = min(max(total // SHARE, 1), MOST_ROWS)

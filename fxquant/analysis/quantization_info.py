@@ -194,7 +194,7 @@ def _general_warnings(info: QuantizationInfo) -> list[str]:
     unverified = info.trace and not info.trace.get("verified")
     if unverified:
         found.append(
-            "the graph was not verified against the model: pass example_inputs, one call's arguments"
+            "the graph was not verified against the model: pass example_inputs, a call's arguments"
         )
     return found
 

@@ -330,7 +330,7 @@ def _range_of(tensor: Tensor) -> tuple[int, int]:
     """The first element in memory, and one behind the last."""
     start = tensor.storage_offset()
     reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + reach + 1
+    return int(start), int(start + reach + 1)
 
 
 def _parameters_of(gm: GraphModule, node: Node) -> list[Any]:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -87,7 +87,7 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, QuantizedLinear) or is_plain_linear(module)
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether `module` computes x · weightᵀ + bias from its own parameters, by torch's own code.
 
     Its hooks do not count: they run before and after that.

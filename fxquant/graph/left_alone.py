@@ -101,7 +101,7 @@ class WrittenMemory(TorchDispatchMode):
     """Saves the memory of a model's tensors at the moment when an op is about to write into it."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._own = {s._cdata: s for s in map(_storage, _tensors_of(model)) if s is not None}
         self._saved: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
@@ -134,10 +134,9 @@ class WrittenMemory(TorchDispatchMode):
     def _save(self, value: Any) -> None:
         for tensor in value if isinstance(value, list | tuple) else (value,):
             storage = _storage(tensor) if isinstance(tensor, Tensor) else None
-            if storage is not None and storage._cdata in self._own:
-                if storage._cdata not in self._saved:
-                    own = self._own[storage._cdata]
-                    self._saved[storage._cdata] = own, own.clone()
+            key = 0 if storage is None else storage._cdata
+            if key in self._own and key not in self._saved:
+                self._saved[key] = self._own[key], self._own[key].clone()
 
 
 class _State:

@@ -328,8 +328,7 @@ def _matmul(input: Any, other: Any) -> LinearOperands:
 
 
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> LinearOperands:
-    scales = {"weight_scale": float(alpha), "bias_scale": float(beta)}
-    return LinearOperands(mat1, mat2, input, is_transposed=True, **scales)
+    return LinearOperands(mat1, mat2, input, True, float(alpha), float(beta))
 
 
 def _einsum(equation: Any, *operands: Any) -> LinearOperands | None:

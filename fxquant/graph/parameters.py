@@ -145,9 +145,8 @@ def _use(node: Node, depth: int = 0) -> tuple[str | None, bool]:
         row = op_of(user)
         if row.product is not None or row.lookup:
             return row.product, row.lookup
-        if row.name == "getitem" and user.args and user.args[0] is node:
-            if len(user.args) > 1 and isinstance(user.args[1], Node):
-                return None, True  # rows of a table
+        if row.name == "getitem" and user.args[0] is node and isinstance(user.args[1], Node):
+            return None, True  # rows of a table
         if depth < _FOLLOWED and (row.view or row.cast or row.moves or row.keeps):
             found = _use(user, depth + 1)
             if found != (None, False):

@@ -27,7 +27,7 @@ class Stepper:
     """
 
     def __init__(self, gm: GraphModule, call: Call) -> None:
-        self.gm = gm
+        self.gm, self.call = gm, call
         self.nodes = list(gm.graph.nodes)
         own = call.clone()  # the graph may write into its inputs
         names = [n.name for n in self.nodes if n.op == "placeholder"]

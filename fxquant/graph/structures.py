@@ -74,7 +74,7 @@ def named_tuple(class_name: str, fields: tuple[str, ...], *values: Any) -> Any:
 
 @functools.cache
 def _tuple_class(class_name: str, fields: tuple[str, ...]) -> Any:
-    return namedtuple(class_name, fields, rename=True)  # type: ignore[misc]
+    return namedtuple(class_name, fields, rename=True)
 
 
 @graph_function

@@ -10,7 +10,7 @@ from fxquant.graph.layers import sites
 
 
 def check_weights(gm: GraphModule, names: Iterable[str]) -> None:
-    """Raise a `WeightError` that names the first weight of `names` that is on meta or not finite."""
+    """Raise a `WeightError` that names the first weight that is on meta or not finite."""
     wanted = set(names)
     for site in sites(gm):
         if site.name not in wanted:

@@ -1,4 +1,4 @@
-"""Decide: rules over the nodes with parameters of a graph make the table of decisions. No weight is touched.
+"""Decide: rules over the nodes with parameters make the table of decisions. No weight is touched.
 
 The first rule of this list that applies decides:
 

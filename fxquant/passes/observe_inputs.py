@@ -79,7 +79,7 @@ def expected_inputs(gm: GraphModule) -> Mapping[str, InputStatistics]:
         norm = _module_before(site)
         if not is_plain_linear(site.module) or not isinstance(norm, NORMS):
             continue
-        if norm.weight is None or norm.weight.shape != (site.module.in_features,):
+        if norm.weight is None or tuple(norm.weight.shape) != (site.module.in_features,):
             continue
         found[site.name] = statistics = InputStatistics(site.module.in_features)
         bias = getattr(norm, "bias", None)

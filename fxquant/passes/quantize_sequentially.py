@@ -13,6 +13,7 @@ quantized graph gives it, to those behind on what the float graph gives.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +104,15 @@ class _Seen:
     clean_outputs: list[Tensor] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+
+    def add_clean(self, x: Tensor, output: Tensor) -> None:
+        """A call in the float graph."""
+        self.clean_outputs.append(output)
+
+    def add_noisy(self, x: Tensor, output: Tensor) -> None:
+        """A call in the quantized graph, with the layer itself still in float."""
+        self.inputs.append(x)
+        self.outputs.append(output)
 
 
 class _Run:
@@ -206,17 +216,9 @@ class _Run:
         for batch in self.batches if expected else []:
             seen = {site.name: _Seen() for site in layers}
             clean, noisy = _Countdown(expected), _Countdown(expected)
-            hooks = {
-                self.partners[name]: clean.then(lambda x, y, s=s: s.clean_outputs.append(y))
-                for name, s in seen.items()
-            }
+            hooks = {self.partners[name]: clean.then(s.add_clean) for name, s in seen.items()}
             _run_node(batch.clean, self.clean_node[node], batch.clean_values, hooks)
-            hooks = {
-                site.module: noisy.then(
-                    lambda x, y, s=seen[site.name]: (s.inputs.append(x), s.outputs.append(y))
-                )
-                for site in layers
-            }
+            hooks = {site.module: noisy.then(seen[site.name].add_noisy) for site in layers}
             _run_node(batch.noisy, node, batch.noisy_values, hooks)
             for name, what in seen.items():
                 _add(moments[name], what, batch, None)
@@ -274,16 +276,14 @@ def _run_node(
         for layer, hook in hooks.items():
             layer.register_forward_hook(hook, with_kwargs=True)
         torch.manual_seed(stepper.drawing.get(node, 0))
-        try:
+        with suppress(_StopError):
             Call(tuple(args), dict(kwargs)).run(module)
-        except _StopError:
-            pass
 
 
 def _moments_of_later_calls(
     gm: GraphModule, bits: dict[str, int], calls: Sequence[Call]
 ) -> dict[str, LayerMoments]:
-    """Of layers that several nodes call: the moments of their inputs, but for the first, in float."""
+    """Of layers that several nodes call: the moments of all inputs but the first, in float."""
     nodes: dict[nn.Module, list[Site]] = defaultdict(list)
     for site in sites(gm):
         if is_plain_linear(site.module) and site.name in bits:
@@ -308,7 +308,7 @@ def _moments_of_later_calls(
         for layer, found in repeated.items():
             assert isinstance(layer, nn.Linear)  # plain ones are
             moments[found[0].name] = LayerMoments(layer.in_features, layer.out_features)
-            layer.register_forward_hook(hook_for(found[0].name), with_kwargs=True)  # type: ignore[arg-type]
+            layer.register_forward_hook(hook_for(found[0].name), with_kwargs=True)
         for index, call in enumerate(calls):
             counts.clear()
             mask = padding_mask(call)

@@ -57,15 +57,25 @@ def canonicalize(gm: GraphModule, module: nn.Module) -> GraphModule:
     for node in list(gm.graph.nodes):
         node.meta.setdefault(MODULE_PATH, innermost_module(node))
         node.type = None  # annotations of the user's code, which a saved graph does not keep
-        if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.Linear):
-            if not node.args and len(node.kwargs) == 1:  # self.fc(input=x)
-                node.args, node.kwargs = (next(iter(node.kwargs.values())),), {}
+        if _is_linear_by_keyword(gm, node):  # self.fc(input=x)
+            node.args, node.kwargs = (next(iter(node.kwargs.values())),), {}
         if node.op in ("call_function", "call_method"):
             _restore_module(gm, names, node) or _make_linear(gm, names, constants, node)
     remove_unused(gm)
     return make_graph_module(
         _used(gm, names.made), gm.graph, type(module).__name__, {**gm.meta, NAMES: names.names}
     )
+
+
+def _is_linear_by_keyword(gm: GraphModule, node: Node) -> bool:
+    if node.op != "call_module" or node.args or len(node.kwargs) != 1:
+        return False
+    return isinstance(gm.get_submodule(str(node.target)), nn.Linear)
+
+
+def _use_instead(value: Node, other: Node) -> None:
+    """Let all users of `value` read `other`, which is made of it, instead."""
+    value.replace_all_uses_with(other, delete_user_cb=lambda user: user is not other)
 
 
 def _fold_inquiries(gm: GraphModule) -> None:
@@ -81,10 +91,13 @@ def _fold_inquiries(gm: GraphModule) -> None:
             if isinstance(tensor, Tensor):
                 value = getattr(tensor, str(node.args[1]))
                 for user in list(node.users):
-                    args, kwargs = map_arg(
-                        (user.args, user.kwargs), lambda n, v=value, own=node: v if n is own else n
-                    )
-                    user.args, user.kwargs = tuple(args), dict(kwargs)
+                    _write_in(user, node, value)
+
+
+def _write_in(user: Node, node: Node, value: Any) -> None:
+    """Give `user` the value where it has `node` as an argument."""
+    args, kwargs = map_arg((user.args, user.kwargs), lambda n: value if n is node else n)
+    user.args, user.kwargs = tuple(args), dict(kwargs)
 
 
 def _used(gm: GraphModule, made: dict[str, nn.Module]) -> dict[str, Any]:
@@ -143,23 +156,22 @@ def _make_linear(gm: GraphModule, names: "_Names", constants: Constants, node: N
         matrix = matrix * operands.weight_scale
     out = matrix.shape[0]
     bias = constants.of(operands.bias)
-    fits = bias is not None and _bias(bias.value, out) is not None
-    last, vector = node, None
-    if bias is not None and fits:
-        vector = _bias(bias.value, out)
-        if operands.bias_scale != 1:
-            vector = vector * operands.bias_scale
+    last, vector = node, None if bias is None else _bias(bias.value, out)
+    if vector is not None:
+        vector = vector if operands.bias_scale == 1 else vector * operands.bias_scale
     elif operands.bias is None:
         addition = _bias_addition(constants, node, out)
         if addition is not None:
             last, vector = addition
     call = _call_linear(gm, names, weight, matrix, vector, operands.input, node, last)
-    if operands.bias is not None and not fits:  # a bias that depends on the input, or another shape
+    if (
+        operands.bias is not None and vector is None
+    ):  # a bias that depends on the input, or another shape
         with gm.graph.inserting_after(call):
             add = gm.graph.call_function(
                 torch.add, (call, operands.bias), {"alpha": operands.bias_scale}
             )
-        call.replace_all_uses_with(add, delete_user_cb=lambda user: user is not add)
+        _use_instead(call, add)
         add.meta = dict(call.meta)
     return True
 
@@ -185,7 +197,7 @@ def _make_linear_of_einsum(
         if len(made) > 1:
             with gm.graph.inserting_after(call):
                 split = gm.graph.call_method("unflatten", (call, -1, tuple(made)))
-            call.replace_all_uses_with(split, delete_user_cb=lambda user: user is not split)
+            _use_instead(call, split)
         return True
     return False
 
@@ -289,8 +301,8 @@ class _Names:
     def of(self, weight: Constant, matrix: Tensor, bias: Any, path: str | None) -> str:
         """The target for a linear layer; the same layer gets the same name."""
         node = weight.last
-        key = (_identity(node), None if bias is None else (bias._cdata, bias.storage_offset()))
-        key = (*key, tuple(matrix.shape), matrix.stride())
+        added = None if bias is None else (bias._cdata, bias.storage_offset())
+        key = _identity(node), added, tuple(matrix.shape), matrix.stride()
         if key not in self.given:
             name = self._module_name(weight, path)
             number, free = 1, name

@@ -1,4 +1,4 @@
-"""Which values of a graph are known beforehand: parameters, and what is computed from them alone."""
+"""Which values of a graph are known beforehand: parameters, and what is made of them alone."""
 
 from dataclasses import dataclass
 from typing import Any

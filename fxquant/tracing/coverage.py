@@ -50,9 +50,9 @@ def weigh(gm: GraphModule, model: nn.Module, prepared: nn.Module, oracle: Oracle
             weight.unreached.append(name)
     in_graph = {memory_of(p) for n in parameter_nodes(gm) for p in n.parameters}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and oracle is not None and module not in oracle.called:
-            if memory_of(module.weight) not in in_graph:
-                weight.unreached.append(name)
+        is_idle = oracle is not None and module not in oracle.called
+        if isinstance(module, nn.Linear) and is_idle and memory_of(module.weight) not in in_graph:
+            weight.unreached.append(name)
     weight.unreached = list(dict.fromkeys(weight.unreached))
     weight.product_elements, weight.traced_elements = dict(total), dict(traced)
     return weight

@@ -228,9 +228,9 @@ def _capture(program: ExportedProgram, arguments: list[Any], output: _FlatOutput
             tensors.append(found)
         elif spec.kind in _MUTATIONS:  # what the program hands out, the forward wrote in place
             is_buffer = spec.kind == OutputKind.BUFFER_MUTATION
-            target = attributes[str(spec.target)] if is_buffer else inputs[str(spec.target)]
-            if found is not target:
-                graph.call_function(aten.copy_.default, (target, found))
+            written = attributes[str(spec.target)] if is_buffer else inputs[str(spec.target)]
+            if found is not written:
+                graph.call_function(aten.copy_.default, (written, found))
     graph.output(_build_output(graph, output.template, tensors))
     graph.lint()
     return Capture(graph, constants, guards=list(program._guards_code), left_out=output.dropped)

@@ -27,8 +27,9 @@ def export_examples(oracle: Oracle) -> Iterator[tuple[Call, bool]]:
 def needed_guards(gm: GraphModule, guards: list[str], oracle: Oracle) -> list[str] | str:
     """The guards without which the graph would compute other values than the model.
 
-    A guard that some call breaks, although the graph and the model agree on it, is not needed. Where
-    no call breaks it, one is looked for. What cannot be written as a check of sizes has to hold.
+    A guard that some call breaks, although the graph and the model agree on it, is not needed.
+    Where no call breaks it, one is looked for. What cannot be written as a check of sizes has to
+    hold.
 
     Returns:
         The guards to check, or why the graph is not usable.
@@ -71,8 +72,8 @@ def _arguments(gm: GraphModule, call: Call) -> dict[str, object]:
 def _call_that_breaks(gm: GraphModule, guard: str, oracle: Oracle) -> Answer | None:
     """The model's answer to the nearest call that breaks the guard and that the model takes."""
     for axis in oracle.axes:
-        sizes = sorted(range(1, LONGEST_PROBE), key=lambda size, own=axis.size: abs(size - own))
-        breaking = [s for s in sizes if _breaks(gm, guard, _as_meta(axis, oracle, s))]
+        sizes = [s for gap in range(1, LONGEST_PROBE) for s in (axis.size - gap, axis.size + gap)]
+        breaking = [s for s in sizes if s > 0 and _breaks(gm, guard, _as_meta(axis, oracle, s))]
         for size in breaking[:2]:
             answer = oracle.ask(axis.resized(oracle.example, size), describe_axis(axis, size))
             if answer is not None:

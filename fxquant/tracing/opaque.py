@@ -1,7 +1,7 @@
 """What cannot be traced: the module stays as it is, one node of the graph around it.
 
-Nothing in an opaque module is replaced but, later, its linear layers, each in its place. So whatever
-its code does with its children works as before.
+Nothing in an opaque module is replaced but, later, its linear layers, each in its place. So
+whatever its code does with its children works as before.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ def graph_around(module: nn.Module, inputs: Call | None) -> GraphModule:
         graph.output(graph.call_module(WRAPPED, (args, kwargs)))
     else:
         arguments = graph_arguments(module, inputs)
-        positional, keyword = [], {}
+        positional, keyword = list[Any](), dict[str, Any]()
         for argument, default in placeholders(arguments):
             if default:
                 node = graph.placeholder(argument.name, default_value=default[0])

@@ -1,4 +1,4 @@
-"""A working copy of the user's model: same memory, own structure, weights as the model uses them."""
+"""A working copy of the model: same memory, own structure, weights as the model uses them."""
 
 from typing import Any, cast
 
@@ -91,7 +91,7 @@ def _make_computed_weights_plain(module: nn.Module) -> None:
         if not isinstance(hook, COMPUTING_HOOKS):
             continue
         name = cast(str, hook._tensor_name if hasattr(hook, "_tensor_name") else hook.name)
-        hook(module, ())  # type: ignore[operator]
+        hook(module, ())
         value: Tensor = getattr(module, name)
         del module._forward_pre_hooks[key]
         for suffix in ("_orig", "_g", "_v", "_mask", "_u"):

@@ -67,7 +67,7 @@ class ProductSpy(TorchFunctionMode):
         return result
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         for tensor in self._kept:
             self._names.pop(id(tensor), None)
         self._kept.clear()

@@ -127,7 +127,7 @@ def _isinstance_of_proxies(kind: Any, value: Any, classes: Any) -> bool:
 @contextmanager
 def _proxies_are_tensors() -> Iterator[None]:
     kind = builtins.isinstance
-    builtins.isinstance = lambda value, classes: _isinstance_of_proxies(kind, value, classes)  # type: ignore[assignment]
+    builtins.isinstance = lambda value, classes: _isinstance_of_proxies(kind, value, classes)
     try:
         yield
     finally:
@@ -290,12 +290,12 @@ class _Tracer(torch.fx.Tracer):
             return named_tuple(type(value).__name__, tuple(value._fields), *parts)
         fields = named_fields(value)
         if fields is not None or type(value) is dict:
-            parts = {}
+            named: dict[Any, Any] = {}
             for key, part in (value if fields is None else fields).items():
                 plain = self._plain_output(part, f"{where}.{key}")
                 if plain is not _LEFT_OUT:
-                    parts[key] = plain
-            return parts if fields is None else output_dict(**parts)
+                    named[key] = plain
+            return named if fields is None else output_dict(**named)
         if type(value) in (tuple, list):
             listed = [self._plain_output(v, f"{where}[{i}]") for i, v in enumerate(value)]
             return type(value)(v for v in listed if v is not _LEFT_OUT)

@@ -6,8 +6,9 @@
 4. the whole model is opaque: a graph of a single node around it
 
 With example inputs each graph is compared with the user's own model (see `oracle.py`), on the
-example and on other sizes; the first that agrees everywhere is taken. A graph that is right for some
-sizes only gets checks that refuse the others; one that computes other values is never returned.
+example and on other sizes; the first that agrees everywhere is taken. A graph that is right for
+some sizes only gets checks that refuse the others; one that computes other values is never
+returned.
 Without example inputs a graph is taken only where nothing of the forward can have been lost.
 """
 
