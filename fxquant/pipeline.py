@@ -18,7 +18,7 @@ from fxquant.analysis.rounded_layers import RoundedLayers
 from fxquant.analysis.sizes import MEGABYTE, model_bytes
 from fxquant.errors import OptionError, check_choice, check_positive_int
 from fxquant.graph.calls import Call
-from fxquant.graph.left_alone import process_left_alone
+from fxquant.graph.left_alone import graph_left_alone, process_left_alone, structure_left_alone
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.observers import OBSERVERS, Observer
 from fxquant.passes.calibrate import calibrate
@@ -33,7 +33,7 @@ from fxquant.passes.recipe import Recipe, parse_method
 from fxquant.passes.rewrite import rewrite
 from fxquant.passes.scale_channels import scale_channels
 from fxquant.passes.simulate import DYNAMIC, SimulatedActivations, SimulatedWeights
-from fxquant.tracing.prepare import unwrap
+from fxquant.tracing.prepare import check_initialized, unwrap
 from fxquant.tracing.trace import graph_of
 from fxquant.tracing.trace_report import trace_report
 
@@ -107,7 +107,9 @@ def static_quantize(
     recipe = parse_method(method, has_data=True)
     _check_options(accuracy_warning, activation_bits, observer)
     check_positive_int("num_calibration_samples", num_calibration_samples)
-    with process_left_alone():
+    model = unwrap(model)
+    check_initialized(model)
+    with process_left_alone(), structure_left_alone(model):
         qmodel, info = _quantize_calibrated(
             model, calibration_data, options, symmetric, recipe, observer, activation_bits,
             num_calibration_samples, is_auto=method == "auto",
@@ -127,12 +129,11 @@ def _quantize_calibrated(
     *,
     is_auto: bool,
 ) -> tuple[GraphModule, QuantizationInfo]:
-    model = unwrap(model)
     drawn = list(calls(data, model, num_samples))
     gm = graph_of(model, drawn[0] if drawn else None)
     info = _plan(gm, options, symmetric, recipe)
     check_weights(gm, info.selected_layers)
-    batches, held_out = hold_out(drawn)
+    batches, held_out = hold_out(drawn, lambda call: _accepts(gm, call))
     watch = "minmax" if observer == DYNAMIC else observer
     observed = insert_observers(gm, watch)
     used = calibrate(observed, batches)
@@ -223,8 +224,9 @@ def quantize(
     )
     recipe = parse_method(method, has_data=False)
     _check_options(accuracy_warning, activation_bits, DYNAMIC)
-    with process_left_alone():
-        model = unwrap(model)
+    model = unwrap(model)
+    check_initialized(model)
+    with process_left_alone(), structure_left_alone(model):
         gm = graph_of(model, None if example_inputs is None else Call.of(example_inputs))
         info = _plan(gm, options, symmetric, recipe)
         check_weights(gm, info.selected_layers)
@@ -292,6 +294,16 @@ def _quantize_with_data(
     qmodel = quantize_sequentially(gm, info.decisions, batches, fitted.quantize, held_out)
     info.decisions = fitted.explain(info.decisions)
     return qmodel
+
+
+def _accepts(gm: GraphModule, call: Call) -> bool:
+    """Whether the graph runs on a call; what cannot be cut into rows it refuses."""
+    try:
+        with graph_left_alone(gm):
+            call.run(gm)
+    except Exception:  # whatever a model raises
+        return False
+    return True
 
 
 def _round(

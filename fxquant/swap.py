@@ -17,10 +17,12 @@ from fxquant.errors import OptionError, SaveError
 from fxquant.graph.copying import copy_owning_tensors
 from fxquant.graph.identity import FINGERPRINT, first_difference
 from fxquant.graph.layers import replace_layer, sites, tensor_attribute, user_name
+from fxquant.graph.left_alone import process_left_alone, structure_left_alone
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.serialization.files import load_model
 from fxquant.tracing.prepare import COMPUTING_HOOKS, unwrap
 from fxquant.tracing.product_only import is_product_only
+from fxquant.tracing.trace_report import REPORT_KEY, TraceReport
 
 M = TypeVar("M", bound=nn.Module)
 LEFT_FLOAT = "fxquant_left_float"
@@ -49,11 +51,16 @@ def swap_modules(model: M, qmodel: GraphModule, *, share_memory: bool = False) -
             layer that would stay float.
     """
     inner = unwrap(model)
+    with process_left_alone(), structure_left_alone(inner):
+        return _swapped(inner, qmodel, share_memory)  # type: ignore[return-value]
+
+
+def _swapped(inner: nn.Module, qmodel: GraphModule, share_memory: bool) -> nn.Module:
     _check_same_model(inner, qmodel, values=True)
     plan = _plan(inner, qmodel)
     replaced = {inner.get_submodule(name) for name in plan.modules}
     keep = (lambda _: True) if share_memory else replaced.__contains__
-    return _apply(copy_owning_tensors(inner, keep=keep), plan)  # type: ignore[return-value]
+    return _apply(copy_owning_tensors(inner, keep=keep), plan)
 
 
 def load_into(model: M, path: str | os.PathLike[str]) -> M:
@@ -105,14 +112,20 @@ def _plan(model: nn.Module, qmodel: GraphModule) -> _Plan:
     own = dict(model.named_modules(remove_duplicate=False))
     own["model"] = own.get("model", model)
     unmatched: list[str] = []
+    report = qmodel.meta.get(REPORT_KEY)
+    read_only = set(report.read_only) if isinstance(report, TraceReport) else set()
     for site in sites(qmodel):
         original = own.get(site.name)
         if isinstance(site.module, QuantizedLinear):
-            if original is None or not is_product_only(original):
+            if (
+                original is None
+                or site.name in read_only
+                or not is_product_only(original)
+                or not _fits(original, site.module)
+            ):
                 plan.left_float.append(site.name)
                 unmatched.append(site.name)
             else:
-                _check_same_layer(site.name, original, site.module)
                 plan.modules["" if original is model else site.name] = site.module
         elif original is not None and type(original) is type(site.module):
             for name, parameter in site.module.named_parameters():
@@ -158,13 +171,15 @@ def _note_parameter(plan: _Plan, model: nn.Module, name: str, value: object) -> 
         plan.parameters[name] = value
 
 
-def _check_same_layer(name: str, original: nn.Module, quantized: QuantizedLinear) -> None:
-    weight = getattr(original, "weight", None)
-    shapes = [list(p.shape) for p in original.parameters()] if weight is None else [weight.shape]
-    needed = [quantized.out_features, quantized.in_features]
+def _fits(original: nn.Module, quantized: QuantizedLinear) -> bool:
+    """Whether the layer has the quantized one's weight, rather than one of which that is a part."""
+    needed = sorted((quantized.in_features, quantized.out_features))
+    if isinstance(original, nn.Linear) and original._parameters.get("weight") is not None:
+        return sorted(original.weight.shape) == needed
+    if isinstance(original, nn.Linear):  # its weight is computed
+        return sorted((original.in_features, original.out_features)) == needed
     # A transposed layout, as GPT-2's Conv1D has, is the same layer.
-    if not any(sorted(shape) == sorted(needed) for shape in shapes):
-        raise _other_model(name, f"weights of shapes {shapes} and {needed}")
+    return any(sorted(p.shape) == needed for p in original.parameters())
 
 
 def _apply(model: nn.Module, plan: _Plan) -> nn.Module:

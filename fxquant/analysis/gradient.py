@@ -78,7 +78,7 @@ def measure_gradient(
 
 
 def _weight_error(quantized: Any, linear: nn.Linear) -> Tensor:
-    return (quantized.weight - linear.weight.detach().float()).to(linear.weight.dtype)
+    return (quantized.dequantize() - linear.weight.detach().float()).to(linear.weight.dtype)
 
 
 def _sample_products(x: Tensor, difference: Tensor, gradient: Tensor, samples: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Hold part of the calibration data out: numbers are measured on what did not choose integers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fxquant.graph.calls import Call
 
@@ -8,12 +8,14 @@ SHARE = 8  # one row in so many
 MOST_ROWS = 32
 
 
-def hold_out(calls: Sequence[Call]) -> tuple[list[Call], list[Call]]:
+def hold_out(
+    calls: Sequence[Call], accepts: Callable[[Call], bool] = lambda call: True
+) -> tuple[list[Call], list[Call]]:
     """`(batches to fit to, batches to measure on)`.
 
-    The last rows are held out, an eighth of all, at least one and at most 32. A single row, or
-    batches that cannot be cut (see `Call.rows`), stay whole; then a whole batch is held out if
-    there are several, and nothing if there is one.
+    The last rows are held out, an eighth of all, at least one and at most 32. A single row, and
+    batches that cannot be cut (see `Call.rows`) or are not accepted then, stay whole: of several
+    batches one is held out then, of a single one nothing.
     """
     total = sum(call.row_count for call in calls)
     wanted = min(max(total // SHARE, 1), MOST_ROWS)
@@ -28,7 +30,7 @@ def hold_out(calls: Sequence[Call]) -> tuple[list[Call], list[Call]]:
             continue
         keep = last.row_count - wanted
         front, back = last.rows(0, keep), last.rows(keep, last.row_count)
-        if keep > 0 and front.row_count == keep:
+        if keep > 0 and front.row_count == keep and accepts(front) and accepts(back):
             fitted[-1] = front
             held.insert(0, back)
         elif not held and len(fitted) > 1:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.calls import Call
-from fxquant.graph.layers import Site, is_plain_linear, layer_input, sites
+from fxquant.graph.layers import Site, is_plain_linear, layer_input, sites, unbatched
 from fxquant.graph.left_alone import graph_left_alone
 from fxquant.graph.ops import is_rearrangement
 from fxquant.graph.stepper import Stepper, is_tensor
@@ -145,14 +145,14 @@ def _layer_pairs(
 
 def _record(results: list[Tensor]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        results.append(output.clone())  # what runs behind the layer may write into it
+        results.append(unbatched(output).clone())  # what runs behind the layer may write into it
 
     return hook
 
 
 def _compare(linear: Any, expected: list[Tensor], errors: LayerErrors) -> Any:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        x = layer_input(args, kwargs)
+        x, output = layer_input(args, kwargs), unbatched(output)
         shifted = nn.functional.linear(x, linear.weight, linear.bias)  # F(x_q)
         errors.introduced.add(shifted, output)
         if not expected:  # control flow may have taken another way

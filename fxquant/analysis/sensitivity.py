@@ -26,7 +26,7 @@ from fxquant.analysis.sensitivity_report import SensitivityReport, SensitivityRo
 from fxquant.errors import check_choice, check_positive_int
 from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_sharing_tensors
-from fxquant.graph.left_alone import process_left_alone
+from fxquant.graph.left_alone import process_left_alone, structure_left_alone
 from fxquant.graph.structures import main_output
 from fxquant.passes.calibration_data import calls, check_batches
 from fxquant.passes.check_weights import check_weights
@@ -91,9 +91,10 @@ def sensitivity(
         skip_param_threshold=skip_param_threshold,
     )
     check_positive_int("num_samples", num_samples)
-    with process_left_alone():
+    model = unwrap(model)
+    with process_left_alone(), structure_left_alone(model):
         return _measured(
-            unwrap(model), data, options, symmetric, method, metric, select, num_samples, progress
+            model, data, options, symmetric, method, metric, select, num_samples, progress
         )
 
 

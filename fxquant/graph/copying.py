@@ -71,7 +71,7 @@ def _copy(module: M, is_own: Callable[[Tensor], bool], frozen: bool) -> M:
 def _copied(tensor: Tensor, is_own: bool, frozen: bool, memory: dict[int, Tensor]) -> Tensor:
     """A new object for `tensor`; views of one memory stay views of one memory."""
     data = tensor.detach()
-    if is_own:
+    if is_own or tensor.is_inference():  # which cannot be a parameter outside of inference mode
         data = data.clone()
     if not isinstance(tensor, nn.Parameter):
         return data

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -23,7 +24,7 @@ ROOT = "model"  # what the model itself is called
 WRAPPED = "_self"  # the attribute of a graph that holds the whole model, where it is one layer
 _HOOKS = tuple(key for key in vars(nn.Module()) if "hooks" in key)
 _STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_RESERVED = frozenset(dir(GraphModule)) | frozenset(vars(nn.Module())) | {WRAPPED}
+_RESERVED = frozenset(dir(GraphModule)) | frozenset(vars(nn.Module())) | {WRAPPED, "meta"}
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,14 @@ def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The input of a linear layer, however it was called."""
     value = args[0] if args else kwargs["input"]
     assert isinstance(value, Tensor)  # a linear layer takes nothing else
-    return value
+    return unbatched(value)
+
+
+def unbatched(tensor: Tensor) -> Tensor:
+    """The whole tensor where `torch.vmap` shows one row at a time; a row must not leave it."""
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def replace_layer(layer: nn.Module, other: nn.Module) -> None:
@@ -127,6 +135,12 @@ def replace_layer(layer: nn.Module, other: nn.Module) -> None:
     own = {**kept, **made, **{key: kept[key] for key in _HOOKS}, "training": other.training}
     vars(layer).clear()
     vars(layer).update(own)
+
+
+def keep_bias_absent(layer: nn.Module, made: nn.Module) -> None:
+    """Let `made` have no bias where `layer` has none: an opaque module's code may look at it."""
+    if getattr(layer, "bias", None) is None and made._buffers.get("bias") is not None:
+        made._buffers["bias"] = None
 
 
 @contextmanager

@@ -7,8 +7,9 @@ back on the way out, also after an error or an interrupt.
 
 import random
 import types
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy
@@ -21,6 +22,7 @@ from fxquant.graph.ops import is_foreign, writes
 from fxquant.modules.linear import QuantizedLinear
 
 DEPTH = 6  # of containers and objects behind a module's attributes
+_UNDECLARED = ("running_mean", "running_var")  # norms write them; no schema says so
 LARGEST_CONTAINER = 10_000  # entries; a longer list is data, not a module's state
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
 _CODE = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType)
@@ -51,13 +53,29 @@ def process_left_alone() -> Iterator[None]:
 
 
 @contextmanager
+def structure_left_alone(model: nn.Module) -> Iterator[None]:
+    """Attributes, hooks and containers of `model` are put back; its memory is not watched."""
+    state = _State(model)
+    try:
+        yield
+    finally:
+        state.put_back()
+
+
+def evaluate(model: nn.Module) -> None:
+    """Put `model` into evaluation mode, by its own code; exported programs are in it for good."""
+    with suppress(NotImplementedError):
+        model.eval()
+
+
+@contextmanager
 def left_alone(model: nn.Module) -> Iterator["WrittenMemory"]:
     """Whatever happens to `model` and its tensors inside is undone at the end.
 
     Yields:
         The memory that was written so far: what shares it must take a copy to keep it.
     """
-    state, memory = _State(model), WrittenMemory(model)
+    state, memory = _State(model), WrittenMemory(_tensors_of(model))
     with ExitStack() as undo:
         undo.callback(state.put_back)
         undo.callback(memory.put_back)
@@ -73,36 +91,44 @@ def graph_left_alone(gm: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as undo:
         if isinstance(gm, GraphModule):
-            for node in gm.graph.nodes:
+            nodes = list(gm.graph.nodes)
+            for node in nodes:
                 if node.op == "call_module":
                     module = gm.get_submodule(str(node.target))
                     if is_foreign(module):
                         undo.enter_context(left_alone(module))
-                elif writes(node):
-                    undo.enter_context(_attributes_kept(gm, node))
+            undo.enter_context(attributes_left_alone(gm))
         yield
 
 
 @contextmanager
-def _attributes_kept(gm: GraphModule, node: Node) -> Iterator[None]:
-    """Undo what `node` writes into tensors that are attributes of the graph."""
-    owners = [str(n.target).rpartition(".") for n in node.all_input_nodes if n.op == "get_attr"]
-    tensors = [getattr(gm.get_submodule(owner), name) for owner, _, name in owners]
-    kept = [(t, t.detach().clone()) for t in tensors if isinstance(t, Tensor)]
-    try:
+def attributes_left_alone(gm: GraphModule) -> Iterator[None]:
+    """Undo what the ops of a graph write into its parameters and buffers."""
+    nodes = list(gm.graph.nodes)
+    with ExitStack() as undo:
+        if any(writes(node) for node in nodes):
+            memory = WrittenMemory(_attributes(gm, nodes))
+            undo.callback(memory.put_back)
+            undo.enter_context(memory)
         yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in kept:
-                tensor.copy_(value)
+
+
+def _attributes(gm: GraphModule, nodes: Iterable[Node]) -> Iterator[Tensor]:
+    """The tensors that the nodes of a graph read from it."""
+    for node in nodes:
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            value = getattr(gm.get_submodule(owner), name)
+            if isinstance(value, Tensor):
+                yield value
 
 
 class WrittenMemory(TorchDispatchMode):
-    """Saves the memory of a model's tensors at the moment when an op is about to write into it."""
+    """Saves the memory of tensors at the moment when an op is about to write into it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._own = {s._cdata: s for s in map(_storage, _tensors_of(model)) if s is not None}
+        self._own = {s._cdata: s for s in map(_storage, tensors) if s is not None}
         self._saved: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def is_written(self, tensor: Tensor) -> bool:
@@ -121,14 +147,13 @@ class WrittenMemory(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         schema = getattr(func, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            for argument, value in zip(schema.arguments, args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    self._save(value)
-            for argument in schema.arguments:
+        if schema is not None:
+            for position, argument in enumerate(schema.arguments):
                 info = argument.alias_info
-                if info is not None and info.is_write and argument.name in kwargs:
-                    self._save(kwargs[argument.name])
+                is_written = info is not None and info.is_write
+                if is_written or argument.name in _UNDECLARED:
+                    given = args[position] if position < len(args) else kwargs.get(argument.name)
+                    self._save(given)
         return func(*args, **kwargs)
 
     def _save(self, value: Any) -> None:
@@ -167,6 +192,17 @@ class _State:
             elif kind == "set" and owner != contents:
                 owner.clear()
                 owner.update(contents)
+            elif kind == "deque" and list(owner) != contents:
+                owner.clear()
+                owner.extend(contents)
+            elif kind == "generator" and not torch.equal(owner.get_state(), contents):
+                owner.set_state(contents)
+            elif kind == "slots":
+                for name, former in contents.items():
+                    if getattr(owner, name, None) is not former:
+                        setattr(owner, name, former)
+            elif kind == "script" and owner.training != contents:
+                owner.training = contents
         for tensor, data, requires_grad in self._data:
             if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
                 tensor.data = data
@@ -188,9 +224,26 @@ class _State:
             self._note_all(value, len(value), depth)
         elif isinstance(value, set):
             self._entries.append((value, "set", set(value)))
+        elif isinstance(value, deque):
+            self._entries.append((value, "deque", list(value)))
+            self._note_all(value, len(value), depth)
+        elif isinstance(value, torch.Generator):
+            self._entries.append((value, "generator", value.get_state()))
+        elif isinstance(value, torch.jit.ScriptModule):
+            self._entries.append((value, "script", value.training))
         elif isinstance(value, tuple):
             self._note_all(value, len(value), depth)
-        elif isinstance(getattr(value, "__dict__", None), dict):
+        elif not isinstance(getattr(value, "__dict__", None), dict):
+            slots = {
+                name: getattr(value, name)
+                for own in type(value).__mro__
+                for name in _slots_of(own)
+                if hasattr(value, name)
+            }
+            if slots:
+                self._entries.append((value, "slots", slots))
+                self._note_all(slots.values(), len(slots), depth)
+        else:
             attributes = vars(value)
             self._entries.append((value, "object", (type(value), dict(attributes))))
             self._note_all(attributes.values(), len(attributes), depth)
@@ -199,6 +252,13 @@ class _State:
         if count <= LARGEST_CONTAINER:
             for value in list(values):
                 self._note(value, depth + 1)
+
+
+def _slots_of(own: type) -> tuple[str, ...]:
+    if own.__module__ in ("builtins", "torch") or own.__module__.startswith("torch."):
+        return ()
+    slots = vars(own).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def _restore(owner: dict[Any, Any], contents: dict[Any, Any]) -> None:

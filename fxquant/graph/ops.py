@@ -222,6 +222,8 @@ def is_foreign(module: nn.Module) -> bool:
 
 def _function_writes(node: Node) -> bool:
     target: Any = node.target
+    if op_name(node) in ("batch_norm", "instance_norm") and _updates_statistics(node):
+        return True
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)
     name = target_name(target)
@@ -235,10 +237,15 @@ def _function_writes(node: Node) -> bool:
     return _is_writing_name(name)
 
 
+def _updates_statistics(node: Node) -> bool:
+    """Whether a norm writes into running statistics that it was given."""
+    has_statistics = _argument(node, "running_mean", None) is not None
+    trains = _argument(node, "training", False) or _argument(node, "use_input_stats", False)
+    return has_statistics and bool(trains)
+
+
 def _is_writing_name(name: str) -> bool:
-    return name in _IN_PLACE_METHODS or (
-        name.endswith("_") and not name.endswith("__") and not name.startswith("_")
-    )
+    return name in _IN_PLACE_METHODS or (name.endswith("_") and not name.endswith("__"))
 
 
 def _argument(node: Node, name: str, default: Any) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -42,6 +43,7 @@ class ParameterNode:
         module: the module, where a node calls one.
         is_opaque: whether it runs inside a module that is not traced, and is no linear layer.
         product: the kind of product that its weight is a factor of, or None.
+        is_idle: whether it is a linear layer that the graph does not call.
         is_lookup: whether rows of its weight are looked up, as in an embedding.
     """
 
@@ -52,6 +54,7 @@ class ParameterNode:
     is_opaque: bool = False
     product: str | None = None
     is_lookup: bool = False
+    is_idle: bool = False
 
     @property
     def parameter_count(self) -> int:
@@ -64,8 +67,14 @@ class ParameterNode:
         return tuple(self.parameters[0].shape)
 
 
+IDLE = "fxquant_idle"  # gm.meta: linear layers of the model that the graph does not call: shapes
+
+
 def parameter_nodes(gm: GraphModule) -> list[ParameterNode]:
-    """One entry a name, in the order of the graph; a module called twice has one."""
+    """One entry a name, in the order of the graph; a module called twice has one.
+
+    Linear layers that the graph does not call as such come last, with weights on the meta device.
+    """
     found: dict[str, ParameterNode] = {}
     for node in _called_modules(gm):
         found.setdefault(node.name, node)
@@ -73,6 +82,9 @@ def parameter_nodes(gm: GraphModule) -> list[ParameterNode]:
         found.setdefault(node.name, node)
     for node in _opaque_modules(gm):
         found.setdefault(node.name, node)
+    for name, shape in gm.meta.get(IDLE, {}).items():
+        weight = torch.empty(shape, device="meta")
+        found.setdefault(name, ParameterNode(name, nn.Linear, (weight,), is_idle=True))
     return list(found.values())
 
 

@@ -29,8 +29,17 @@ def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def dequantize_activation(q: Tensor, scale: Tensor, zero_point: Tensor, like: Tensor) -> Tensor:
-    """The float values of `q` in the dtype of `like`, the tensor that was quantized."""
-    return dequantize_affine(q.float(), scale, zero_point).to(like.dtype)
+    """The float values of `q` in the dtype of `like`, the tensor that was quantized.
+
+    A gradient passes to `like` as if nothing was rounded, where nothing was clipped
+    (straight-through estimator, Bengio et al., arXiv:1308.3432).
+    """
+    values = dequantize_affine(q.float(), scale, zero_point).to(like.dtype)
+    if not (torch.is_grad_enabled() and like.requires_grad):
+        return values
+    low, high = (scale * (end - zero_point) for end in (UINT8.quant_min, UINT8.quant_max))
+    passed = like * ((like >= low) & (like <= high))
+    return passed + (values - passed).detach()
 
 
 def channel_grid(

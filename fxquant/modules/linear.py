@@ -6,9 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import WeightError, check_choice
+from fxquant.errors import OptionError, WeightError, check_choice
+from fxquant.modules.lazy_weight import LazyWeight
 
 ACTIVATIONS = ("float", "int8")
+LARGEST_ZERO_POINT = 4096.0  # one beyond would leave scale · zero point without precision
+FLOAT_DTYPES = {str(t).removeprefix("torch."): t for t in (
+    torch.float32, torch.float64, torch.bfloat16, torch.float16
+)}  # fmt: skip
 
 
 class QuantizedLinear(nn.Module):
@@ -25,22 +30,39 @@ class QuantizedLinear(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: Tensor | None, activation: str = "float"
+        self,
+        in_features: int,
+        out_features: int,
+        bias: Tensor | None,
+        activation: str = "float",
+        weight_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         check_choice("activation", activation, ACTIVATIONS)
         self.in_features, self.out_features = in_features, out_features
-        self._activation = activation
+        self._activation, self._weight_dtype = activation, weight_dtype
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight [out, in], float32."""
+        """The dequantized weight [out, in] in the dtype of the float layer's.
+
+        To look at its shape, dtype and device costs nothing; its values are computed at each use.
+        """
+        shape = (self.out_features, self.in_features)
+        return LazyWeight(self.dequantize, shape, self._weight_dtype, self._device)
+
+    def dequantize(self) -> Tensor:
+        """The values of the weight, float32 [out, in]."""
         raise TypeError(f"{type(self).__name__} has no weight")
 
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.buffers())).device
+
     def weight_parts(self) -> Iterator[Tensor]:
-        """The rows of `weight` in order, some at a time: what is in memory stays small."""
-        yield self.weight
+        """The rows of the float32 weight in order, some at a time: memory stays small."""
+        yield self.dequantize()
 
     @property
     def activation(self) -> str:
@@ -60,7 +82,7 @@ class QuantizedLinear(nn.Module):
         """A float `nn.Linear` with the same weights."""
         shape = (self.in_features, self.out_features)
         linear = nn.Linear(*shape, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        linear.weight = nn.Parameter(self.dequantize(), requires_grad=False)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias, requires_grad=False)
         return linear.eval()
@@ -72,12 +94,44 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
         """Move between devices; a change of float dtype leaves integers and their grid alone."""
         before = dict(self._buffers)
+        self._weight_dtype = fn(torch.empty(0, dtype=self._weight_dtype, device=self._device)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             if name != "bias" and old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
+
+
+def check_saved(where: str, holds: bool, found: str, needed: str) -> None:
+    """Refuse parts of a saved layer that do not belong together.
+
+    Raises:
+        OptionError: they do not.
+    """
+    if not holds:
+        remedy = "The file is damaged: save the model again."
+        raise OptionError(where, found=found, needed=needed, remedy=remedy)
+
+
+def check_grid(where: str, bias: object, scales: Tensor, zero_points: Tensor | None) -> None:
+    """Refuse scales, zero points and a bias of a saved layer that no layer can have.
+
+    Raises:
+        OptionError: they are not finite, a scale is zero, or a shape or dtype does not fit.
+    """
+    rows = scales.shape[0]
+    is_usable = scales.is_floating_point() and bool((torch.isfinite(scales) & (scales != 0)).all())
+    check_saved(where, is_usable, "a scale that is 0, NaN or Inf", "finite scales other than 0")
+    if zero_points is not None:
+        is_usable = zero_points.is_floating_point() and bool(
+            (zero_points.abs() <= LARGEST_ZERO_POINT).all()
+        )
+        needed = f"finite zero points up to {LARGEST_ZERO_POINT}"
+        check_saved(where, is_usable, "a zero point that is NaN or very large", needed)
+    if bias is not None:
+        fits = isinstance(bias, Tensor) and bias.is_floating_point() and bias.shape == (rows,)
+        check_saved(where, fits, "a bias of another shape or dtype", f"a floating bias [{rows}]")
 
 
 def moved_only(fn: Any, tensor: Tensor) -> Tensor:

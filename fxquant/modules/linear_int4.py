@@ -1,15 +1,22 @@
 """A Linear layer with packed group-wise INT4 weights."""
 
+import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import OptionError
 from fxquant.kernels.choose import choose_backend, explain_backend
 from fxquant.kernels.interface import LinearSpec
-from fxquant.modules.linear import QuantizedLinear, check_linear, moved_only
+from fxquant.modules.linear import (
+    FLOAT_DTYPES,
+    QuantizedLinear,
+    check_grid,
+    check_linear,
+    check_saved,
+    moved_only,
+)
 from fxquant.numerics.grouping import group_count
 from fxquant.numerics.weights import (
     SYMMETRIC_ZERO_POINT,
@@ -19,6 +26,8 @@ from fxquant.numerics.weights import (
 )
 
 SAVED = ("_packed_weight", "_scales", "_zero_points")  # in a state_dict
+LARGEST_SIZE = 1 << 31
+_PICKLED = "_saved_weight"
 
 
 class QuantizedLinearInt4(QuantizedLinear):
@@ -38,8 +47,14 @@ class QuantizedLinearInt4(QuantizedLinear):
 
     bits = 4
 
-    def __init__(self, weight: Int4Weight, bias: Tensor | None, activation: str = "float") -> None:
-        super().__init__(weight.in_features, weight.packed.shape[0], bias, activation)
+    def __init__(
+        self,
+        weight: Int4Weight,
+        bias: Tensor | None,
+        activation: str = "float",
+        weight_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(weight.in_features, weight.packed.shape[0], bias, activation, weight_dtype)
         self.group_size, self.symmetric = weight.group_size, weight.symmetric
         self._kernel_names: tuple[str, ...] = ()
         self._hold(weight)
@@ -62,7 +77,7 @@ class QuantizedLinearInt4(QuantizedLinear):
         linear = check_linear(linear)
         packed = quantize_weight_int4(linear.weight.detach(), group_size, symmetric)
         weight = Int4Weight(*packed, group_size, linear.in_features, symmetric)
-        return cls(weight, linear.bias)
+        return cls(weight, linear.bias, weight_dtype=linear.weight.dtype)
 
     def _prepare(self) -> None:
         """Go on with the kernel for the present kind of activation."""
@@ -85,9 +100,8 @@ class QuantizedLinearInt4(QuantizedLinear):
         """
         return explain_backend(self._spec, self._device)
 
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weight [out, in], float32."""
+    def dequantize(self) -> Tensor:
+        """The values of the weight, float32 [out, in]."""
         return self.int4_weight.dequantize()
 
     def weight_parts(self) -> Iterator[Tensor]:
@@ -119,9 +133,43 @@ class QuantizedLinearInt4(QuantizedLinear):
         zero_points = 1 if self.symmetric else groups
         return self.out_features * -(-self.in_features // 2) + 2 * groups + 2 * zero_points
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x` [..., in], float32, bfloat16 or float16, to [..., out] of the same dtype."""
-        return self._backend.matmul(x, self._kernel_tensors(), self._spec, self._buffers["bias"])
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `input` [..., in], of any floating dtype, to [..., out] of the same dtype.
+
+        float64 is computed in float32: the weight has no more precision than that.
+        """
+        if input.dtype is torch.float64:
+            return self.forward(input.float()).double()
+        return self._backend.matmul(
+            input, self._kernel_tensors(), self._spec, self._buffers["bias"]
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds: the saved layout, not that of this CPU's kernel."""
+        state = dict(vars(self))
+        kept = {k: v for k, v in self._buffers.items() if k not in self._kernel_names}
+        left_out = set(self._kernel_names)
+        state["_buffers"] = kept
+        state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - left_out
+        state["_kernel_names"] = ()
+        for name in ("_backend", "_spec"):
+            del state[name]
+        packed, scales, zero_points = self.int4_weight.to_saved()
+        state[_PICKLED] = (packed, scales, zero_points.contiguous())
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        packed, scales, zero_points = state.pop(_PICKLED)
+        super().__setstate__(state)
+        grid = scales.float(), zero_points.float()
+        self._hold(Int4Weight(packed, *grid, self.group_size, self.in_features, self.symmetric))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedLinearInt4":
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        memo[id(self._backend)] = self._backend
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
 
     @property
     def _device(self) -> torch.device:
@@ -167,7 +215,9 @@ class QuantizedLinearInt4(QuantizedLinear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         saved = self.int4_weight.to_saved()
-        destination.update({prefix + name: t for name, t in zip(SAVED, saved, strict=True)})
+        # Each a tensor of its own: other libraries refuse to save elements that share memory.
+        named = zip(SAVED, saved, strict=True)
+        destination.update({prefix + name: t.contiguous() for name, t in named})
 
     def _load_from_state_dict(
         self,
@@ -212,6 +262,7 @@ class QuantizedLinearInt4(QuantizedLinear):
             "group_size": self.group_size,
             "symmetric": self.symmetric,
             "activation": self._activation,
+            "dtype": str(self._weight_dtype).removeprefix("torch."),
         }
 
     def saved_tensors(self) -> dict[str, Tensor]:
@@ -233,22 +284,35 @@ class QuantizedLinearInt4(QuantizedLinear):
         Raises:
             OptionError: the tensors do not fit the description.
         """
-        packed, scales = tensors["packed_weight"], tensors["scales"]
-        in_features, group_size = description["in_features"], description["group_size"]
-        zero_points = tensors.get("zero_points", torch.full_like(scales, SYMMETRIC_ZERO_POINT))
+        where = "QuantizedLinearInt4"
+        names = ("in_features", "group_size", "symmetric")
+        in_features, group_size, symmetric = (cast(Any, description.get(name)) for name in names)
+        dtype = description.get("dtype", "float32")
+        numbers = (in_features, group_size)
+        are_numbers = all(type(n) is int and 0 < n <= LARGEST_SIZE for n in numbers)
+        is_usable = are_numbers and type(symmetric) is bool and dtype in FLOAT_DTYPES
+        check_saved(where, is_usable, f"the description {description!r:.200}", "sizes and options")
+        packed: Any = tensors.get("packed_weight")
+        scales: Any = tensors.get("scales")
+        fits = isinstance(packed, Tensor) and isinstance(scales, Tensor) and packed.ndim == 2
+        check_saved(where, fits, "no packed weight and scales", "both, as matrices")
+        zero_points: Any = tensors.get("zero_points")
+        if zero_points is None:
+            zero_points = torch.full_like(scales, SYMMETRIC_ZERO_POINT)
         groups = group_count(in_features, group_size)
         shapes = [list(packed.shape), list(scales.shape), list(zero_points.shape)]
         needed = [[len(packed), -(-in_features // 2)], *[[len(packed), groups]] * 2]
-        if shapes != needed or packed.dtype != torch.uint8:
-            raise OptionError(
-                "QuantizedLinearInt4",
-                found=f"{packed.dtype} tensors of shapes {shapes}",
-                needed=f"a uint8 weight and scales and zero points of shapes {needed}",
-                remedy="The file is damaged: save the model again.",
-            )
+        fits = shapes == needed and packed.dtype == torch.uint8
+        found = f"{packed.dtype} tensors of shapes {shapes}"
+        needed_text = f"a uint8 weight and scales and zero points of shapes {needed}"
+        check_saved(where, fits, found, needed_text)
+        check_grid(where, tensors.get("bias"), scales, zero_points)
+        is_eight = not symmetric or bool((zero_points == SYMMETRIC_ZERO_POINT).all())
+        check_saved(where, is_eight, "other zero points", f"{SYMMETRIC_ZERO_POINT:g} everywhere")
         grid = scales.float(), zero_points.float()
-        weight = Int4Weight(packed, *grid, group_size, in_features, description["symmetric"])
-        return cls(weight, tensors.get("bias"), description["activation"])
+        weight = Int4Weight(packed, *grid, group_size, in_features, symmetric)
+        activation = description.get("activation", "float")
+        return cls(weight, tensors.get("bias"), activation, FLOAT_DTYPES[dtype])
 
     def extra_repr(self) -> str:
         """The shape and format, for printing a model."""

@@ -6,10 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import OptionError
-from fxquant.kernels.int8 import matmul_int8, pad_int8
+from fxquant.kernels.int8 import COLUMNS, check_input, matmul_int8, pad_int8
 from fxquant.kernels.reference import quantize_tokens
-from fxquant.modules.linear import QuantizedLinear, add_bias, check_linear, detached
+from fxquant.modules.linear import (
+    FLOAT_DTYPES,
+    QuantizedLinear,
+    add_bias,
+    check_grid,
+    check_linear,
+    check_saved,
+    detached,
+)
 from fxquant.numerics.int8_weight import Int8Weight, quantize_weight_int8
 from fxquant.numerics.weights import SCALE_DTYPE, rows_of_block
 
@@ -27,21 +34,31 @@ class QuantizedLinearInt8(QuantizedLinear):
     bits = 8
     _weight_int8: Tensor
     _scales: Tensor
-    _kernel_weight: Tensor
 
-    def __init__(self, weight: Int8Weight, bias: Tensor | None, activation: str = "float") -> None:
-        super().__init__(weight.q.shape[1], weight.q.shape[0], bias, activation)
+    def __init__(
+        self,
+        weight: Int8Weight,
+        bias: Tensor | None,
+        activation: str = "float",
+        weight_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(weight.q.shape[1], weight.q.shape[0], bias, activation, weight_dtype)
         self.register_buffer("_weight_int8", weight.q.contiguous())
         self.register_buffer("_scales", detached(weight.scales, SCALE_DTYPE))
-        self._prepare()
+        self._padded: tuple[Tensor, Tensor] | None = None
 
-    def _prepare(self) -> None:
-        """Derive the kernel's layout; it is never saved."""
-        self.register_buffer("_kernel_weight", pad_int8(self._weight_int8), persistent=False)
+    @property
+    def _kernel_weight(self) -> Tensor:
+        """The layout of the kernel, never saved: columns are filled up where that is needed."""
+        weight = self._weight_int8
+        if weight.shape[1] % COLUMNS == 0:
+            return weight
+        if self._padded is None or self._padded[0] is not weight:
+            self._padded = weight, pad_int8(weight)
+        return self._padded[1]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._prepare()
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_padded": None}
 
     @classmethod
     def from_float(cls, linear: nn.Linear) -> "QuantizedLinearInt8":
@@ -51,11 +68,11 @@ class QuantizedLinearInt8(QuantizedLinear):
             WeightError: `linear` is no Linear, or its weight is not finite.
         """
         linear = check_linear(linear)
-        return cls(quantize_weight_int8(linear.weight.detach()), linear.bias)
+        weight = quantize_weight_int8(linear.weight.detach())
+        return cls(weight, linear.bias, weight_dtype=linear.weight.dtype)
 
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weight [out, in], float32."""
+    def dequantize(self) -> Tensor:
+        """The values of the weight, float32 [out, in]."""
         return Int8Weight(self._weight_int8, self._scales).dequantize()
 
     def weight_parts(self) -> Iterator[Tensor]:
@@ -64,15 +81,26 @@ class QuantizedLinearInt8(QuantizedLinear):
         for q, scales in zip(self._weight_int8.split(rows), self._scales.split(rows), strict=True):
             yield Int8Weight(q, scales).dequantize()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x` [..., in], float32, bfloat16 or float16, to [..., out] of the same dtype."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `input` [..., in], of any floating dtype, to [..., out] of the same dtype.
+
+        float64 is computed in float32: the weight has no more precision than that.
+
+        Raises:
+            OptionError: `input` is not floating, or has another last dimension.
+        """
+        if input.dtype is torch.float64:
+            return self.forward(input.float()).double()
+        check_input(input, self.in_features)
         if self._activation == "int8":
-            x = quantize_tokens(x.float(), ACTIVATION_GROUP).to(x.dtype)
-        return add_bias(matmul_int8(x, self._kernel_weight, self._scales), self.bias)
+            input = quantize_tokens(input.float(), ACTIVATION_GROUP).to(input.dtype)
+        y = matmul_int8(input, self._kernel_weight, self._scales)
+        return add_bias(y, self.bias)
 
     def describe(self) -> dict[str, Any]:
         """Plain data from which `rebuild` makes the layer again, with `saved_tensors`."""
-        return {"activation": self._activation}
+        dtype = str(self._weight_dtype).removeprefix("torch.")
+        return {"activation": self._activation, "dtype": dtype}
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """The tensors to save."""
@@ -88,13 +116,17 @@ class QuantizedLinearInt8(QuantizedLinear):
         Raises:
             OptionError: the tensors do not fit each other.
         """
-        q, scales = tensors["weight_int8"], tensors["scales"]
-        if q.dtype != torch.int8 or q.ndim != 2 or scales.shape != q.shape[:1]:
-            raise OptionError(
-                "QuantizedLinearInt8",
-                found=f"{q.dtype} of shape {list(q.shape)}, scales {list(scales.shape)}",
-                needed="an int8 matrix and one scale a row",
-                remedy="The file is damaged: save the model again.",
-            )
-        activation = description.get("activation", "float")  # files of version 0.1 have none
-        return cls(Int8Weight(q, scales.float()), tensors.get("bias"), activation)
+        where = "QuantizedLinearInt8"
+        q: Any = tensors.get("weight_int8")
+        scales: Any = tensors.get("scales")
+        fits = isinstance(q, Tensor) and isinstance(scales, Tensor)
+        check_saved(where, fits, "no weight and scales", "both")
+        fits = q.dtype == torch.int8 and q.ndim == 2 and scales.shape == q.shape[:1]
+        found = f"{q.dtype} of shape {list(q.shape)}, scales {list(scales.shape)}"
+        check_saved(where, fits, found, "an int8 matrix and one scale a row")
+        check_grid(where, tensors.get("bias"), scales, None)
+        dtype = description.get("dtype", "float32")
+        check_saved(where, dtype in FLOAT_DTYPES, f"the dtype {dtype!r:.40}", "a floating dtype")
+        activation = description.get("activation", "float")
+        weight = Int8Weight(q, scales.float())
+        return cls(weight, tensors.get("bias"), activation, FLOAT_DTYPES[dtype])

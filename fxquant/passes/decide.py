@@ -2,7 +2,7 @@
 
 The first rule of this list that applies decides:
 
-1. an opaque module, or an op without an integer kernel, stays float
+1. a layer that nothing calls, an opaque module, or an op without an integer kernel, stays float
 2. `modules_to_not_convert`, `skip_layer_names`
 3. `skip_layer_types`; `layer_types` that leave it out
 4. `bits`, where it is a mapping
@@ -180,6 +180,9 @@ def _decide_node(
 def _first_rule(
     node: ParameterNode, options: DecisionOptions, float_weights: dict[int, str]
 ) -> tuple[str, str, str]:
+    if node.is_idle:
+        why = "the graph does not call it: it did not run on the example, or its weight is used by "
+        return "float", "not called", why + "other code"
     if node.is_opaque:
         return "float", "opaque", "it runs inside a module that could not be traced"
     pattern = _matching_name(options.modules_to_not_convert or (), node.name)

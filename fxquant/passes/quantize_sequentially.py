@@ -26,14 +26,23 @@ from fxquant.algorithms.moments import LayerMoments
 from fxquant.errors import WeightError
 from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_owning_tensors, copy_sharing_tensors
-from fxquant.graph.layers import Site, is_plain_linear, layer_input, replace_layer, sites
-from fxquant.graph.left_alone import graph_left_alone, left_alone
+from fxquant.graph.layers import (
+    Site,
+    is_plain_linear,
+    keep_bias_absent,
+    layer_input,
+    replace_layer,
+    sites,
+    unbatched,
+)
+from fxquant.graph.left_alone import attributes_left_alone, graph_left_alone, left_alone
 from fxquant.graph.residual import added_to
 from fxquant.graph.stepper import Stepper
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.passes.calibrate import run_call
 from fxquant.passes.decide import Decision
 from fxquant.passes.padding import fitting_mask, padding_mask
+from fxquant.passes.rewrite import freeze
 
 QuantizeWithMoments = Callable[[str, nn.Linear, int, LayerMoments], QuantizedLinear]
 
@@ -63,11 +72,10 @@ def quantize_sequentially(
     bits = {d.module: d.bits for d in decisions if d.bits is not None}
     chosen = {s.module for s in sites(gm) if is_plain_linear(s.module) and s.name in bits}
     rewritten = copy_owning_tensors(gm, keep=chosen.__contains__)
-    for parameter in rewritten.parameters():
-        parameter.requires_grad_(False)
+    freeze(rewritten)
     float_gm = copy_sharing_tensors(gm, frozen=True)
     run = _Run(float_gm, rewritten, bits, calls, held_out, quantize_linear)
-    with graph_left_alone(float_gm):
+    with graph_left_alone(float_gm), attributes_left_alone(rewritten):
         for index, node in enumerate(rewritten.graph.nodes):
             run.quantize_at(node)
             run.advance(node, index)
@@ -241,6 +249,8 @@ class _Run:
             raise WeightError(
                 f"{site.name}.weight", found=error.found, needed=error.needed, remedy=error.remedy
             ) from error
+        if site.is_inside:
+            keep_bias_absent(linear, made)
         replace_layer(linear, made.eval())
 
 
@@ -258,7 +268,7 @@ class _Countdown:
         """A hook that notes clones: the module's code may write into what it gets."""
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            note(layer_input(args, kwargs).clone(), output.clone())
+            note(layer_input(args, kwargs).clone(), unbatched(output).clone())
             self.left -= 1
             if not self.left:
                 raise _StopError

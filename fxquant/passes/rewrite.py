@@ -11,7 +11,14 @@ from torch.fx import GraphModule
 
 from fxquant.errors import WeightError
 from fxquant.graph.copying import copy_owning_tensors
-from fxquant.graph.layers import Site, finish, is_plain_linear, replace_layer, sites
+from fxquant.graph.layers import (
+    Site,
+    finish,
+    is_plain_linear,
+    keep_bias_absent,
+    replace_layer,
+    sites,
+)
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.passes.decide import Decision
 
@@ -38,6 +45,9 @@ def rewrite(
     bits = {d.module: d.bits for d in decisions if d.bits is not None}
     chosen = {site.module: site.name for site in sites(gm) if _is_chosen(site, bits)}
     made = {m: _quantize(name, m, bits[name], quantize_linear) for m, name in chosen.items()}
+    for site in sites(gm):
+        if site.is_inside and site.module in made:
+            keep_bias_absent(site.module, made[site.module])
     return replace_layers(gm, made)
 
 
@@ -53,10 +63,16 @@ def replace_layers(gm: GraphModule, made: Mapping[nn.Module, nn.Module]) -> Grap
     layers = list(dict.fromkeys(site.module for site in sites(rewritten)))
     for layer, other in made.items():
         replace_layer(layers[numbers[layer]], other)
-    for parameter in rewritten.parameters():
-        parameter.requires_grad_(False)
+    freeze(rewritten)
     finish(rewritten)
     return rewritten
+
+
+def freeze(module: nn.Module) -> None:
+    """Let no parameter need a gradient (those of TorchScript modules cannot be changed)."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.is_leaf:
+            parameter.requires_grad_(False)
 
 
 def _is_chosen(site: Site, bits: Mapping[str, int]) -> bool:

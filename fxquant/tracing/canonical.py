@@ -27,7 +27,7 @@ from fxquant.tracing.einsum import linear_form
 from fxquant.tracing.export import innermost_module
 
 aten = torch.ops.aten
-LAYER = "fxquant_layer"  # node.meta: the linear layer was made from an op
+READ_ONLY = "fxquant_read_only"  # gm.meta: layers made of weights that other code multiplies with
 
 # Ops of exported graphs that are the whole forward of a torch.nn module, and the position of their
 # weight. Only modules of exactly these classes are put back: their forward is this op.
@@ -228,7 +228,10 @@ def _call_linear(
     node: Node,
     last: Node,
 ) -> Node:
-    target = names.of(weight, matrix, bias, node.meta.get(MODULE_PATH))
+    path = node.meta.get(MODULE_PATH)
+    target = names.of(weight, matrix, bias, path)
+    if names.names.get(target, target) != path:
+        gm.meta.setdefault(READ_ONLY, []).append(names.names.get(target, target))
     names.made.setdefault(target, linear_of(matrix, bias))
     return _replace_by_call(gm.graph, last, target, source)
 

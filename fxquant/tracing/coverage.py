@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.graph.layers import inner_layers
+from fxquant.graph.layers import inner_layers, sites
 from fxquant.graph.parameters import memory_of, parameter_nodes
 from fxquant.tracing.oracle import Oracle
 from fxquant.tracing.products import is_matrix, module_product
@@ -19,6 +19,7 @@ class Weight:
     product_elements: dict[str, int] = field(default_factory=dict)
     traced_elements: dict[str, int] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
+    idle: dict[str, list[int]] = field(default_factory=dict)
 
 
 def weigh(gm: GraphModule, model: nn.Module, prepared: nn.Module, oracle: Oracle | None) -> Weight:
@@ -48,10 +49,11 @@ def weigh(gm: GraphModule, model: nn.Module, prepared: nn.Module, oracle: Oracle
             seen.add(memory_of(parameter))
             total[kind] += parameter.numel()
             weight.unreached.append(name)
-    in_graph = {memory_of(p) for n in parameter_nodes(gm) for p in n.parameters}
-    for name, module in model.named_modules():
-        is_idle = oracle is not None and module not in oracle.called
-        if isinstance(module, nn.Linear) and is_idle and memory_of(module.weight) not in in_graph:
+    names = {node.name for node in parameter_nodes(gm)}
+    called = {site.module for site in sites(gm)}
+    for name, module in prepared.named_modules():
+        if isinstance(module, nn.Linear) and name and name not in names and module not in called:
+            weight.idle[name] = [module.out_features, module.in_features]
             weight.unreached.append(name)
     weight.unreached = list(dict.fromkeys(weight.unreached))
     weight.product_elements, weight.traced_elements = dict(total), dict(traced)

@@ -5,7 +5,6 @@ that ran under `no_grad` or `autocast` into submodules. Here parameters become `
 again, arguments and results get back their structure, and those regions are inlined.
 """
 
-import functools
 import inspect
 import io
 import logging
@@ -25,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from fxquant.graph.calls import Call
 from fxquant.graph.grouped_matmul import LIBRARY_OPS
+from fxquant.graph.layers import WRAPPED
 from fxquant.graph.left_alone import left_alone
 from fxquant.graph.shapes import MODULE_PATH
 from fxquant.graph.structures import (
@@ -34,7 +34,13 @@ from fxquant.graph.structures import (
     named_tuple,
     output_dict,
 )
-from fxquant.tracing.signature import call, graph_arguments, placeholders
+from fxquant.tracing.signature import (
+    Argument,
+    call,
+    graph_arguments,
+    placeholders,
+    unfit_argument,
+)
 from fxquant.tracing.symbolic import Capture, describe_error, left_out
 
 aten = torch.ops.aten
@@ -62,12 +68,16 @@ def capture_export(
         are_sizes_free: whether batch and length may change; else the graph is for these sizes.
     """
     arguments = graph_arguments(module, inputs)
+    unfit = unfit_argument(arguments)
+    if unfit is not None:
+        return unfit
     # One tensor passed twice would be taken as one input, so each argument is a tensor of its own.
     example = {a.name: Call((a.value,)).clone().args[0] for a in arguments if a.is_input}
     try:
-        with left_alone(module), _flat_forward(module, arguments) as output, _quiet_export():
-            program = _export(module, example, are_sizes_free)
-        return _capture(program, arguments, output)
+        flat = _Flat(module, arguments).eval()
+        with left_alone(module), _quiet_export():
+            program = _export(flat, example, are_sizes_free)
+        return _capture(program, arguments, flat.output)
     except _UnsupportedError as error:
         return str(error)
     except Exception as error:  # a user's forward may raise anything at all
@@ -163,29 +173,26 @@ class _NamedTemplate:
         self.name, self.fields, self.parts = name, fields, parts
 
 
-@contextmanager
-def _flat_forward(module: nn.Module, arguments: list[Any]) -> Iterator[_FlatOutput]:
-    """Let `module` take its inputs by name and return a flat tuple of tensors."""
-    output = _FlatOutput()
-    original = module.forward
-    inputs = [a for a in arguments if a.is_input]
+class _Flat(nn.Module):
+    """Calls a module with its inputs by name and returns a flat tuple of tensors.
 
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        values = dict(zip((a.name for a in inputs), args, strict=False)) | kwargs
-        return output.flatten(call(original, arguments, values))
+    The module is called as a whole, with its hooks and whatever else its class does in a call.
+    """
 
-    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for a in inputs]
-    )
-    was_patched, patched = "forward" in vars(module), vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield output
-    finally:
-        del module.forward
-        if was_patched:
-            module.forward = patched  # type: ignore[assignment]
+    def __init__(self, module: nn.Module, arguments: list[Argument]) -> None:
+        super().__init__()
+        self.add_module(WRAPPED, module)
+        output = self.output = _FlatOutput()
+        inputs = [a for a in arguments if a.is_input]
+
+        def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+            values = dict(zip((a.name for a in inputs), args, strict=False)) | kwargs
+            return output.flatten(call(module, arguments, values))
+
+        forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for a in inputs]
+        )
+        self.forward = forward
 
 
 def _capture(program: ExportedProgram, arguments: list[Any], output: _FlatOutput) -> Capture:
@@ -210,9 +217,9 @@ def _capture(program: ExportedProgram, arguments: list[Any], output: _FlatOutput
         if spec.kind == InputKind.USER_INPUT:
             environment[node] = inputs[node.name] = next(leaves)
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            target = str(spec.target)
+            target = str(spec.target).removeprefix(f"{WRAPPED}.")
             if spec.kind == InputKind.CONSTANT_TENSOR:
-                constants[target] = program.constants[target]
+                constants[target] = program.constants[str(spec.target)]
             if target not in attributes:
                 attributes[target] = graph.get_attr(target)
             environment[node] = attributes[target]
@@ -228,7 +235,8 @@ def _capture(program: ExportedProgram, arguments: list[Any], output: _FlatOutput
             tensors.append(found)
         elif spec.kind in _MUTATIONS:  # what the program hands out, the forward wrote in place
             is_buffer = spec.kind == OutputKind.BUFFER_MUTATION
-            written = attributes[str(spec.target)] if is_buffer else inputs[str(spec.target)]
+            owner = str(spec.target).removeprefix(f"{WRAPPED}.")
+            written = attributes[owner] if is_buffer else inputs[str(spec.target)]
             if found is not written:
                 graph.call_function(aten.copy_.default, (written, found))
     graph.output(_build_output(graph, output.template, tensors))
@@ -295,6 +303,7 @@ def innermost_module(node: Node) -> str:
     """The path of the innermost module in which the op ran; a repeated call has the same path."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
+    path = path.removeprefix(WRAPPED).removeprefix(".")
     return "" if path.startswith("_empty") else ".".join(p.split("@")[0] for p in path.split("."))
 
 

@@ -129,5 +129,5 @@ def _inputs_of(module: nn.Module, names: list[str], example: Call) -> dict[str, 
         for name in names:
             child = module.get_submodule(name)
             child.register_forward_pre_hook(hook_for(name), with_kwargs=True)
-        run_alone(module, example)
+        run_alone(module, (example,))
     return seen

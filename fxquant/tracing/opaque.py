@@ -45,7 +45,7 @@ def graph_around(module: nn.Module, inputs: Call | None) -> GraphModule:
                 node = graph.placeholder(argument.name, default_value=default[0])
             else:
                 node = graph.placeholder(argument.name)
-            if argument.kind in (argument.kind.POSITIONAL_ONLY, argument.kind.VAR_POSITIONAL):
+            if argument.is_positional:
                 positional.append(node)
             else:
                 keyword[argument.name] = node

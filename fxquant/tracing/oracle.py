@@ -6,8 +6,8 @@ random state, and its results are compared: values, structure and dtypes.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fxquant.errors import ShapeError, TraceError
 from fxquant.graph.calls import Call
-from fxquant.graph.left_alone import left_alone, process_left_alone
+from fxquant.graph.left_alone import evaluate, left_alone, process_left_alone
 from fxquant.graph.structures import OutputDict, is_named_tuple, named_fields
 from fxquant.tracing.products import ProductSpy
 from fxquant.tracing.symbolic import describe_error
@@ -50,11 +50,19 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Answer:
-    """A call, what the model returned, and what it returned when called again."""
+    """A call and what the model returned; of the example, also of another call right after it.
 
-    call: Call
+    The second call has other values: whether the model keeps anything of the first shows there.
+    """
+
+    calls: tuple[Call, ...]
     label: str
     results: tuple[Any, ...]
+
+    @property
+    def call(self) -> Call:
+        """The first call."""
+        return self.calls[0]
 
 
 class Oracle:
@@ -96,7 +104,7 @@ class Oracle:
     def compare(self, gm: nn.Module, answer: Answer) -> tuple[str | None, str | None]:
         """`(how the graph differs, why it refuses)`; both are None where it agrees."""
         try:
-            found = run_alone(gm, answer.call, times=len(answer.results))
+            found = run_alone(gm, answer.calls)
         except Exception as error:  # whatever the graph raises, it is not usable here
             if isinstance(error, ShapeError):
                 return None, str(error)
@@ -111,18 +119,21 @@ class Oracle:
         """The model's answer to a further call, or None where it does not take it."""
         with process_left_alone():
             results = self._run(call)
-        return None if results is None else Answer(call, label, results)
+        return None if results is None else Answer((call,), label, results)
 
     def _smallest(self, example: Call) -> Call:
         """The example with few rows, where the model takes that; the answer to it is kept."""
         count = example.row_count
         small = example.rows(0, ROWS) if count > ROWS else example
-        first = self._run(small, times=2) if small is not example else None
-        if first is None:
+        if small is not example and self._run(small) is None:
             small = example
-            first = self._run(example, times=2, must_run=True)
-        assert first is not None  # or it has raised
-        self.answers.append(Answer(small, "the example", first))
+        calls = (small, _other_values(small))
+        results = self._run(*calls)
+        if results is None:
+            calls = (small, small)
+            results = self._run(*calls, must_run=True)
+        assert results is not None  # or it has raised
+        self.answers.append(Answer(calls, "the example", results))
         return small
 
     def _ask_at_other_sizes(self) -> None:
@@ -131,7 +142,7 @@ class Oracle:
                 call = axis.resized(self.example, size)
                 results = self._run(call)
                 if results is not None:
-                    self.answers.append(Answer(call, describe_axis(axis, size), results))
+                    self.answers.append(Answer((call,), describe_axis(axis, size), results))
         if len(self.axes) > 1:  # two at once: one row of another length
             batch, other = self.axes[0], self.axes[1]
             size = max(1, other.size // 2)
@@ -139,16 +150,16 @@ class Oracle:
             results = self._run(call)
             if results is not None:
                 self.answers.append(
-                    Answer(call, f"one row and {describe_axis(other, size)}", results)
+                    Answer((call,), f"one row and {describe_axis(other, size)}", results)
                 )
 
     def _accepts(self, call: Call) -> bool:
         return self._run(call) is not None
 
-    def _run(self, call: Call, times: int = 1, *, must_run: bool = False) -> tuple[Any, ...] | None:
+    def _run(self, *calls: Call, must_run: bool = False) -> tuple[Any, ...] | None:
         try:
             with self._watching_calls():
-                return run_alone(self.model, call, times=times, spy=self.spy)
+                return run_alone(self.model, calls, spy=self.spy)
         except Exception as error:  # a user's forward may raise anything at all
             if must_run:
                 raise TraceError(
@@ -178,26 +189,32 @@ def describe_axis(axis: Axis, size: int) -> str:
     return f"length {size}" if dimension == 1 else f"size {size} of dimension {dimension}"
 
 
-def run_alone(module: nn.Module, call: Call, *, times: int = 1, spy: Any = None) -> tuple[Any, ...]:
+def run_alone(module: nn.Module, calls: Sequence[Call], *, spy: Any = None) -> tuple[Any, ...]:
     """What `module` returns, in evaluation mode and under a fixed seed; it is left as it was.
 
     Args:
         module: a model or a graph.
-        call: its arguments.
-        times: how often it is called in a row: state that it keeps shows in the second result.
+        calls: made one after the other: what the module keeps of one shows in the next.
         spy: a context that watches the run.
     """
     results = []
     with process_left_alone(), left_alone(module):
-        module.eval()
-        for _ in range(times):
+        evaluate(module)
+        for call in calls:
             torch.manual_seed(SEED)
-            if spy is None:
+            with nullcontext() if spy is None else spy:
                 results.append(_detached(call.run(module)))
-            else:
-                with spy:
-                    results.append(_detached(call.run(module)))
     return tuple(results)
+
+
+def _other_values(call: Call) -> Call:
+    """A call of the same sizes with other values: rows in another order, floats smaller."""
+
+    def change(tensor: Tensor) -> Tensor:
+        flipped = tensor.flip(tuple(range(min(tensor.ndim, 2)))) if tensor.ndim else tensor
+        return flipped * 0.5 if tensor.is_floating_point() else flipped
+
+    return call.map(change)
 
 
 def _detached(value: Any, depth: int = 0) -> Any:

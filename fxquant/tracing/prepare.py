@@ -54,7 +54,6 @@ def prepare(model: nn.Module, memory: WrittenMemory) -> nn.Module:
         memory: what was written since the model was as the user left it (adapters merged by
             `eval()`, say): the copy keeps that, in memory of its own.
     """
-    _check_initialized(model)
     prepared = copy_sharing_tensors(model, is_own=memory.is_written)
     with torch.no_grad():
         for module in list(prepared.modules()):
@@ -64,7 +63,8 @@ def prepare(model: nn.Module, memory: WrittenMemory) -> nn.Module:
     return replace_untraceable_layers(prepared)
 
 
-def _check_initialized(model: nn.Module) -> None:
+def check_initialized(model: nn.Module) -> None:
+    """Raise a `TraceError` that names a lazy parameter."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise TraceError(

@@ -6,7 +6,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.layers import is_plain_linear
-from fxquant.graph.left_alone import left_alone, process_left_alone
+from fxquant.graph.left_alone import evaluate, left_alone, process_left_alone
 from fxquant.graph.ops import op_of
 from fxquant.tracing.assemble import assemble
 from fxquant.tracing.canonical import canonicalize
@@ -23,11 +23,13 @@ def is_product_only(module: nn.Module) -> bool:
     """
     if is_plain_linear(module):
         return True
+    if "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__:
+        return False
     parameters = list(inspect.signature(module.forward).parameters.values())
     if len(parameters) != 1 or parameters[0].kind is not parameters[0].POSITIONAL_OR_KEYWORD:
         return False
     with process_left_alone(), left_alone(module) as memory:
-        module.eval()
+        evaluate(module)
         prepared = prepare(module, memory)
     capture = capture_symbolic(prepared, None)
     if isinstance(capture, str) or capture.opaque:

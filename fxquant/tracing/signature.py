@@ -4,12 +4,14 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fxquant.errors import TraceError
 from fxquant.graph.calls import VARIADIC, Call
 
-POSITIONAL_ONLY = inspect.Parameter.POSITIONAL_ONLY
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size, slice)
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class Argument:
 
     An input is a placeholder; a constant one (a flag that was passed) is a placeholder that must
     keep its value; any other argument is left out and has its default baked in. Of `*args` and
-    `**kwargs`, each value that was passed is an argument of its own.
+    `**kwargs`, each value that was passed is an argument of its own. What the example passes by
+    position is passed so: hooks see the difference.
     """
 
     name: str
@@ -26,6 +29,7 @@ class Argument:
     value: Any
     is_input: bool
     is_constant: bool
+    is_positional: bool = False
 
 
 def graph_arguments(module: nn.Module, inputs: Call | None) -> list[Argument]:
@@ -49,6 +53,7 @@ def graph_arguments(module: nn.Module, inputs: Call | None) -> list[Argument]:
                 remedy="Pass a tensor, a tuple of positional or a dict of keyword arguments.",
             ) from error
     arguments: list[Argument] = []
+    positional = len(inputs.args) if inputs is not None else len(signature.parameters)
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             values = enumerate(given.get(name, ()))
@@ -57,18 +62,38 @@ def graph_arguments(module: nn.Module, inputs: Call | None) -> list[Argument]:
             kind = inspect.Parameter.KEYWORD_ONLY
             arguments += [_given(key, kind, value) for key, value in given.get(name, {}).items()]
         elif name in given:
-            arguments.append(_given(name, parameter.kind, given[name]))
+            by_position = len(arguments) < positional
+            arguments.append(_given(name, parameter.kind, given[name], by_position))
         else:
             is_required = parameter.default is parameter.empty
             value = None if is_required else parameter.default
             is_input = inputs is None and is_required
-            arguments.append(Argument(name, parameter.kind, value, is_input, False))
+            by_position = is_input and parameter.kind is not parameter.KEYWORD_ONLY
+            arguments.append(Argument(name, parameter.kind, value, is_input, False, by_position))
     return arguments
 
 
-def _given(name: str, kind: Any, value: Any) -> Argument:
+def _given(name: str, kind: Any, value: Any, is_positional: bool = False) -> Argument:
     has_tensors = bool(Call((value,)).tensors())
-    return Argument(name, kind, value, is_input=True, is_constant=not has_tensors)
+    is_constant = not has_tensors and _is_data(value)
+    is_positional = is_positional or kind in _BY_POSITION
+    return Argument(name, kind, value, True, is_constant, is_positional)
+
+
+def unfit_argument(arguments: list[Argument]) -> str | None:
+    """Why an argument cannot be an input of a traced graph: it is an object of some class."""
+    for argument in arguments:
+        if argument.is_input and not _is_data(argument.value):
+            return f"its argument {argument.name} is a {type(argument.value).__name__}"
+    return None
+
+
+def _is_data(value: Any) -> bool:
+    if isinstance(value, Tensor) or type(value) in _PLAIN:
+        return True
+    if type(value) in (list, tuple):
+        return all(map(_is_data, value))
+    return type(value) is dict and all(map(_is_data, value.values()))
 
 
 def is_variadic(module: nn.Module) -> bool:
@@ -88,18 +113,12 @@ def placeholders(arguments: list[Argument]) -> list[tuple[Argument, tuple[Any, .
 
 
 def call(forward: Any, arguments: list[Argument], values: dict[str, Any]) -> Any:
-    """Call `forward` with `values` for its inputs, the recorded values of flags, and no others.
-
-    Arguments go by name, as decorators of libraries expect them, where the signature allows it.
-    """
+    """Call `forward` with `values` for its inputs, the recorded values of flags, and no others."""
     positional, keyword = [], {}
-    has_variadic = any(a.kind is inspect.Parameter.VAR_POSITIONAL for a in arguments)
     for argument in arguments:
         value = values.get(argument.name, argument.value)
-        is_named = argument.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and not has_variadic
-        if is_named or argument.kind is inspect.Parameter.KEYWORD_ONLY:
-            if argument.is_input:
-                keyword[argument.name] = value
-        else:
+        if argument.is_positional:
             positional.append(value)
+        elif argument.is_input:
+            keyword[argument.name] = value
     return forward(*positional, **keyword)

@@ -1,8 +1,11 @@
 """The first way: `torch.fx` symbolic tracing, with opaque nodes where a child cannot be traced."""
 
 import builtins
+import dis
 import math
+import operator
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +29,7 @@ from fxquant.graph.structures import (
     output_dict,
 )
 from fxquant.tracing.replacements import FUNCTION_REPLACEMENTS
-from fxquant.tracing.signature import Argument, call, graph_arguments, placeholders
+from fxquant.tracing.signature import Argument, call, graph_arguments, placeholders, unfit_argument
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ def capture_symbolic(
         see_through: trace into functions that a library marked with `torch.fx.wrap`, too.
     """
     arguments = graph_arguments(module, inputs)
+    unfit = unfit_argument(arguments)
+    if unfit is not None:
+        return unfit
     tracer = _Tracer(arguments, is_verified=inputs is not None)
     try:
         with left_alone(module), _traceable(see_through):
@@ -106,6 +112,28 @@ class _UnseenError(Exception):
     """The forward does something that a graph would lose."""
 
 
+class _TensorProxy(Proxy):
+    """A value that is a tensor: statements that write into it are recorded as such."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _record_in_place(name: str) -> Any:
+    function = getattr(operator, name)
+
+    def record(self: Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior",
+              "ixor", "imatmul"):  # fmt: skip
+    # `h += 1` changes what every other name of the tensor sees; without this, `h = h + 1` is traced
+    setattr(_TensorProxy, f"__{_name}__", _record_in_place(_name))
+
+
 class _NumberProxy(Proxy):
     """A value that is a size, a dtype or another number, not a tensor."""
 
@@ -117,7 +145,7 @@ def _isinstance_of_proxies(kind: Any, value: Any, classes: Any) -> bool:
     """
     if kind(value, classes):
         return True
-    if type(value) is not Proxy:
+    if type(value) is not _TensorProxy:
         return False
     wanted = classes if type(classes) is tuple else (classes,)
     caller = sys._getframe(2).f_globals.get("__name__", "")
@@ -157,12 +185,51 @@ class _Tracer(torch.fx.Tracer):
         self._attribute_proxies: dict[str, Proxy] = {}
         self._numbers: set[Node] = set()
         self._before: dict[nn.Module, dict[str, int]] = {}
+        self._parameters: dict[nn.Module, tuple[int, ...]] = {}
+        self._own_call = nn.Module.__call__
+        self._autocasts = torch.is_autocast_enabled("cpu")
+        self._troubles = 0
 
     def trace(self, root: Any, concrete_args: Any = None) -> Graph:
         """Record the graph of a module."""
         self._before = {m: _plain_attributes(m) for m in root.modules()}
+        self._parameters = {m: _parameters_of(m) for m in root.modules()}
         with _NoHiddenDraws():
-            return super().trace(root, concrete_args)
+            graph = super().trace(root, concrete_args)
+        if self._troubles:
+            raise _UnseenError("its forward catches the error of a branch on values")
+        return graph
+
+    def to_bool(self, obj: Proxy) -> bool:
+        """Refuse, and remember it: a forward that catches the error has taken another way."""
+        self._troubles += 1
+        return super().to_bool(obj)
+
+    def iter(self, obj: Proxy) -> Any:
+        """Iterate where the length is known; else refuse, and remember it."""
+        count = self._length(obj.node)
+        if count is not None:
+            parts: Any = obj
+            return iter([parts[i] for i in range(count)])
+        self._troubles += 1
+        found = super().iter(obj)
+        self._troubles -= 1
+        return found
+
+    def _length(self, node: Node) -> int | None:
+        """The number of parts of a parameter that was split, or None."""
+        source: Any = node.args[0] if node.args else None
+        if not isinstance(source, Node) or source.op != "get_attr":
+            return None
+        if target_name(node.target) not in ("chunk", "split", "unbind", "tensor_split"):
+            return None
+        owner, _, name = str(source.target).rpartition(".")
+        value = self.root.get_submodule(owner)._parameters.get(name)
+        function: Any = getattr(value, target_name(node.target), None)
+        try:
+            return len(function(*node.args[1:], **node.kwargs))
+        except Exception:  # arguments that depend on the input
+            return None
 
     def changed_attribute(self, module: nn.Module) -> str | None:
         """The first plain attribute that tracing changed, as the forward would, or None."""
@@ -188,7 +255,7 @@ class _Tracer(torch.fx.Tracer):
                 values[argument.name] = self._opened(values[argument.name], argument.value)
 
         def run(root: nn.Module) -> Any:
-            return self._plain_output(call(root.forward, self.arguments, values))
+            return self._plain_output(call(root, self.arguments, values))
 
         return run, [self.root]
 
@@ -202,8 +269,12 @@ class _Tracer(torch.fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Torch's own modules are leaves, unless there is a linear layer or other code inside."""
+        if m is self.root:
+            return False
         if isinstance(m, torch.jit.ScriptModule):
             return True
+        if _parameters_of(m) != self._parameters.get(m) or type(m).__call__ is not self._own_call:
+            return False
         if any(has_hooks(part) or "forward" in vars(part) for part in m.modules()):
             return False
         if isinstance(m, nn.Linear):
@@ -216,7 +287,7 @@ class _Tracer(torch.fx.Tracer):
         if self._is_number(node):
             self._numbers.add(node)
             return _NumberProxy(node, self)
-        return Proxy(node, self)
+        return _TensorProxy(node, self)
 
     def _is_number(self, node: Node) -> bool:
         if node.op == "placeholder":
@@ -246,6 +317,10 @@ class _Tracer(torch.fx.Tracer):
         **options: Any,
     ) -> Any:
         """Record a call, or trace into what takes its place."""
+        if torch.is_autocast_enabled("cpu") != self._autocasts:
+            raise _UnseenError("it runs under autocast")
+        if kind == "call_method" and not hasattr(Tensor, target):
+            raise _UnseenError(f"it calls .{target}() of an argument that is no tensor")
         if kind == "call_function" and target in FUNCTION_REPLACEMENTS:
             return FUNCTION_REPLACEMENTS[target](*args, **kwargs)
         return super().create_proxy(kind, target, args, kwargs, name, type_expr, *other, **options)
@@ -258,15 +333,17 @@ class _Tracer(torch.fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Trace into `m`; if its code cannot be traced, make it one opaque node instead."""
         path = self.path_of_module(m)
+        if not self.is_verified and _catches_errors(m):
+            raise _UnseenError(f"the forward of {path or 'the model'} catches errors")
         last = next(reversed(self.graph.nodes), None)
-        stack = self.module_stack.copy()
+        stack, troubles = self.module_stack.copy(), self._troubles
         opaque = dict(self.opaque)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:  # a user's forward may raise anything at all
-            if self.is_leaf_module(m, path):
+            if m is self.root or self.is_leaf_module(m, path):
                 raise
-            self.module_stack = stack
+            self.module_stack, self._troubles = stack, troubles
             self._erase_after(last)
             self.opaque = {**opaque, path: describe_error(error)}
             return self.create_proxy("call_module", path, args, kwargs)
@@ -313,13 +390,26 @@ def left_out(where: str, value: object) -> str:
     return f"{where} is left out: a {type(value).__name__} cannot be in a graph"
 
 
+def _catches_errors(module: nn.Module) -> bool:
+    """Whether a forward of the user's has an `except` clause: which way it takes is not traced."""
+    code = getattr(type(module).forward, "__code__", None)
+    if code is None or type(module).__module__.startswith("torch."):
+        return False
+    return any(step.opname == "CHECK_EXC_MATCH" for step in dis.get_instructions(code))
+
+
+def _parameters_of(module: nn.Module) -> tuple[int, ...]:
+    """Which tensors are a module's own parameters: a forward may lend it others for a call."""
+    return tuple(id(p) for p in module._parameters.values())
+
+
 def _plain_attributes(module: nn.Module) -> dict[str, int]:
     """The identity, or the length for containers, of each attribute that is no module or tensor."""
     found = {}
     for name, value in vars(module).items():
         if name.startswith("_") and name in _OWN:
             continue
-        size = len(value) if isinstance(value, list | dict | set) else 0
+        size = len(value) if isinstance(value, list | dict | set | deque) else 0
         found[name] = hash((id(value), size))
     for name, buffer in module._buffers.items():
         found[name] = id(buffer)

@@ -21,10 +21,16 @@ from torch.fx import GraphModule
 from fxquant.graph.calls import Call
 from fxquant.graph.identity import FINGERPRINT, fingerprint
 from fxquant.graph.layers import user_name
-from fxquant.graph.left_alone import left_alone, process_left_alone
+from fxquant.graph.left_alone import (
+    evaluate,
+    left_alone,
+    process_left_alone,
+    structure_left_alone,
+)
+from fxquant.graph.parameters import IDLE
 from fxquant.graph.shapes import record_shapes
 from fxquant.tracing.assemble import assemble
-from fxquant.tracing.canonical import canonicalize
+from fxquant.tracing.canonical import READ_ONLY, canonicalize
 from fxquant.tracing.coverage import weigh
 from fxquant.tracing.export import capture_export
 from fxquant.tracing.guards import insert_guards
@@ -32,7 +38,7 @@ from fxquant.tracing.inline import inline_children
 from fxquant.tracing.needed import export_examples, needed_guards
 from fxquant.tracing.opaque import describe_opaque, graph_around
 from fxquant.tracing.oracle import Oracle, Verdict
-from fxquant.tracing.prepare import prepare, unwrap
+from fxquant.tracing.prepare import check_initialized, prepare, unwrap
 from fxquant.tracing.signature import graph_arguments
 from fxquant.tracing.symbolic import Capture, capture_symbolic
 from fxquant.tracing.trace_report import REPORT_KEY, TraceReport
@@ -57,12 +63,13 @@ def trace(model: nn.Module, example_inputs: object = None) -> GraphModule:
     """
     model = unwrap(model)
     inputs = None if example_inputs is None else Call.of(example_inputs)
-    with process_left_alone():
+    check_initialized(model)
+    with process_left_alone(), structure_left_alone(model):
         if inputs is not None:
             graph_arguments(model, inputs)  # inputs that do not fit are named before anything runs
         oracle = None if inputs is None else Oracle(model, inputs)
         with left_alone(model) as memory:
-            model.eval()
+            evaluate(model)
             prepared = prepare(model, memory)
         chosen = _Search(prepared, oracle).run()
         gm = chosen.gm
@@ -70,6 +77,7 @@ def trace(model: nn.Module, example_inputs: object = None) -> GraphModule:
             record_shapes(gm, oracle.example)
         gm.meta[FINGERPRINT] = fingerprint(model)
         weight = weigh(gm, model, prepared, oracle)
+        gm.meta[IDLE] = weight.idle
         gm.meta[REPORT_KEY] = TraceReport(
             way=chosen.way,
             verified=chosen.verdict.checked,
@@ -78,6 +86,7 @@ def trace(model: nn.Module, example_inputs: object = None) -> GraphModule:
             left_out=chosen.left_out,
             refused=[f"{label}: {reason}" for label, reason in chosen.verdict.refused],
             unreached=weight.unreached,
+            read_only=sorted(set(gm.meta.pop(READ_ONLY, []))),
             product_elements=weight.product_elements,
             traced_elements=weight.traced_elements,
         )
@@ -123,8 +132,8 @@ class _Search:
         return replace(best, attempts=self.attempts)
 
     def _is_narrow(self, found: _Found) -> bool:
-        """Whether a graph refuses more than it takes: then the model's own code serves better."""
-        return len(found.verdict.refused) > found.verdict.checked
+        """Whether a graph refuses other batch sizes: then the model's own code serves better."""
+        return any("batch size" in label for label, _ in found.verdict.refused)
 
     def _candidates(self) -> Iterator[_Found]:
         parts: list[Capture] = []

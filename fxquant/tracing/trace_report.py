@@ -39,6 +39,7 @@ class TraceReport:
         attempts: why better ways were not taken, one line each.
         opaque: each opaque module with the reason.
         unreached: linear layers of the model that the graph does not call.
+        read_only: layers whose weight the model multiplies with itself, without calling them.
         left_out: outputs that a graph cannot hold.
         refused: sizes that the model takes and the graph refuses, with the reason.
         product_elements: elements of all parameters that are factors of a product, by kind; tied
@@ -51,6 +52,7 @@ class TraceReport:
     attempts: list[str] = field(default_factory=list)
     opaque: list[OpaqueModule] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
+    read_only: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     product_elements: dict[str, int] = field(default_factory=dict)
