@@ -18,10 +18,10 @@ from fxquant.analysis.rounded_layers import RoundedLayers
 from fxquant.analysis.sizes import MEGABYTE, model_bytes
 from fxquant.errors import OptionError, check_choice, check_positive_int
 from fxquant.graph.calls import Call
-from fxquant.graph.left_alone import graph_left_alone, process_left_alone, structure_left_alone
+from fxquant.graph.left_alone import process_left_alone, structure_left_alone
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.observers import OBSERVERS, Observer
-from fxquant.passes.calibrate import calibrate
+from fxquant.passes.calibrate import accepts, calibrate
 from fxquant.passes.calibration_data import calls, check_batches
 from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import DecisionOptions, decide
@@ -133,7 +133,7 @@ def _quantize_calibrated(
     gm = graph_of(model, drawn[0] if drawn else None)
     info = _plan(gm, options, symmetric, recipe)
     check_weights(gm, info.selected_layers)
-    batches, held_out = hold_out(drawn, lambda call: _accepts(gm, call))
+    batches, held_out = hold_out(drawn, lambda call: accepts(gm, call))
     watch = "minmax" if observer == DYNAMIC else observer
     observed = insert_observers(gm, watch)
     used = calibrate(observed, batches)
@@ -294,16 +294,6 @@ def _quantize_with_data(
     qmodel = quantize_sequentially(gm, info.decisions, batches, fitted.quantize, held_out)
     info.decisions = fitted.explain(info.decisions)
     return qmodel
-
-
-def _accepts(gm: GraphModule, call: Call) -> bool:
-    """Whether the graph runs on a call; what cannot be cut into rows it refuses."""
-    try:
-        with graph_left_alone(gm):
-            call.run(gm)
-    except Exception:  # whatever a model raises
-        return False
-    return True
 
 
 def _round(

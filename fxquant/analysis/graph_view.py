@@ -7,7 +7,7 @@ import networkx as nx
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.graph.layers import user_name
+from fxquant.graph.layers import Site, sites, user_name
 from fxquant.graph.shapes import DTYPE, MODULE_PATH, SHAPE
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.passes.rules import type_name
@@ -35,6 +35,10 @@ def to_networkx(gm: GraphModule, rows: dict[str, Any] | None = None) -> "nx.Mult
     for node in gm.graph.nodes:
         for argument, source in _arguments(node):
             graph.add_edge(source.name, node.name, argument=argument)
+    for site in sites(gm):
+        if site.is_inside:
+            graph.add_node(site.target, **_describe_inside(gm, site, rows))
+            graph.add_edge(site.node.name, site.target, argument="inside")
     return graph
 
 
@@ -54,6 +58,24 @@ def describe_node(gm: GraphModule, node: Node, rows: dict[str, Any]) -> dict[str
         "bits": module.bits if isinstance(module, QuantizedLinear) else None,
         "parameters": parameter_count(module),
         "sqnr_db": row.get("introduced_sqnr_db"),
+    }
+
+
+def _describe_inside(gm: GraphModule, site: Site, rows: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a layer inside the opaque module that a node calls."""
+    own = describe_node(gm, site.node, rows)
+    layer = site.module
+    return {
+        **own,
+        "target": site.target,
+        "kind": type(layer).__name__,
+        "module": site.name,
+        "scope": site.name,
+        "shape": None,
+        "dtype": None,
+        "bits": layer.bits if isinstance(layer, QuantizedLinear) else None,
+        "parameters": parameter_count(layer),
+        "sqnr_db": rows.get(site.name, {}).get("introduced_sqnr_db"),
     }
 
 

@@ -48,7 +48,6 @@ def plan_exact(gm: GraphModule, candidates: Sequence[Candidate], rows: int) -> M
     nodes = list(gm.graph.nodes)
     size = {node: node_bytes(node) for node in nodes}
     traced = next((n.meta[SHAPE][0] for n in nodes if n.meta.get(SHAPE)), rows)
-    scale = rows / max(traced, 1)
     last = last_uses(nodes)
     peak = 0
     alive = set(nodes)
@@ -58,7 +57,7 @@ def plan_exact(gm: GraphModule, candidates: Sequence[Candidate], rows: int) -> M
         alive = {n for n in alive if last[n] >= start}
         peak = max(peak, sum(size[n] for n in alive) + _suffix_peak(rerun, size))
     largest = max((c.linear.weight.numel() * 4 for c in candidates), default=0)
-    return MemoryPlan(round(peak * scale), largest)
+    return MemoryPlan(round(peak / max(traced, 1)) * rows, largest)
 
 
 def node_bytes(node: Node) -> int:

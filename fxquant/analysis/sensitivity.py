@@ -17,6 +17,7 @@ from fxquant.analysis.exact import Errors, measure_exact
 from fxquant.analysis.flow import error_flow
 from fxquant.analysis.gradient import measure_gradient
 from fxquant.analysis.graph_view import to_networkx
+from fxquant.analysis.heldout import hold_out
 from fxquant.analysis.measured_rows import measure_rows
 from fxquant.analysis.memory_plan import plan_exact
 from fxquant.analysis.output_metric import Metric, db_of
@@ -28,10 +29,11 @@ from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
 from fxquant.graph.structures import main_output
+from fxquant.passes.calibrate import accepts
 from fxquant.passes.calibration_data import calls, check_batches
 from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import Decision, DecisionOptions, decide
-from fxquant.passes.observe_inputs import observe_inputs
+from fxquant.passes.observe_inputs import expected_inputs, observe_inputs
 from fxquant.passes.rewrite import rewrite
 from fxquant.tracing.prepare import unwrap
 from fxquant.tracing.trace import graph_of
@@ -201,15 +203,19 @@ class _Evaluation:
         batches: Sequence[Call],
         select: Callable[[Any], Tensor],
     ) -> None:
-        self.gm, self.decisions, self.batches, self.select = gm, decisions, batches, select
+        self.gm, self.decisions, self.select = gm, decisions, select
+        self.fitted, held_out = hold_out(batches, lambda call: accepts(gm, call))
+        self.held_out = held_out or self.fitted
         self.options = layers.group_size, layers.symmetric
 
     @functools.cached_property
     def layers(self) -> RoundedLayers:
         """Made when first needed: the statistics take a pass over the data."""
         names = [d.module for d in self.decisions if d.bits is not None]
-        statistics = observe_inputs(self.gm, names, self.batches)
-        return RoundedLayers(*self.options, statistics=statistics)
+        expected = expected_inputs(self.gm)
+        found = observe_inputs(self.gm, names, self.fitted)
+        steady = {name: seen.steadied(expected.get(name)) for name, seen in found.items()}
+        return RoundedLayers(*self.options, statistics=steady)
 
     @torch.no_grad()
     def __call__(self, bits: dict[str, int]) -> float:
@@ -219,4 +225,4 @@ class _Evaluation:
             replace(d, action=actions.get(bits.get(d.module, 16), "float")) for d in self.decisions
         ]
         qmodel = rewrite(self.gm, planned, self.layers.quantize)
-        return output_sqnr(self.gm, qmodel, self.batches, self.select).db
+        return output_sqnr(self.gm, qmodel, self.held_out, self.select).db

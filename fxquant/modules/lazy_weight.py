@@ -30,7 +30,7 @@ class LazyWeight(torch.Tensor):
         cls, make: Callable[[], Tensor], shape: Any, dtype: torch.dtype, device: torch.device
     ) -> "LazyWeight":
         """A wrapper without memory of its own."""
-        made: LazyWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: LazyWeight = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=device, requires_grad=False
         )
         made._make = make
@@ -41,7 +41,7 @@ class LazyWeight(torch.Tensor):
         return self._make().to(self.dtype)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run any op on the values."""
@@ -57,5 +57,5 @@ class LazyWeight(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.materialize().__reduce_ex__(protocol)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyWeight({list(self.shape)}, {self.dtype}: dequantized when it is used)"

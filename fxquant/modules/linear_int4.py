@@ -160,7 +160,7 @@ class QuantizedLinearInt4(QuantizedLinear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         packed, scales, zero_points = state.pop(_PICKLED)
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         grid = scales.float(), zero_points.float()
         self._hold(Int4Weight(packed, *grid, self.group_size, self.in_features, self.symmetric))
 

@@ -88,6 +88,16 @@ def run_call(model: nn.Module, call: Call, index: int) -> object:
         ) from error
 
 
+def accepts(gm: nn.Module, call: Call) -> bool:
+    """Whether the graph runs on a call; what cannot be cut into rows it refuses."""
+    try:
+        with graph_left_alone(gm):
+            call.run(gm)
+    except Exception:  # whatever a model raises
+        return False
+    return True
+
+
 def name_observers(observed: nn.Module) -> None:
     """Let each observer's errors name its place, unless it has a name of its own."""
     for name, module in observed.named_modules():

@@ -88,6 +88,17 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
+def has_wrapped_functions() -> bool:
+    """Whether a library marked functions with `torch.fx.wrap`."""
+    return bool(_wrapped_by_libraries())
+
+
+def _wrapped_by_libraries() -> list[Any]:
+    wrapped = torch.fx._symbolic_trace._wrapped_fns_to_patch
+    return [k for k, space in wrapped.items()
+            if not str(space.get("__name__", "")).startswith("torch.")]  # fmt: skip
+
+
 @contextmanager
 def _traceable(see_through: bool) -> Iterator[None]:
     """Without the fast path of attention and, if asked, without opaque functions of libraries."""
@@ -96,9 +107,8 @@ def _traceable(see_through: bool) -> Iterator[None]:
     wrapped = torch.fx._symbolic_trace._wrapped_fns_to_patch
     kept = dict(wrapped)
     if see_through:
-        for key, space in kept.items():
-            if not str(space.get("__name__", "")).startswith("torch."):
-                del wrapped[key]
+        for key in _wrapped_by_libraries():
+            del wrapped[key]
     try:
         with torch.no_grad(), _proxies_are_tensors():
             yield
@@ -186,7 +196,6 @@ class _Tracer(torch.fx.Tracer):
         self._numbers: set[Node] = set()
         self._before: dict[nn.Module, dict[str, int]] = {}
         self._parameters: dict[nn.Module, tuple[int, ...]] = {}
-        self._own_call = nn.Module.__call__
         self._autocasts = torch.is_autocast_enabled("cpu")
         self._troubles = 0
 
@@ -273,7 +282,10 @@ class _Tracer(torch.fx.Tracer):
             return False
         if isinstance(m, torch.jit.ScriptModule):
             return True
-        if _parameters_of(m) != self._parameters.get(m) or type(m).__call__ is not self._own_call:
+        if (
+            _parameters_of(m) != self._parameters.get(m)
+            or type(m).__call__ is not nn.Module.__call__
+        ):
             return False
         if any(has_hooks(part) or "forward" in vars(part) for part in m.modules()):
             return False

@@ -40,7 +40,7 @@ from fxquant.tracing.opaque import describe_opaque, graph_around
 from fxquant.tracing.oracle import Oracle, Verdict
 from fxquant.tracing.prepare import check_initialized, prepare, unwrap
 from fxquant.tracing.signature import graph_arguments
-from fxquant.tracing.symbolic import Capture, capture_symbolic
+from fxquant.tracing.symbolic import Capture, capture_symbolic, has_wrapped_functions
 from fxquant.tracing.trace_report import REPORT_KEY, TraceReport
 
 
@@ -111,21 +111,23 @@ class _Search:
     def __init__(self, prepared: nn.Module, oracle: Oracle | None) -> None:
         self.prepared, self.oracle = prepared, oracle
         self.attempts: list[str] = []
+        self.best: _Found | None = None
 
     def run(self) -> _Found:
         """The first graph that does all that was tried, or the best of the others."""
-        best: _Found | None = None
         for found in self._candidates():
             if found.verdict.wrong is not None:
                 self.attempts.append(f"model: {found.way}: {found.verdict.wrong}")
                 continue
             if found.verdict.is_perfect:
-                best = found
+                self.best = found
                 break
             label, reason = found.verdict.refused[0]
             self.attempts.append(f"model: {found.way}: it refuses {label}: {reason}")
-            if best is None or len(found.verdict.refused) < len(best.verdict.refused):
-                best = found
+            former = self.best
+            if former is None or len(found.verdict.refused) < len(former.verdict.refused):
+                self.best = found
+        best = self.best
         if best is None or self._is_narrow(best):
             around = self._around()
             best = around if around.verdict.wrong is None or best is None else best
@@ -137,7 +139,7 @@ class _Search:
 
     def _candidates(self) -> Iterator[_Found]:
         parts: list[Capture] = []
-        for see_through in (True, False):
+        for see_through in (True, False) if has_wrapped_functions() else (True,):
             capture = capture_symbolic(self.prepared, self._example, see_through=see_through)
             if isinstance(capture, str):
                 self.attempts.append(f"model: symbolic: {capture}")
@@ -147,6 +149,7 @@ class _Search:
                 parts.append(capture)
             else:
                 yield self._judged(capture, "symbolic")
+                break
         if self.oracle is not None:
             yield from self._exported(self.oracle)
         for capture in parts:
@@ -164,6 +167,8 @@ class _Search:
 
     def _exported(self, oracle: Oracle) -> Iterator[_Found]:
         for call, are_sizes_free in export_examples(oracle):
+            if self.best is not None:  # other examples are for models that refuse this one
+                return
             capture = capture_export(self.prepared, call, are_sizes_free=are_sizes_free)
             if isinstance(capture, str):
                 self.attempts.append(f"model: export: {capture}")

@@ -20,10 +20,11 @@ def test_the_networkx_graph_tells_shapes_bits_and_argument_positions():
     assert graph.get_edge_data("x", "first")[0]["argument"] == "0"
 
 
-def test_nested_graphs_are_in_the_networkx_graph():
+def test_layers_inside_an_opaque_module_are_in_the_networkx_graph():
     graph = fxquant.to_networkx(fxquant.trace(models.BranchInChild()))
     assert {"child", "head"} <= set(graph)
-    assert graph.nodes["child.fc._self"]["module"] == "child.fc"
+    assert graph.nodes["child.fc"]["module"] == "child.fc"
+    assert list(graph.predecessors("child.fc")) == ["child"]
 
 
 def test_a_diff_tells_what_was_rewritten_by_which_rule_and_at_what_cost():

@@ -3,6 +3,7 @@
 import re
 import warnings
 
+import torch
 from torch import nn
 
 import fxquant

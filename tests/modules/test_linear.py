@@ -41,10 +41,11 @@ def test_the_buffers_have_the_promised_names_and_shapes():
 
 def test_changing_the_dtype_of_a_model_leaves_the_grid_alone():
     quantized = QuantizedLinearInt4.from_float(nn.Linear(64, 8), 32, symmetric=False)
-    before = quantized.weight
-    assert torch.equal(quantized.half().weight, before)
-    assert quantized.bias.dtype == torch.float16
-    assert torch.equal(copy.deepcopy(quantized).weight, before)
+    before = quantized.dequantize()
+    assert torch.equal(quantized.half().dequantize(), before)
+    assert quantized.bias.dtype == quantized.weight.dtype == torch.float16
+    assert torch.equal(quantized.weight, before.half())
+    assert torch.equal(copy.deepcopy(quantized).dequantize(), before)
 
 
 def test_a_state_dict_moves_the_weights_to_another_layer():

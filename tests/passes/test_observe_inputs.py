@@ -39,7 +39,7 @@ def test_padding_is_masked_out():
     mask = torch.ones(4, 5, dtype=torch.long)
     mask[:, 3:] = 0
     call = Call((), {"x": X[0], "attention_mask": mask})
-    gm = fxquant.trace(Branches(), call[1])
+    gm = fxquant.trace(Branches(), call.kwargs)
     found = observe_inputs(gm, ["c"], [call])["c"]
     assert found.tokens == 12
     assert torch.allclose(found.mean, X[0][:, :3].flatten(0, 1).mean(0), atol=1e-5)

@@ -126,7 +126,7 @@ def test_a_padding_mask_among_the_arguments_is_used():
     mask = torch.ones(16, 5, dtype=torch.long)
     mask[:, 3:] = 0
     call = Call((), {"x": X[0], "attention_mask": mask})
-    gm = fxquant.trace(Masked(), call[1])
+    gm = fxquant.trace(Masked(), call.kwargs)
     seen = []
 
     def quantize(name, linear, bits, moments):
