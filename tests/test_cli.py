@@ -40,7 +40,7 @@ def test_quantize_saves_and_inspect_and_diff_read(tmp_path):
     assert "first" in text
     assert "saved to" in text
     run("quantize", *SOURCE, *DATA, "--output", two, "--keep-float", "second")
-    assert "linear weight in graphs: 100.0%" in run("inspect", one).stdout
+    assert "product weights that the graph can see: 100.0%" in run("inspect", one).stdout
     changes = json.loads(run("diff", one, two, "--json").stdout)
     rewritten = [c for c in changes["changes"] if c["status"] == "rewritten"]
     assert [c["module"] for c in rewritten] == ["second"]

@@ -99,7 +99,8 @@ def memory_of(tensor: Tensor) -> int:
 def _called_modules(gm: GraphModule) -> Iterator[ParameterNode]:
     for site in sites(gm):
         is_opaque = not is_layer(site.module) and is_foreign(site.module)
-        parameters = tuple(site.module.parameters())
+        named = sorted(site.module.named_parameters(), key=lambda item: item[0] != "weight")
+        parameters = tuple(parameter for _, parameter in named)  # the weight first
         if parameters and not is_opaque:
             is_lookup = isinstance(site.module, nn.Embedding | nn.EmbeddingBag)
             product = next((k for c, k in _MODULE_PRODUCTS if isinstance(site.module, c)), None)
