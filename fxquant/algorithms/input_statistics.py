@@ -26,10 +26,10 @@ class InputStatistics:
 
     def __init__(self, channels: int) -> None:
         self.tokens = 0
-        self.mean, self.mean_square, self.mean_abs = torch.zeros(3, channels)
-        self.lowest = torch.full((channels,), torch.inf)
+        self.mean, self.mean_square, self.mean_abs = torch.zeros(3, channels, dtype=torch.float32)
+        self.lowest = torch.full((channels,), torch.inf, dtype=torch.float32)
         self.highest = -self.lowest
-        self.sample = torch.zeros(0, channels)
+        self.sample = torch.zeros(0, channels, dtype=torch.float32)
 
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch.

@@ -38,8 +38,8 @@ class LayerMoments:
 
     def __init__(self, in_features: int, out_features: int) -> None:
         self.tokens = self.held_tokens = 0
-        self.seconds = torch.zeros(2, in_features, in_features)
-        self.crosses = torch.zeros(2, out_features, in_features)
+        self.seconds = torch.zeros(2, in_features, in_features, dtype=torch.float32)
+        self.crosses = torch.zeros(2, out_features, in_features, dtype=torch.float32)
         self.total = torch.zeros(in_features, dtype=torch.float64)
         self.total_shift = torch.zeros(out_features, dtype=torch.float64)
 
