@@ -65,7 +65,7 @@ def run_demo(out: Writer, output: Path | None = None) -> dict[str, Any]:
     figures["bytes_float"] = round(info.original_size_mb * 1e6)
     figures["bytes_int4"] = round(info.quantized_size_mb * 1e6)
     out.title("Accuracy and size")
-    out.text(f"output SQNR on calibration text      {info.sqnr_db:.2f} dB")
+    out.text(f"output SQNR on rows held out         {info.sqnr_db:.2f} dB")
     out.text(f"perplexity on held-out text, float   {figures['perplexity_float']:.4f}")
     out.text(f"perplexity on held-out text, INT4    {figures['perplexity_int4']:.4f}")
     out.text(f"bytes, float32                       {figures['bytes_float']:,}")

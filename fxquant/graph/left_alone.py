@@ -210,6 +210,8 @@ class _State:
                 tensor.requires_grad_(requires_grad)
 
     def _note(self, value: Any, depth: int) -> None:
+        if isinstance(value, nn.Module):
+            depth = 0  # however deep a module lies, all of its own attributes are noted
         if isinstance(value, (*_PLAIN, *_CODE)) or id(value) in self._seen or depth > DEPTH:
             return
         self._seen.add(id(value))

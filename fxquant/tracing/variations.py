@@ -15,6 +15,8 @@ from fxquant.graph.calls import Call
 
 Place = tuple[int, int]  # which tensor of the call, which dimension of it
 MOST_AXES = 4
+LONG = 32  # beyond it, comparing at sizes around it costs more than it tells
+SHORT = 24
 ROWS = 3  # of a batch that are enough to compare
 
 
@@ -53,7 +55,10 @@ class Axis:
     def sizes(self) -> list[int]:
         """Other sizes to try: the model may treat 1, less and more in another way."""
         n = self.size
-        wanted = (1, 2, 3) if self.is_batch else (1, n // 2, n - 1, n + 1, 2 * n + 1)
+        if n > LONG:  # the example itself was long
+            wanted: tuple[int, ...] = (1, 7, SHORT)
+        else:
+            wanted = (1, 2, 3) if self.is_batch else (1, n // 2, n - 1, n + 1, 2 * n + 1)
         return [s for s in dict.fromkeys(wanted) if s > 0 and s != n]
 
 
