@@ -36,10 +36,11 @@ def test_help_teaches():
 
 def test_quantize_saves_and_inspect_and_diff_read(tmp_path):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    text = run("quantize", *SOURCE, *DATA, "--output", one).stdout
+    text = run("quantize", *SOURCE, *DATA, "--method", "rtn", "--output", one).stdout
     assert "first" in text
     assert "saved to" in text
-    run("quantize", *SOURCE, *DATA, "--output", two, "--keep-float", "second")
+    rtn = ("--method", "rtn", "--output", two, "--keep-float", "second")
+    run("quantize", *SOURCE, *DATA, *rtn)
     assert "product weights that the graph can see: 100.0%" in run("inspect", one).stdout
     changes = json.loads(run("diff", one, two, "--json").stdout)
     rewritten = [c for c in changes["changes"] if c["status"] == "rewritten"]
