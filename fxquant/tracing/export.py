@@ -12,6 +12,7 @@ import operator
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,7 +78,9 @@ def capture_export(
         flat = _Flat(module, arguments).eval()
         with left_alone(module), _quiet_export():
             program = _export(flat, example, are_sizes_free)
-        return _capture(program, arguments, flat.output)
+        capture = _capture(program, arguments, flat.output)
+        free = DYNAMIC_DIMENSIONS if are_sizes_free else 0
+        return replace(capture, fixed=_fixed_sizes(arguments, free))
     except _UnsupportedError as error:
         return str(error)
     except Exception as error:  # a user's forward may raise anything at all
@@ -93,6 +96,17 @@ def _dynamic_dimensions(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return None
     return dict.fromkeys(range(min(DYNAMIC_DIMENSIONS, value.ndim)), Dim.AUTO)
+
+
+def _fixed_sizes(arguments: list[Argument], free: int) -> list[str]:
+    """Guards for the sizes that `torch.export` was told to take as fixed; it does not note them."""
+    tensors = [(a.name, a.value) for a in arguments if a.is_input and isinstance(a.value, Tensor)]
+    return [
+        f"L['{name}'].size()[{dimension}] == {size}"
+        for name, tensor in tensors
+        for dimension, size in enumerate(tensor.shape)
+        if dimension >= free
+    ]
 
 
 @contextmanager

@@ -76,11 +76,13 @@ def insert_guards(graph: Graph, guards: list[str]) -> None:
 
 def _in_words(guard: str, sizes: list[str]) -> str:
     """What is found (with a `{}` for each size), `|`, and what the graph was traced for."""
-    meanings = {0: "batch size", 1: "length"}
+    meanings = {0: "batch size {}", 1: "length {}"}
     parts = []
     for size in sizes:
-        dimension = int(size.rpartition("[")[2].rstrip("]"))
-        parts.append(f"{meanings.get(dimension, f'size {dimension}')} {{}} of {_plain(size)}")
+        source, _, last = size.rpartition(".size()[")
+        dimension = int(last.rstrip("]"))
+        meaning = meanings.get(dimension, f"size {{}} of dimension {dimension}")
+        parts.append(f"{meaning} of {_plain(source)}")
     limit = _limit(guard, sizes)
     needed = f"{limit}, for which it was traced ({_plain(guard)})"
     return f"{', '.join(parts) or 'sizes'}|{needed}"

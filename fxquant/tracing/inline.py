@@ -62,7 +62,7 @@ def inline_children(
         else:
             values[node] = graph.node_copy(node, lambda n: values[n])
     still = {p: r for p, r in capture.opaque.items() if p not in exported}
-    return Capture(graph, objects, still, guards, list(capture.left_out))
+    return Capture(graph, objects, still, guards, [], list(capture.left_out))
 
 
 def _export_child(child: nn.Module, call: Call) -> Capture | str:
@@ -74,12 +74,12 @@ def _export_child(child: nn.Module, call: Call) -> Capture | str:
     copied = Graph()
     copied.output(copied.graph_copy(found.graph, {}))
     gm = assemble(replace(found, graph=copied), child)
-    needed = needed_guards(gm, found.guards, oracle)
+    needed = needed_guards(gm, found.guards, found.fixed, oracle)
     if isinstance(needed, str):
         return needed
     if needed:
         insert_guards(found.graph, needed)
-    return replace(found, guards=[])
+    return replace(found, guards=[], fixed=[])
 
 
 def _lay_in(

@@ -24,12 +24,20 @@ def export_examples(oracle: Oracle) -> Iterator[tuple[Call, bool]]:
     yield call, False
 
 
-def needed_guards(gm: GraphModule, guards: list[str], oracle: Oracle) -> list[str] | str:
+def needed_guards(
+    gm: GraphModule, guards: list[str], fixed: list[str], oracle: Oracle
+) -> list[str] | str:
     """The guards without which the graph would compute other values than the model.
 
     A guard that some call breaks, although the graph and the model agree on it, is not needed.
     Where no call breaks it, one is looked for. What cannot be written as a check of sizes has to
     hold.
+
+    Args:
+        gm: the graph.
+        guards: what it assumes.
+        fixed: sizes that it may have been made for; needed only where the model takes others.
+        oracle: knows the model's answers.
 
     Returns:
         The guards to check, or why the graph is not usable.
@@ -43,9 +51,11 @@ def needed_guards(gm: GraphModule, guards: list[str], oracle: Oracle) -> list[st
             agreed[id(answer)] = oracle.compare(gm, answer) == (None, None)
         return agreed[id(answer)]
 
-    for guard in guards:
+    for guard in (*guards, *fixed):
         broken = [a for a in answers if _breaks(gm, guard, a.call)]
         if not broken:
+            if guard in fixed:
+                continue
             found = _call_that_breaks(gm, guard, oracle)
             if found is not None:
                 answers.append(found)

@@ -29,17 +29,32 @@ DEFAULT_TOLERANCE = 1e-3  # of the largest magnitude: fused ops round differentl
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """A call that the model takes and a graph does not.
+
+    Attributes:
+        label: what is special about the call.
+        reason: what the graph said.
+        is_minor: whether neither a batch nor a length is refused.
+    """
+
+    label: str
+    reason: str
+    is_minor: bool
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What became of a graph's comparison with the model.
 
     Attributes:
         wrong: why it is not usable, or None.
-        refused: what it refuses although the model takes it, with the reason.
+        refused: what it refuses although the model takes it.
         checked: on how many calls it agreed.
     """
 
     wrong: str | None
-    refused: list[tuple[str, str]] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
     checked: int = 0
 
     @property
@@ -58,6 +73,7 @@ class Answer:
     calls: tuple[Call, ...]
     label: str
     results: tuple[Any, ...]
+    is_minor: bool = False
 
     @property
     def call(self) -> Call:
@@ -88,12 +104,12 @@ class Oracle:
 
     def judge(self, gm: nn.Module) -> Verdict:
         """Compare a graph with the model on all calls."""
-        refused: list[tuple[str, str]] = []
+        refused: list[Refusal] = []
         checked = 0
         for answer in self.answers:
             wrong, refusal = self.compare(gm, answer)
             if refusal is not None and answer is not self.answers[0]:
-                refused.append((answer.label, refusal))
+                refused.append(Refusal(answer.label, refusal, answer.is_minor))
             elif wrong is not None or refusal is not None:
                 where = "" if answer is self.answers[0] else f"at {answer.label}: "
                 return Verdict(f"{where}{wrong or refusal}", refused, checked)
@@ -147,7 +163,8 @@ class Oracle:
                 call = axis.resized(short, size)
                 results = self._run(call)
                 if results is not None:
-                    self.answers.append(Answer((call,), describe_axis(axis, size), results))
+                    label = describe_axis(axis, size)
+                    self.answers.append(Answer((call,), label, results, axis.is_minor))
         if len(self.axes) > 1:  # two at once: one row of another length
             batch, other = self.axes[0], self.axes[1]
             size = max(1, min(other.size, LONG) // 2)

@@ -41,6 +41,7 @@ class Capture:
         objects: modules and tensors by these paths, where the traced module does not have them.
         opaque: the children that stayed opaque and why (path -> reason).
         guards: conditions on the inputs' sizes under which the graph is right.
+        fixed: sizes of inputs that it may be right for only.
         left_out: outputs that a graph cannot hold.
     """
 
@@ -48,6 +49,7 @@ class Capture:
     objects: dict[str, Any] = field(default_factory=dict)
     opaque: dict[str, str] = field(default_factory=dict)
     guards: list[str] = field(default_factory=list)
+    fixed: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
 

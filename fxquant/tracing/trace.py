@@ -84,7 +84,7 @@ def trace(model: nn.Module, example_inputs: object = None) -> GraphModule:
             attempts=chosen.attempts,
             opaque=describe_opaque(gm, chosen.opaque),
             left_out=chosen.left_out,
-            refused=[f"{label}: {reason}" for label, reason in chosen.verdict.refused],
+            refused=[f"{r.label}: {r.reason}" for r in chosen.verdict.refused],
             unreached=weight.unreached,
             read_only=sorted(set(gm.meta.pop(READ_ONLY, []))),
             product_elements=weight.product_elements,
@@ -104,6 +104,16 @@ class _Found:
     opaque: dict[str, str] = field(default_factory=dict)
     attempts: list[str] = field(default_factory=list)
 
+    @property
+    def faults(self) -> tuple[int, bool, int]:
+        """What speaks against it: a smaller one is the better graph.
+
+        Batches and lengths change from call to call, so a graph that takes them all is worth more
+        than one without opaque modules; a picture's size is mostly the same in all calls.
+        """
+        refused = self.verdict.refused
+        return sum(not r.is_minor for r in refused), bool(self.opaque), len(refused)
+
 
 class _Search:
     """Tries one way after another."""
@@ -119,14 +129,15 @@ class _Search:
             if found.verdict.wrong is not None:
                 self.attempts.append(f"model: {found.way}: {found.verdict.wrong}")
                 continue
+            if found.verdict.refused:
+                first = found.verdict.refused[0]
+                self.attempts.append(
+                    f"model: {found.way}: it refuses {first.label}: {first.reason}"
+                )
+            if self.best is None or found.faults < self.best.faults:
+                self.best = found
             if found.verdict.is_perfect:
-                self.best = found
                 break
-            label, reason = found.verdict.refused[0]
-            self.attempts.append(f"model: {found.way}: it refuses {label}: {reason}")
-            former = self.best
-            if former is None or len(found.verdict.refused) < len(former.verdict.refused):
-                self.best = found
         best = self.best
         if best is None or self._is_narrow(best):
             around = self._around()
@@ -135,7 +146,7 @@ class _Search:
 
     def _is_narrow(self, found: _Found) -> bool:
         """Whether a graph refuses other batch sizes: then the model's own code serves better."""
-        return any("batch size" in label for label, _ in found.verdict.refused)
+        return any("batch size" in refusal.label for refusal in found.verdict.refused)
 
     def _candidates(self) -> Iterator[_Found]:
         parts: list[Capture] = []
@@ -152,6 +163,8 @@ class _Search:
                 break
         if self.oracle is not None:
             yield from self._exported(self.oracle)
+        if self.best is not None and not any(self.best.faults[:2]):
+            return
         for capture in parts:
             if self.oracle is not None:
                 notes: list[str] = []
@@ -181,7 +194,7 @@ class _Search:
         found = _Found(gm, way, Verdict(None), capture.left_out, opaque)
         if self.oracle is None:
             return found
-        needed = needed_guards(gm, capture.guards, self.oracle)
+        needed = needed_guards(gm, capture.guards, capture.fixed, self.oracle)
         if isinstance(needed, str):
             return replace(found, verdict=Verdict(needed))
         if needed:

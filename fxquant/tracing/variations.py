@@ -37,6 +37,11 @@ class Axis:
         """Whether it is the first dimension of the first tensor."""
         return (0, 0) in self.places
 
+    @property
+    def is_minor(self) -> bool:
+        """Whether it is neither a batch nor a length: the height or width of a picture."""
+        return min(dimension for _, dimension in self.places) > 1
+
     def resized(self, call: Call, size: int) -> Call:
         """The call with another size along the axis: elements are left out or repeated."""
         numbers = {id(t): i for i, t in enumerate(call.tensors())}
