@@ -75,12 +75,31 @@ def sites(gm: GraphModule) -> Iterator[Site]:
 
 
 def inner_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers inside a module that is none itself, by path."""
+    """The linear layers inside a module that is none itself, by path.
+
+    Those below code that asks for parameters by name are left out: a quantized layer has none.
+    """
     if is_layer(module):
         return
+    asking = [path for path, part in module.named_modules() if _asks_for_parameters(part)]
     for path, part in module.named_modules():
-        if path and is_layer(part):
+        if (
+            path
+            and is_layer(part)
+            and not any(f"{path}.".startswith(f"{a}." if a else "") for a in asking)
+        ):
             yield path, part
+
+
+_BY_NAME = frozenset(("named_parameters", "functional_call", "get_parameter", "_parameters"))
+
+
+def _asks_for_parameters(module: nn.Module) -> bool:
+    """Whether a forward of the user's names a method that gives or replaces parameters."""
+    code = getattr(type(module).forward, "__code__", None)
+    if code is None or type(module).__module__.startswith("torch."):
+        return False
+    return not _BY_NAME.isdisjoint(code.co_names)
 
 
 def is_layer(module: nn.Module) -> bool:

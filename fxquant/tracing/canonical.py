@@ -59,8 +59,11 @@ def canonicalize(gm: GraphModule, module: nn.Module) -> GraphModule:
         node.type = None  # annotations of the user's code, which a saved graph does not keep
         if _is_linear_by_keyword(gm, node):  # self.fc(input=x)
             node.args, node.kwargs = (next(iter(node.kwargs.values())),), {}
-        if node.op in ("call_function", "call_method"):
-            _restore_module(gm, names, node) or _make_linear(gm, names, constants, node)
+    nodes = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
+    restored = {node for node in nodes if _restore_module(gm, names, node)}
+    for node in nodes:  # a layer that is made must not take the name of one that is put back
+        if node not in restored:
+            _make_linear(gm, names, constants, node)
     remove_unused(gm)
     return make_graph_module(
         _used(gm, names.made), gm.graph, type(module).__name__, {**gm.meta, NAMES: names.names}
@@ -128,6 +131,7 @@ def _restore_module(gm: GraphModule, names: "_Names", node: Node) -> bool:
         return False  # their forward does more than this op
     target = names.target(path)
     names.made[target] = owner
+    names.taken.add(path)
     source = node.args[1 if node.target is aten.embedding.default else 0]
     _replace_by_call(gm.graph, node, target, source)
     return True
@@ -230,8 +234,10 @@ def _call_linear(
 ) -> Node:
     path = node.meta.get(MODULE_PATH)
     target = names.of(weight, matrix, bias, path)
-    if names.names.get(target, target) != path:
-        gm.meta.setdefault(READ_ONLY, []).append(names.names.get(target, target))
+    name = names.names.get(target, target)
+    if name != (path or ROOT):  # other code than the layer's own reads the weight
+        owners = [user_name(gm, str(n.target)).rpartition(".")[0] for n in weight.sources]
+        gm.meta.setdefault(READ_ONLY, []).extend((name, *owners))
     names.made.setdefault(target, linear_of(matrix, bias))
     return _replace_by_call(gm.graph, last, target, source)
 

@@ -60,6 +60,9 @@ def prepare(model: nn.Module, memory: WrittenMemory) -> nn.Module:
             if parametrize.is_parametrized(module):
                 _make_parametrizations_plain(module)
             _make_computed_weights_plain(module)
+            if isinstance(module, nn.Linear) and isinstance(module.weight, Tensor):
+                # A weight that was cut or replaced: the forward looks at it alone.
+                module.out_features, module.in_features = module.weight.shape
     return replace_untraceable_layers(prepared)
 
 

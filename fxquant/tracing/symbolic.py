@@ -174,8 +174,12 @@ def _proxies_are_tensors() -> Iterator[None]:
         builtins.isinstance = kind
 
 
-class _NoHiddenDraws(TorchFunctionMode):
-    """Refuses draws of random numbers that would become constants of the graph."""
+class _NothingHidden(TorchFunctionMode):
+    """Refuses what would become a constant of the graph although it is none.
+
+    That is a draw of random numbers, and what is computed from parameters that were not read as
+    attributes (`dict(self.fc.named_parameters())`): the graph would not know whose they are.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -183,7 +187,14 @@ class _NoHiddenDraws(TorchFunctionMode):
         row = OPS.get(target_name(func))
         if row is not None and row.random and not row.keeps:
             raise _UnseenError(f"it draws random numbers of a fixed size ({row.name})")
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and any(_is_weight(a) for a in args):
+            raise _UnseenError("it computes with parameters that it did not read as attributes")
+        return result
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, nn.Parameter) and value.ndim > 1
 
 
 class _Tracer(torch.fx.Tracer):
@@ -205,7 +216,7 @@ class _Tracer(torch.fx.Tracer):
         """Record the graph of a module."""
         self._before = {m: _plain_attributes(m) for m in root.modules()}
         self._parameters = {m: _parameters_of(m) for m in root.modules()}
-        with _NoHiddenDraws():
+        with _NothingHidden():
             graph = super().trace(root, concrete_args)
         if self._troubles:
             raise _UnseenError("its forward catches the error of a branch on values")

@@ -145,8 +145,17 @@ class _Search:
         return replace(best, attempts=self.attempts)
 
     def _is_narrow(self, found: _Found) -> bool:
-        """Whether a graph refuses other batch sizes: then the model's own code serves better."""
-        return any("batch size" in refusal.label for refusal in found.verdict.refused)
+        """Whether the model's own code serves better than a graph that refuses some sizes.
+
+        It does where other batches are refused, and where the model has layers for the other sizes
+        that the graph does not call.
+        """
+        refused = [r for r in found.verdict.refused if not r.is_minor]
+        if any("batch size" in refusal.label for refusal in refused):
+            return True
+        return bool(refused) and bool(
+            weigh(found.gm, self.prepared, self.prepared, self.oracle).unreached
+        )
 
     def _candidates(self) -> Iterator[_Found]:
         parts: list[Capture] = []

@@ -39,7 +39,7 @@ class TraceReport:
         attempts: why better ways were not taken, one line each.
         opaque: each opaque module with the reason.
         unreached: linear layers of the model that the graph does not call.
-        read_only: layers whose weight the model multiplies with itself, without calling them.
+        read_only: layers whose weight other code than their own multiplies with.
         left_out: outputs that a graph cannot hold.
         refused: sizes that the model takes and the graph refuses, with the reason.
         product_elements: elements of all parameters that are factors of a product, by kind; tied

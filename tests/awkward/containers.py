@@ -104,7 +104,7 @@ class UnusedLayers(nn.Module):
         return self.fc(x) if self.none is None else x
 
 
-@awkward(own=False, int4=("head",))
+@awkward(own=False, blind=True, int4=("head",))
 class RunsAChildWithOtherWeights(nn.Module):
     """`torch.func.functional_call` runs a child with scaled weights."""
 

@@ -147,9 +147,9 @@ class CalledByKeyword(nn.Module):
         return self.second(torch.relu(self.first(input=x)))
 
 
-@awkward()
+@awkward(own=False)
 class ForwardCalled(nn.Module):
-    """`fc.forward(x)` instead of `fc(x)`."""
+    """`fc.forward(x)` instead of `fc(x)`: nothing tells it from code that reads the weight."""
 
     def __init__(self):
         super().__init__()

@@ -40,7 +40,7 @@ class Case:
             is, so that a swapped copy computes the same bits. Else what stays float is listed.
         floor: least output SQNR in dB.
         options: options of quantizing.
-        blind: without example inputs the model may be refused, in words.
+        blind: without example inputs the model may be refused or left float, in words.
         refused: the model is refused always, with a text that matches this.
         eval_first: call `eval()` on the model before it is passed on.
         float_only: the model has no linear layer that could be quantized.
