@@ -114,8 +114,17 @@ def _quiet_export() -> Iterator[None]:
     """Without the fast path of attention, gradients, export's warnings and log lines."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    apply = nn.Module._apply
+
+    def apply_where_needed(module: nn.Module, function: Any, *args: Any, **kwargs: Any) -> Any:
+        # `self.fc.to(x.dtype)` in a forward: torch cannot put back parameters that are fake.
+        if all(function(tensor) is tensor for tensor in (*module.parameters(), *module.buffers())):
+            return module
+        return apply(module, function, *args, **kwargs)  # type: ignore[no-untyped-call]
+
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
+    nn.Module._apply = apply_where_needed  # type: ignore[method-assign, assignment]
     try:
         unheard = io.StringIO()  # a failing export prints its unfinished graph
         with (
@@ -126,6 +135,7 @@ def _quiet_export() -> Iterator[None]:
         ):
             yield
     finally:
+        nn.Module._apply = apply  # type: ignore[method-assign]
         logging.disable(disabled)
         torch.backends.mha.set_fastpath_enabled(fastpath)
 

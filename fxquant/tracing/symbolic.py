@@ -127,6 +127,12 @@ class _UnseenError(Exception):
 class _TensorProxy(Proxy):
     """A value that is a tensor: statements that write into it are recorded as such."""
 
+    def __getattr__(self, name: str) -> Any:
+        """Refuse what a parameter does not have, so that `hasattr` answers as it would."""
+        if self.node.op == "get_attr" and not hasattr(Tensor, name):
+            raise AttributeError(f"a tensor has no attribute {name!r}")
+        return super().__getattr__(name)
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 

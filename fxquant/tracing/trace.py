@@ -165,6 +165,8 @@ class _Search:
                 self.attempts.append(f"model: symbolic: {capture}")
             elif capture.opaque:
                 inside = ", ".join(f"{p}: {r}" for p, r in list(capture.opaque.items())[:3])
+                if any(p.opaque.keys() == capture.opaque.keys() for p in parts):
+                    continue  # functions marked with torch.fx.wrap are not what is in the way
                 self.attempts.append(f"model: symbolic: opaque inside: {inside}")
                 parts.append(capture)
             else:
@@ -194,6 +196,8 @@ class _Search:
             capture = capture_export(self.prepared, call, are_sizes_free=are_sizes_free)
             if isinstance(capture, str):
                 self.attempts.append(f"model: export: {capture}")
+                if capture.startswith("GuardOnDataDependent"):
+                    return  # a branch on values, whatever the sizes
             else:
                 yield self._judged(capture, "export")
 
