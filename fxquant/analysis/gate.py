@@ -1,6 +1,7 @@
-"""An accuracy gate: does a saved report hold the bar?"""
+"""An accuracy gate: does a saved model, or a report, hold the bar?"""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,14 @@ def check_report(
         What broke the bar; nothing if the report holds it.
 
     Raises:
-        OptionError: there is no bar, or the report has no figure to compare.
+        OptionError: there is no bar, or a report lacks the figures to compare or they are no
+            numbers: a gate that compares nothing would always pass.
     """
+    for name, bar in (("--min-sqnr", min_sqnr_db), ("--max-drop", max_drop_db)):
+        if bar is not None and not math.isfinite(bar):
+            raise _wrong("check", f"{name} {bar}", "a number of decibels", "Pass a finite number.")
+    if max_drop_db is not None and max_drop_db < 0:
+        raise _wrong("check", f"--max-drop {max_drop_db:g}", "0 dB or more", "Drop the sign.")
     if min_sqnr_db is None and max_drop_db is None:
         raise _wrong("check", "no bar", "a least SQNR or a largest drop", "Pass --min-sqnr.")
     if (max_drop_db is None) != (baseline is None):
@@ -85,11 +92,15 @@ def read_report(path: str | Path) -> dict[str, Any]:
 
 
 def _rows(report: dict[str, Any]) -> dict[str, float]:
-    return {
-        row["module"]: float(row["introduced_sqnr_db"])
+    found = {
+        row["module"]: _number(row["introduced_sqnr_db"], row["module"])
         for row in report["rows"]
         if row.get("introduced_sqnr_db") is not None
     }
+    if not found:
+        raise _wrong("report", "no figure of any layer", "a report of a quantized model",
+                     "Make it from a model in which layers are quantized, with data.")  # fmt: skip
+    return found
 
 
 def _output(report: dict[str, Any]) -> float:
@@ -98,6 +109,17 @@ def _output(report: dict[str, Any]) -> float:
         raise _wrong(
             "report", "no output SQNR", "a report made with data", "Pass calibration data."
         )
+    return _number(value, "model output")
+
+
+def _number(value: Any, where: str) -> float:
+    if value in ("inf", "-inf"):  # as JSON has it
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise _wrong(
+            "report", f"{value!r} as the SQNR of {where}", "a number of decibels",
+            "Look for NaN in the model's outputs or in the data, and make the report again.",
+        )  # fmt: skip
     return float(value)
 
 

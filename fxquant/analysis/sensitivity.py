@@ -1,6 +1,5 @@
 """`sensitivity`: which layer hurts, by three methods in one report."""
 
-import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,23 +16,20 @@ from fxquant.analysis.exact import Errors, measure_exact
 from fxquant.analysis.flow import error_flow
 from fxquant.analysis.gradient import measure_gradient
 from fxquant.analysis.graph_view import to_networkx
-from fxquant.analysis.heldout import hold_out
 from fxquant.analysis.measured_rows import measure_rows
 from fxquant.analysis.memory_plan import plan_exact
 from fxquant.analysis.output_metric import Metric, db_of
 from fxquant.analysis.paired_run import output_sqnr
-from fxquant.analysis.rounded_layers import RoundedLayers
 from fxquant.analysis.sensitivity_report import SensitivityReport, SensitivityRow
+from fxquant.analysis.shipped_layers import ROUNDINGS, ShippedLayers, shipped_layers
 from fxquant.errors import check_choice, check_positive_int
 from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
 from fxquant.graph.structures import main_output
-from fxquant.passes.calibrate import accepts
 from fxquant.passes.calibration_data import calls, check_batches
 from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import Decision, DecisionOptions, decide
-from fxquant.passes.observe_inputs import expected_inputs, observe_inputs
 from fxquant.passes.rewrite import rewrite
 from fxquant.tracing.prepare import unwrap
 from fxquant.tracing.trace import graph_of
@@ -49,6 +45,7 @@ def sensitivity(
     bits: int = 4,
     group_size: int = 128,
     method: str = "local",
+    rounding: str | None = None,
     symmetric: bool = True,
     metric: Metric = "sqnr",
     select: Callable[[Any], Tensor] = main_output,
@@ -60,6 +57,9 @@ def sensitivity(
 ) -> SensitivityReport:
     """Measure what quantizing each Linear layer costs.
 
+    The layers are those that `static_quantize` would ship. Part of the data is held out when they
+    are made, and everything is measured on that part alone.
+
     Args:
         model: any module, or a graph from `trace`; it is not changed.
         data: calibration data in any of the forms of `static_quantize`.
@@ -70,6 +70,9 @@ def sensitivity(
             node. `"exact"`: the output when only this layer is quantized, for 4 and 8 bits.
             `"gradient"`: an estimate of that for all layers and widths from one forward and one
             backward.
+        rounding: the method that makes the layers: `"rtn"`, `"hqq"`, `"gptq"`, `"best"`, or
+            `"auto"`, as in `static_quantize`; None is `"auto"`. With `"rtn"` no layer is fitted to
+            the data, which is much faster.
         symmetric: one fixed zero point, or one for each group.
         metric: of the output's error: `"sqnr"`, `"kl"` where the output is logits, or (with
             `"exact"`) a callable `(float, quantized) -> number`, smaller is better.
@@ -85,6 +88,8 @@ def sensitivity(
         One row for each layer that `static_quantize` would quantize.
     """
     check_choice("method", method, METHODS)
+    rounding = "auto" if rounding is None else rounding
+    check_choice("rounding", rounding, ROUNDINGS)
     options = DecisionOptions(
         bits=bits,
         group_size=group_size,
@@ -96,8 +101,9 @@ def sensitivity(
     model = unwrap(model)
     with process_left_alone(), structure_left_alone(model):
         return _measured(
-            model, data, options, symmetric, method, metric, select, num_samples, progress
-        )
+            model, data, options, symmetric, method, rounding, metric, select, num_samples,
+            progress,
+        )  # fmt: skip
 
 
 def _measured(
@@ -106,6 +112,7 @@ def _measured(
     options: DecisionOptions,
     symmetric: bool,
     method: str,
+    rounding: str,
     metric: Metric,
     select: Callable[[Any], Tensor],
     num_samples: int,
@@ -113,14 +120,18 @@ def _measured(
 ) -> SensitivityReport:
     batches = list(calls(data, model, num_samples))
     check_batches(batches)
-    group_size = options.group_size
     traced = graph_of(model, batches[0])
     gm = copy_sharing_tensors(traced, frozen=True)
     decisions = decide(gm, options)
     check_weights(gm, [d.module for d in decisions if d.bits is not None])
-    layers = RoundedLayers(group_size, symmetric)
+    if method == "local" and options.bits == 8:  # there is one way to make these
+        rounding = "rtn"
+    layers = shipped_layers(
+        gm, decisions, batches, rounding=rounding, group_size=options.group_size,
+        symmetric=symmetric,
+    )  # fmt: skip
     qmodel = rewrite(gm, decisions, layers.quantize)
-    rows, run = measure_rows(gm, qmodel, decisions, batches)
+    rows, run = measure_rows(gm, qmodel, decisions, layers.held_out)
     candidates = find_candidates(gm, [row.module for row in rows])
     shares = _shared_inputs(candidates)
     rows = [replace(row, shares_input=shares[row.module]) for row in rows]
@@ -131,11 +142,14 @@ def _measured(
         metric=metric if isinstance(metric, str) else "custom",
         decisions=[asdict(d) for d in decisions],
         graph=to_networkx(qmodel, {row.module: asdict(row) for row in rows}),
-        evaluate=_Evaluation(gm, decisions, layers, batches, select),
+        evaluate=_Evaluation(gm, decisions, layers, select),
+        rounding=layers.rounding,
+        samples=sum(call.row_count for call in batches),
+        heldout_samples=layers.heldout_samples,
     )
     if method == "local":
         return replace(report, flows=error_flow(run.nodes))
-    search = _Search(gm, candidates, batches, layers, select, metric, _is_shown(progress))
+    search = _Search(gm, candidates, layers.held_out, layers, select, metric, _is_shown(progress))
     errors, peak = search.run(method)
     report = replace(report, rows=[_with_errors(r, errors, report) for r in rows], peak_bytes=peak)
     return replace(report, pareto=_predicted_pareto(report))
@@ -148,7 +162,7 @@ class _Search:
     gm: GraphModule
     candidates: list[Candidate]
     batches: list[Call]
-    layers: RoundedLayers
+    layers: ShippedLayers
     select: Callable[[Any], Tensor]
     metric: Metric
     is_shown: bool
@@ -193,29 +207,16 @@ def _shared_inputs(candidates: Sequence[Candidate]) -> dict[str, str]:
 
 
 class _Evaluation:
-    """Runs an allocation with the layers that `static_quantize(method="rtn")` makes."""
+    """Runs an allocation with the layers that were measured, on the data that was held out."""
 
     def __init__(
         self,
         gm: GraphModule,
         decisions: Sequence[Decision],
-        layers: RoundedLayers,
-        batches: Sequence[Call],
+        layers: ShippedLayers,
         select: Callable[[Any], Tensor],
     ) -> None:
-        self.gm, self.decisions, self.select = gm, decisions, select
-        self.fitted, held_out = hold_out(batches, lambda call: accepts(gm, call))
-        self.held_out = held_out or self.fitted
-        self.options = layers.group_size, layers.symmetric
-
-    @functools.cached_property
-    def layers(self) -> RoundedLayers:
-        """Made when first needed: the statistics take a pass over the data."""
-        names = [d.module for d in self.decisions if d.bits is not None]
-        expected = expected_inputs(self.gm)
-        found = observe_inputs(self.gm, names, self.fitted)
-        steady = {name: seen.steadied(expected.get(name)) for name, seen in found.items()}
-        return RoundedLayers(*self.options, statistics=steady)
+        self.gm, self.decisions, self.layers, self.select = gm, decisions, layers, select
 
     @torch.no_grad()
     def __call__(self, bits: dict[str, int]) -> float:
@@ -225,4 +226,4 @@ class _Evaluation:
             replace(d, action=actions.get(bits.get(d.module, 16), "float")) for d in self.decisions
         ]
         qmodel = rewrite(self.gm, planned, self.layers.quantize)
-        return output_sqnr(self.gm, qmodel, self.held_out, self.select).db
+        return output_sqnr(self.gm, qmodel, self.layers.held_out, self.select).db

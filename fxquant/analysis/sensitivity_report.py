@@ -74,6 +74,10 @@ class SensitivityReport:
         rows: one for each quantizable node, in the order of the graph.
         method: how it was measured.
         output_sqnr_db: of the model's output with all nodes quantized.
+        rounding: the method that made the quantized layers.
+        samples: rows of data that were used.
+        heldout_samples: those of them that all figures were measured on, and that did not choose
+            the integers; 0 where there were too few to hold any out.
         warning_threshold: below it, in dB, a node is `low`.
         error_threshold: below it, a node is `critical`.
         metric: of the output's error: `"sqnr"`, `"kl"` or `"custom"`.
@@ -97,10 +101,22 @@ class SensitivityReport:
     decisions: Sequence[dict[str, Any]] = ()
     graph: Any = field(default=None, compare=False)
     pareto: Sequence[tuple[float, float]] = ()
+    rounding: str = "rtn"
+    samples: int = 0
+    heldout_samples: int = 0
 
     def table(self) -> str:
-        """The rows as text."""
-        return sensitivity_table(self.rows, self.warning_threshold, self.error_threshold)
+        """The rows as text, and under them how they were measured."""
+        rows = sensitivity_table(self.rows, self.warning_threshold, self.error_threshold)
+        return f"{rows}\n{self.how_measured}"
+
+    @property
+    def how_measured(self) -> str:
+        """In words: which layers were measured, and on what data."""
+        layers = f"layers made by {self.rounding} from {self.samples - self.heldout_samples} rows"
+        if self.heldout_samples:
+            return f"{layers}, measured on {self.heldout_samples} rows held out"
+        return f"{layers}, measured on the same rows: pass more data to hold some out"
 
     def flow_table(self) -> str:
         """How error flows: each node's SQNR, its gain, and at joins where the error came from."""
@@ -123,6 +139,9 @@ class SensitivityReport:
             "method": self.method,
             "metric": self.metric,
             "output_sqnr_db": self.output_sqnr_db,
+            "rounding": self.rounding,
+            "samples": self.samples,
+            "heldout_samples": self.heldout_samples,
             "rows": [asdict(row) for row in self.rows],
             "flows": [asdict(flow) for flow in self.flows],
         }

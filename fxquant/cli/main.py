@@ -7,13 +7,14 @@ from typing import Any
 import click
 
 from fxquant.analysis.draw import draw
-from fxquant.analysis.gate import check_report, read_report
+from fxquant.analysis.gate import check_report
 from fxquant.analysis.graph_diff import diff as diff_graphs
 from fxquant.analysis.graph_view import INFO_KEY
 from fxquant.analysis.sensitivity import METHODS as SENSITIVITY_METHODS
 from fxquant.analysis.sensitivity import sensitivity
+from fxquant.analysis.shipped_layers import ROUNDINGS
 from fxquant.cli.output import CHECK_FAILED, Output, exit_statuses
-from fxquant.cli.sources import load_data, load_graph, load_source
+from fxquant.cli.sources import load_data, load_graph, load_report, load_source
 from fxquant.demo.run import run_demo
 from fxquant.errors import OptionError
 from fxquant.graph.calls import Call
@@ -136,12 +137,16 @@ def quantize_command(
 @click.option(
     "--method", type=click.Choice(SENSITIVITY_METHODS), default="local", show_default=True
 )
+@click.option(
+    "--rounding", type=click.Choice(ROUNDINGS), default="auto", show_default=True,
+    help="The method that makes the layers; rtn is much faster.",
+)  # fmt: skip
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page to explore.")
 @click.option("--csv", type=click.Path(path_type=Path), help="Write the rows as CSV.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the report as JSON.")
 @json_option
 def sensitivity_command(
-    model: str, data: str | None, bits: str, group_size: int, method: str,
+    model: str, data: str | None, bits: str, group_size: int, method: str, rounding: str,
     html: Path | None, csv: Path | None, output: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Print what quantizing each layer costs."""
@@ -156,8 +161,9 @@ def sensitivity_command(
                 remedy="Pass --data package.module:function.",
             )
         report = sensitivity(
-            load_source(model), batches, bits=int(bits), group_size=group_size, method=method
-        )
+            load_source(model), batches, bits=int(bits), group_size=group_size, method=method,
+            rounding=rounding,
+        )  # fmt: skip
         out.text(report.table())
         out.text(f"output SQNR {format_db(report.output_sqnr_db)} dB with all of them quantized")
         if html is not None:
@@ -221,14 +227,14 @@ def check(
     report: Path, min_sqnr: float | None, max_drop: float | None, baseline: Path | None,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Hold a JSON REPORT against a bar; status 1 and the nodes' names if it breaks it."""
+    """Hold a saved model or a JSON REPORT against a bar; status 1 and the nodes' names if not."""
     out = Output(as_json)
     with exit_statuses():
         failures = check_report(
-            read_report(report),
+            load_report(report),
             min_sqnr_db=min_sqnr,
             max_drop_db=max_drop,
-            baseline=None if baseline is None else read_report(baseline),
+            baseline=None if baseline is None else load_report(baseline),
         )
         for failure in failures:
             out.text(f"failed: {failure}")

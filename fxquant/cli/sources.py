@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
+from fxquant.analysis.gate import read_report
 from fxquant.errors import OptionError
-from fxquant.serialization.files import load_model
+from fxquant.serialization.files import load_model, read_description
 
 
 def load_source(name: str) -> nn.Module:
@@ -69,3 +70,23 @@ def call_factory(name: str, where: str) -> Any:
             remedy="Check the spelling, and that the package is installed or in this folder.",
         ) from error
     return factory()
+
+
+def load_report(path: Path) -> dict[str, Any]:
+    """The figures in a JSON report, or in the record that a saved model carries.
+
+    Raises:
+        OptionError: the file is no report, or the model carries no record.
+        LoadError: the saved model is damaged.
+    """
+    if path.suffix != ".safetensors":
+        return read_report(path)
+    record = read_description(path).get("info")
+    if not isinstance(record, dict) or not isinstance(record.get("rows"), list):
+        raise OptionError(
+            str(path),
+            found="a graph without a record of quantization",
+            needed="a quantized model",
+            remedy="Save what fxquant.static_quantize returned.",
+        )
+    return record

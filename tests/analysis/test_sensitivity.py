@@ -10,12 +10,13 @@ import fxquant
 from fxquant.analysis import batching
 from fxquant.analysis.candidates import find_candidates
 from fxquant.analysis.memory_plan import plan_exact
-from fxquant.analysis.rounded_layers import RoundedLayers
 from fxquant.demo.language_model import calibration_tokens, load_language_model
-from fxquant.errors import BudgetError, OptionError
+from fxquant.errors import BudgetError, CalibrationError, OptionError
 from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_sharing_tensors
+from fxquant.graph.layers import sites
 from fxquant.graph.stepper import Stepper
+from fxquant.modules.linear import QuantizedLinear
 from tests import models
 from tests.models import WIDTH
 
@@ -42,33 +43,43 @@ class Branches(nn.Module):
         return self.last(self.left(y) * torch.sigmoid(self.right(y)) + x)
 
 
-def naive_errors(gm, names, width, group_size=32):
-    """Quantize one layer, run everything, put it back."""
-    layers = RoundedLayers(group_size, True)
+def shipped_parts(gm, method, width):
+    """The layers by name as `static_quantize` ships them, and the rows that it held out."""
+    q, info = fxquant.static_quantize(
+        gm, X, method=method, bits=width, accuracy_warning="ignore", **OPTIONS
+    )
+    layers = {s.name: s.module for s in sites(q) if isinstance(s.module, QuantizedLinear)}
+    return layers, X[-1][-info.heldout_samples :]
+
+
+def naive_errors(gm, method, width):
+    """Put one shipped layer in place, run everything on the held-out rows, put it back."""
+    layers, held_out = shipped_parts(gm, method, width)
     gm = copy_sharing_tensors(gm, frozen=True)
     found = {}
-    for candidate in find_candidates(gm, names):
+    for candidate in find_candidates(gm, list(layers)):
         signal = noise = 0.0
         with torch.no_grad():
-            for x in X:
+            for x in [held_out]:
                 expected = gm(x)
-                module = layers.quantize(candidate.name, candidate.linear, width)
-                with candidate.replaced_by(module):
+                with candidate.replaced_by(layers[candidate.name]):
                     noise += (gm(x) - expected).double().square().sum().item()
                 signal += expected.double().square().sum().item()
         found[candidate.name] = -10 * math.log10(noise / signal)
     return found
 
 
-@pytest.mark.parametrize("width", [4, 8])
-def test_exact_equals_the_naive_scan_on_branches_shared_and_opaque_modules(width):
+@pytest.mark.parametrize(("rounding", "width"), [("rtn", 4), ("gptq", 4), (None, 4), ("rtn", 8)])
+def test_exact_equals_the_naive_scan_of_what_ships(rounding, width):
+    """On branches, shared and opaque modules, with each method, on rows held out."""
     gm = fxquant.trace(Branches(), X[0])
-    report = fxquant.sensitivity(gm, X, method="exact", bits=width, **OPTIONS)
+    report = fxquant.sensitivity(gm, X, method="exact", bits=width, rounding=rounding, **OPTIONS)
+    assert (report.samples, report.heldout_samples) == (11, 1)
     names = [row.module for row in report.rows]
     assert set(names) == {
         "first", "shared", "child.fc", "child.block.0", "child.block.2", "left", "right", "last",
     }  # fmt: skip
-    naive = naive_errors(gm, names, width)
+    naive = naive_errors(gm, rounding or "auto", width)
     for row in report.rows:
         assert row.output_sqnr_db == pytest.approx(naive[row.module], abs=1e-3)
         assert set(row.output_errors) == {4, 8}
@@ -170,11 +181,12 @@ def test_local_follows_the_error_through_joins():
 def test_the_memory_plan_predicts_the_measured_peak():
     data = list(calibration_tokens()[::12][:8].split(8))
     gm = fxquant.trace(load_language_model(), data[0])
-    report = fxquant.sensitivity(gm, data, method="exact")
+    report = fxquant.sensitivity(gm, data, method="exact", rounding="rtn")
+    assert report.heldout_samples == 1
     candidates = find_candidates(gm, [row.module for row in report.rows])
-    plan = plan_exact(gm, candidates, 8)
+    plan = plan_exact(gm, candidates, report.heldout_samples)
     assert plan.activations == pytest.approx(report.peak_bytes, rel=0.3)
-    assert plan_exact(gm, candidates, 16).activations == 2 * plan.activations
+    assert plan_exact(gm, candidates, 16).activations == 16 * plan.activations
 
 
 def test_a_plan_and_a_progress_bar_show_when_asked(capsys):
@@ -185,11 +197,25 @@ def test_a_plan_and_a_progress_bar_show_when_asked(capsys):
     assert "exact: 100%" in shown
 
 
+def test_a_table_says_how_it_was_measured_and_bad_data_is_refused():
+    table = fxquant.sensitivity(models.Plain(), X, rounding="rtn", **OPTIONS).table()
+    assert table.endswith("layers made by rtn from 10 rows, measured on 1 rows held out")
+    for data, options, error in (
+        ([], {}, CalibrationError),
+        ([torch.zeros(0, 5, WIDTH)], {}, CalibrationError),
+        ([torch.full((4, 5, WIDTH), math.nan)], {}, CalibrationError),
+        (X, {"num_samples": 0}, OptionError),
+        (X, {"rounding": "nearest"}, OptionError),
+    ):
+        with pytest.raises(error):
+            fxquant.sensitivity(models.Plain(), data, **options, **OPTIONS)
+
+
 @pytest.fixture(scope="module")
 def branches():
     torch.manual_seed(0)
     gm = fxquant.trace(Branches(), X[0])
-    return fxquant.sensitivity(gm, X, method="exact", **OPTIONS)
+    return fxquant.sensitivity(gm, X, method="exact", rounding="rtn", **OPTIONS)
 
 
 @pytest.mark.parametrize("average", [4, 4.5, 5.3, 6, 8])
