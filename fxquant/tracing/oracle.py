@@ -155,7 +155,7 @@ class Oracle:
     def _ask_at_other_sizes(self) -> None:
         short = self.example
         for axis in self.axes:
-            if axis.size > LONG and not axis.is_batch:
+            if axis.size > LONG and not axis.is_batch and not axis.is_minor:
                 shorter = axis.resized(short, SHORT)
                 short = shorter if self._accepts(shorter) else short
         for axis in self.axes:
@@ -171,9 +171,8 @@ class Oracle:
             call = other.resized(batch.resized(short, 1), size)
             results = self._run(call)
             if results is not None:
-                self.answers.append(
-                    Answer((call,), f"one row and {describe_axis(other, size)}", results)
-                )
+                label = f"one row and {describe_axis(other, size)}"
+                self.answers.append(Answer((call,), label, results, other.is_minor))
 
     def _accepts(self, call: Call) -> bool:
         return self._run(call) is not None
