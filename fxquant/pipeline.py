@@ -133,7 +133,10 @@ def _quantize_calibrated(
     gm = graph_of(model, drawn[0] if drawn else None)
     info = _plan(gm, options, symmetric, recipe)
     check_weights(gm, info.selected_layers)
-    batches, held_out = hold_out(drawn, lambda call: accepts(gm, call))
+    if info.selected_layers:
+        batches, held_out = hold_out(drawn, lambda call: accepts(gm, call))
+    else:  # the data only has to be accepted
+        batches, held_out = drawn, []
     watch = "minmax" if observer == DYNAMIC else observer
     observed = insert_observers(gm, watch)
     used = calibrate(observed, batches)
@@ -142,7 +145,7 @@ def _quantize_calibrated(
     info.heldout_samples = sum(call.row_count for call in held_out)
     info.calibration_samples_used = used + info.heldout_samples
     group_size = options.group_size
-    if recipe.scalings:
+    if recipe.scalings and info.selected_layers:
         scaled = scale_channels(
             gm,
             info.decisions,

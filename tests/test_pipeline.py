@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxquant
 from fxquant.errors import AccuracyError, FxquantError, OptionError, WeightError
@@ -257,3 +258,27 @@ def test_nan_in_a_batch_is_an_error_that_names_the_batch_and_the_value():
     for method in ("gptq", "awq"):
         with pytest.raises(FxquantError, match="value 'x'.*first in batch 2"):
             fxquant.static_quantize(models.Plain().eval(), batches, method=method, **QUIET)
+
+
+class Pooled(nn.Module):
+    """Convolutions only: there is nothing to quantize."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.conv(x))).mean((2, 3))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", ["rtn", "gptq", "auto", "awq+gptq"])
+def test_a_model_with_nothing_to_quantize_costs_one_pass_over_the_data(method):
+    model, x = Pooled(), torch.randn(66, 3, 20, 20)
+    gm = fxquant.trace(model, x)
+    with FlopCounterMode(display=False) as once:
+        gm(x)
+    with FlopCounterMode(display=False) as all_of_it:
+        _, info = fxquant.static_quantize(gm, [x], method=method, accuracy_warning="ignore")
+    assert info.selected_layers == []
+    assert all_of_it.get_total_flops() == once.get_total_flops()

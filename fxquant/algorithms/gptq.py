@@ -75,15 +75,19 @@ def gptq(
 
 
 def _inverse_factor(second: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the damped inverse of `second` [in, in]."""
+    """The upper Cholesky factor U of the damped inverse of `second` H [in, in], UᵀU = H⁻¹.
+
+    Of H with both axes reversed, L Lᵀ, it is the inverse of L, reversed again: H⁻¹ is never formed.
+    """
     while damping <= MOST_DAMPING:
         # float32 first; float64 where it is too coarse; then more damping
         for dtype in (torch.float32, torch.float64):
-            factor, failed = torch.linalg.cholesky_ex(damped(second, damping).to(dtype))
+            reverse = damped(second, damping).to(dtype).flip(0, 1)
+            lower, failed = torch.linalg.cholesky_ex(reverse)
             if not failed:
-                inverse = torch.cholesky_inverse(factor)
-                upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-                if not failed and torch.isfinite(upper).all():
+                identity = torch.eye(len(second), dtype=dtype)
+                upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+                if torch.isfinite(upper).all():
                     return upper.float()
         damping *= 10
     return torch.eye(len(second))  # no structure is left: plain rounding

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+MOST_HELD = 4096  # tokens of a layer that are kept to compare results on
+
 
 class LayerMoments:
     """Sums over tokens of a layer's input x and of the shift that its output lacks.
@@ -24,17 +26,8 @@ class LayerMoments:
         crosses: Σ shift xᵀ, float32 [2, out, in], by half.
         total: Σ x, float64 [in].
         total_shift: Σ shift, float64 [out].
-        held_tokens: how many tokens were held out.
-        held_second: Σ x xᵀ over them, [in, in]; None where there are none.
-        held_cross: Σ shift xᵀ over them, [out, in].
-        held_total: Σ x over them, float64 [in].
-        held_shift: Σ shift over them, float64 [out].
+        held_tokens: how many tokens were held out; those after the first `MOST_HELD` are dropped.
     """
-
-    held_second: Tensor | None = None
-    held_cross: Tensor
-    held_total: Tensor
-    held_shift: Tensor
 
     def __init__(self, in_features: int, out_features: int) -> None:
         self.tokens = self.held_tokens = 0
@@ -42,6 +35,7 @@ class LayerMoments:
         self.crosses = torch.zeros(2, out_features, in_features, dtype=torch.float32)
         self.total = torch.zeros(in_features, dtype=torch.float64)
         self.total_shift = torch.zeros(out_features, dtype=torch.float64)
+        self._held: list[tuple[Tensor, Tensor | None]] = []
 
     def add(self, x: Tensor, shift: Tensor | None = None, mask: Tensor | None = None) -> None:
         """Add a batch.
@@ -67,37 +61,27 @@ class LayerMoments:
 
     def hold_out(self, x: Tensor, shift: Tensor | None = None, mask: Tensor | None = None) -> None:
         """Add a batch that choices are measured on; the arguments are those of `add`."""
-        x = _tokens(x, mask)
-        if self.held_second is None:
-            self.held_second = torch.zeros_like(self.seconds[0])
-            self.held_cross = torch.zeros_like(self.crosses[0])
-            self.held_total, self.held_shift = self.total * 0, self.total_shift * 0
-        self.held_tokens += len(x)
-        self.held_second.addmm_(x.T, x)
-        self.held_total += x.double().sum(0)
-        if shift is not None:
-            shift = _tokens(shift, mask)
-            self.held_cross.addmm_(shift.T, x)
-            self.held_shift += shift.double().sum(0)
+        room = MOST_HELD - self.held_tokens
+        x = _tokens(x, mask)[:room].clone()
+        if len(x):
+            self.held_tokens += len(x)
+            kept = None if shift is None else _tokens(shift, mask)[:room].clone()
+            self._held.append((x, kept))
 
     def held_error(self, weight: Tensor, quantized: Tensor, offset: Tensor) -> float:
-        """How far a quantized layer is from its aim on the tokens that were held out.
-
-        Σ |(Q − W) x + b − shift|² over them, less what does not depend on Q and b.
+        """How far a quantized layer is from its aim: Σ |(Q − W) x + b − shift|² over held tokens.
 
         Args:
             weight: the float weight W [out, in].
             quantized: Q, dequantized [out, in].
             offset: b, what is added to the float layer's bias, [out].
         """
-        assert self.held_second is not None  # or there is nothing to ask
-        change = quantized.float() - weight.detach().float()
-        double = change.double()
-        square = ((change @ self.held_second).double() * double).sum()
-        cross = (double * self.held_cross.double()).sum()
-        b = offset.double()
-        constant = 2 * (b @ (double @ self.held_total)) + self.held_tokens * (b @ b)
-        return float(square - 2 * cross + constant - 2 * (b @ self.held_shift))
+        change = (quantized.float() - weight.detach().float()).T
+        total = 0.0
+        for x, shift in self._held:
+            error = torch.addmm(offset.float(), x, change)
+            total += float((error if shift is None else error - shift).double().square().sum())
+        return total
 
     @property
     def second(self) -> Tensor:
