@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from fxquant.graph.calls import Call
+from fxquant.graph.interpreter import GraphInterpreter
 from fxquant.graph.layers import tensor_attribute, user_name
 from fxquant.graph.left_alone import left_alone, process_left_alone
 from fxquant.graph.ops import op_name, op_of
@@ -341,7 +342,7 @@ def _parameters_of(gm: GraphModule, node: Node) -> list[Any]:
     return []
 
 
-class _Observer(Interpreter):
+class _Observer(GraphInterpreter):
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
         self.shapes: dict[Node, torch.Size] = {}

@@ -220,6 +220,17 @@ def is_foreign(module: nn.Module) -> bool:
     return not type(module).__module__.startswith(("torch.nn.", "fxquant."))
 
 
+def calls_foreign_functions(gm: GraphModule) -> bool:
+    """Whether the graph calls functions of other libraries, whose code it cannot hold."""
+    known = ("torch", "fxquant", "_operator", "math", "builtins")
+    modules = {
+        str(getattr(node.target, "__module__", None) or "torch")
+        for node in gm.graph.nodes
+        if node.op == "call_function"
+    }
+    return not all(module.split(".")[0] in known for module in modules)
+
+
 def _function_writes(node: Node) -> bool:
     target: Any = node.target
     if op_name(node) in ("batch_norm", "instance_norm") and _updates_statistics(node):

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from fxquant.graph.calls import Call
+from fxquant.graph.interpreter import GraphInterpreter
 from fxquant.graph.left_alone import left_alone, process_left_alone
 
 SHAPE = "fxquant_shape"  # node.meta: list of sizes
@@ -32,7 +33,7 @@ def input_values(gm: GraphModule, call: Call) -> list[Any]:
     return [values.get(name) for name in named]
 
 
-class _Recorder(Interpreter):
+class _Recorder(GraphInterpreter):
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from fxquant.graph.calls import Call
+from fxquant.graph.interpreter import GraphInterpreter
 from fxquant.graph.left_alone import left_alone
 from fxquant.graph.ops import is_foreign, is_random
 from fxquant.graph.shapes import input_values
@@ -32,7 +33,7 @@ class Stepper:
         own = call.clone()  # the graph may write into its inputs
         names = [n.name for n in self.nodes if n.op == "placeholder"]
         self.inputs = dict(zip(names, input_values(gm, own), strict=True))
-        self.interpreter = Interpreter(gm, garbage_collect_values=False)
+        self.interpreter = GraphInterpreter(gm, garbage_collect_values=False)
         self.last_use = last_uses(self.nodes)
         self.opaque = {
             n: module

@@ -26,6 +26,7 @@ from fxquant.algorithms.moments import LayerMoments
 from fxquant.errors import WeightError
 from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_owning_tensors, copy_sharing_tensors
+from fxquant.graph.interpreter import writable
 from fxquant.graph.layers import (
     Site,
     is_plain_linear,
@@ -287,7 +288,7 @@ def _run_node(
             layer.register_forward_hook(hook, with_kwargs=True)
         torch.manual_seed(stepper.drawing.get(node, 0))
         with suppress(_StopError):
-            Call(tuple(args), dict(kwargs)).run(module)
+            Call(writable(tuple(args)), writable(dict(kwargs))).run(module)
 
 
 def _moments_of_later_calls(

@@ -27,6 +27,7 @@ from fxquant.graph.left_alone import (
     process_left_alone,
     structure_left_alone,
 )
+from fxquant.graph.ops import calls_foreign_functions
 from fxquant.graph.parameters import IDLE
 from fxquant.graph.shapes import record_shapes
 from fxquant.tracing.assemble import assemble
@@ -109,10 +110,11 @@ class _Found:
         """What speaks against it: a smaller one is the better graph.
 
         Batches and lengths change from call to call, so a graph that takes them all is worth more
-        than one without opaque modules; a picture's size is mostly the same in all calls.
+        than one without code of other libraries; a picture's size is mostly the same in all calls.
         """
         refused = self.verdict.refused
-        return sum(not r.is_minor for r in refused), bool(self.opaque), len(refused)
+        needs_code = bool(self.opaque) or calls_foreign_functions(self.gm)
+        return sum(not r.is_minor for r in refused), needs_code, len(refused)
 
 
 class _Search:
@@ -159,21 +161,11 @@ class _Search:
 
     def _candidates(self) -> Iterator[_Found]:
         parts: list[Capture] = []
-        for see_through in (True, False) if has_wrapped_functions() else (True,):
-            capture = capture_symbolic(self.prepared, self._example, see_through=see_through)
-            if isinstance(capture, str):
-                self.attempts.append(f"model: symbolic: {capture}")
-            elif capture.opaque:
-                inside = ", ".join(f"{p}: {r}" for p, r in list(capture.opaque.items())[:3])
-                if any(p.opaque.keys() == capture.opaque.keys() for p in parts):
-                    continue  # functions marked with torch.fx.wrap are not what is in the way
-                self.attempts.append(f"model: symbolic: opaque inside: {inside}")
-                parts.append(capture)
-            else:
-                yield self._judged(capture, "symbolic")
-                break
+        yield from self._symbolic(parts, see_through=True)
         if self.oracle is not None:
             yield from self._exported(self.oracle)
+        if has_wrapped_functions() and (self.best is None or any(self.best.faults[:2])):
+            yield from self._symbolic(parts, see_through=False)
         if self.best is not None and not any(self.best.faults[:2]):
             return
         for capture in parts:
@@ -184,6 +176,19 @@ class _Search:
                 if inlined is not None:
                     yield self._judged(inlined, "symbolic")
             yield self._judged(capture, "symbolic")
+
+    def _symbolic(self, parts: list[Capture], *, see_through: bool) -> Iterator[_Found]:
+        """The symbolic graph; one with opaque children goes to `parts`, for later."""
+        capture = capture_symbolic(self.prepared, self._example, see_through=see_through)
+        if isinstance(capture, str):
+            self.attempts.append(f"model: symbolic: {capture}")
+        elif not capture.opaque:
+            yield self._judged(capture, "symbolic")
+        elif all(p.opaque.keys() != capture.opaque.keys() for p in parts):
+            # else functions marked with torch.fx.wrap are not what is in the way
+            inside = ", ".join(f"{p}: {r}" for p, r in list(capture.opaque.items())[:3])
+            self.attempts.append(f"model: symbolic: opaque inside: {inside}")
+            parts.append(capture)
 
     @property
     def _example(self) -> Call | None:
