@@ -104,6 +104,30 @@ _TABLE: tuple[Op, ...] = (
 )  # fmt: skip
 
 OPS: dict[str, Op] = {row.name: row for row in _TABLE}
+
+# The same column for torch's modules: their parameters that are factors of a product, by kind.
+_MODULES: tuple[tuple[type[nn.Module], tuple[str, ...], str], ...] = (
+    (nn.Linear, ("weight",), "linear"),
+    (nn.Bilinear, ("weight",), "other product"),
+    (nn.modules.conv._ConvNd, ("weight",), "convolution"),
+    (nn.RNNBase, ("weight_",), "recurrent"),
+    (nn.RNNCellBase, ("weight_",), "recurrent"),
+    (nn.MultiheadAttention, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+     "packed attention"),
+)  # fmt: skip
+
+
+def module_product(module: nn.Module) -> tuple[str, list[str]] | None:
+    """`(kind, names of the parameters)` of a module of torch's that multiplies, or None."""
+    for cls, prefixes, kind in _MODULES:
+        if isinstance(module, cls):
+            names = [
+                n for n, p in module._parameters.items() if p is not None and n.startswith(prefixes)
+            ]
+            return kind, names
+    return None
+
+
 _UNKNOWN = Op("")
 _IN_PLACE_OPERATORS = frozenset(
     [
@@ -126,6 +150,11 @@ _IN_PLACE_OPERATORS = frozenset(
     ]
 )
 _IN_PLACE_METHODS = frozenset(f"__{name}__" for name in _IN_PLACE_OPERATORS)
+
+
+def kind_of_product(module: nn.Module) -> str | None:
+    """What kind of product a module of torch's multiplies its weight in, or None."""
+    return next((kind for cls, _, kind in _MODULES if isinstance(module, cls)), None)
 
 
 def op_name(node: Node) -> str:

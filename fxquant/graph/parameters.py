@@ -17,18 +17,9 @@ from fxquant.graph.layers import (
     tensor_attribute,
     user_name,
 )
-from fxquant.graph.ops import is_foreign, op_of
+from fxquant.graph.ops import is_foreign, kind_of_product, op_of
 from fxquant.graph.shapes import MODULE_PATH
 
-# Parameters of torch's modules that are factors of a product, by kind.
-_MODULE_PRODUCTS: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.Linear, "linear"),
-    (nn.Bilinear, "other product"),
-    (nn.modules.conv._ConvNd, "convolution"),
-    (nn.RNNBase, "recurrent"),
-    (nn.RNNCellBase, "recurrent"),
-    (nn.MultiheadAttention, "packed attention"),
-)
 _FOLLOWED = 12  # ops between a parameter and the product it goes into
 
 
@@ -103,7 +94,7 @@ def _called_modules(gm: GraphModule) -> Iterator[ParameterNode]:
         parameters = tuple(parameter for _, parameter in named)  # the weight first
         if parameters and not is_opaque:
             is_lookup = isinstance(site.module, nn.Embedding | nn.EmbeddingBag)
-            product = next((k for c, k in _MODULE_PRODUCTS if isinstance(site.module, c)), None)
+            product = kind_of_product(site.module)
             yield ParameterNode(
                 site.name, type(site.module), parameters, site.module,
                 product=product, is_lookup=is_lookup,
@@ -182,7 +173,7 @@ def _opaque_modules(gm: GraphModule) -> Iterator[ParameterNode]:
             own = tuple(module.parameters(recurse=False))
             if own and not is_layer(module):
                 full = f"{target}.{path}" if path else target
-                product = next((k for c, k in _MODULE_PRODUCTS if isinstance(module, c)), None)
+                product = kind_of_product(module)
                 yield ParameterNode(
                     user_name(gm, full), type(module), own, module, is_opaque=True,
                     product=product,

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.graph.layers import inner_layers, sites
+from fxquant.graph.ops import module_product
 from fxquant.graph.parameters import memory_of, parameter_nodes
 from fxquant.tracing.oracle import Oracle
-from fxquant.tracing.products import is_matrix, module_product
+from fxquant.tracing.products import is_matrix
 
 
 @dataclass

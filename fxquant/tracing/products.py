@@ -13,28 +13,6 @@ from torch.overrides import TorchFunctionMode
 
 from fxquant.graph.ops import OPS, target_name
 
-# Parameters of torch's modules that are factors of a product, by kind.
-MODULE_WEIGHTS: tuple[tuple[type[nn.Module], tuple[str, ...], str], ...] = (
-    (nn.Linear, ("weight",), "linear"),
-    (nn.Bilinear, ("weight",), "other product"),
-    (nn.modules.conv._ConvNd, ("weight",), "convolution"),
-    (nn.RNNBase, ("weight_",), "recurrent"),
-    (nn.RNNCellBase, ("weight_",), "recurrent"),
-    (nn.MultiheadAttention, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
-     "packed attention"),
-)  # fmt: skip
-
-
-def module_product(module: nn.Module) -> tuple[str, list[str]] | None:
-    """`(kind, names of the parameters)` of a module of torch's that multiplies, or None."""
-    for cls, prefixes, kind in MODULE_WEIGHTS:
-        if isinstance(module, cls):
-            names = [
-                n for n, p in module._parameters.items() if p is not None and n.startswith(prefixes)
-            ]
-            return kind, names
-    return None
-
 
 class ProductSpy(TorchFunctionMode):
     """Notes which parameters of a model go into products while it runs.
