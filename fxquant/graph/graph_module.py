@@ -78,6 +78,17 @@ class FxquantGraph(GraphModule):
                     return nodes[number]
         return None
 
+    def __copy__(self) -> "FxquantGraph":
+        return self._like(FxquantGraph(self, self.graph, type(self).__name__))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FxquantGraph":
+        return self._like(super().__deepcopy__(memo))
+
+    def _like(self, made: Any) -> "FxquantGraph":
+        made.meta.update({k: v for k, v in self.meta.items() if k not in made.meta})
+        made.training, made.reports_nodes = self.training, self.reports_nodes
+        return made
+
     def __reduce__(self) -> Any:
         return restore_graph, (_state(self),)
 

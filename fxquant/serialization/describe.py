@@ -107,8 +107,10 @@ class Describer:
     def _describe(self, module: nn.Module, path: str) -> dict[str, Any]:
         if isinstance(module, GraphModule):
             return {"graph": self.graph(module, path)}
-        _check_plain(module, path)
         name = class_name(type(module))
+        is_known = type(module) in (known_classes().get(name), DESCRIBED.get(name))
+        if is_known or type(module) in self.allowed_modules:
+            _check_plain(module, path)
         if type(module) is DESCRIBED.get(name):
             described: Any = module
             return {
@@ -127,10 +129,11 @@ class Describer:
                 remedy="It could not be traced (see trace_report). If its class can be imported "
                 f"where the file is loaded, pass allow_modules=({type(module).__name__},).",
             )
-        arguments = arguments_of(module)
+        arguments: dict[str, Any] = {}
         try:
+            arguments = arguments_of(module)
             fault = difference(construct(type(module), arguments), module)
-        except UnfitError as error:
+        except (UnfitError, AttributeError, IndexError, TypeError) as error:
             fault = str(error)
         if fault is not None:
             raise SaveError(

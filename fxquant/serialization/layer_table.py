@@ -181,6 +181,11 @@ _LAYER_READERS: dict[str, Reader] = {
     "bias": lambda layer: _has_bias(layer.linear1),
 }
 READERS: dict[type[nn.Module], dict[str, Reader]] = {
+    # Users give layers other weights, and what is computed is up to these.
+    nn.Linear: {
+        "in_features": lambda module: module.weight.shape[1],
+        "out_features": lambda module: module.weight.shape[0],
+    },
     nn.RNNBase: {"bias": lambda module: module.bias},
     nn.RNNCellBase: {"bias": lambda module: module.bias},
     nn.MultiheadAttention: {

@@ -190,7 +190,8 @@ def difference(made: nn.Module, module: nn.Module) -> str | None:
             if fault is not None:
                 return f"{name}: {fault}"
     for name, value in vars(made).items():
-        if name in INTERNAL or name in _DERIVED or name.startswith("activation_relu"):
+        is_size = isinstance(module, nn.Linear) and name in ("in_features", "out_features")
+        if name in INTERNAL or name in _DERIVED or is_size or name == "activation_relu_or_gelu":
             continue
         if name not in vars(module) or not _equal(value, vars(module)[name]):
             found = vars(module).get(name)

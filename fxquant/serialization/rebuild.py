@@ -5,6 +5,7 @@ allow-list, and every module is built from its class, its arguments and its tens
 of a class that the caller allows is put together without its constructor.
 """
 
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -254,7 +255,10 @@ def checked_name(name: Any) -> str:
 def checked_path(path: Any) -> str:
     """`path` if each of its parts is a name or a number, else a `LoadError`."""
     for part in str(path).split("."):
-        if not (part.isascii() and part.isdigit()) and (part in RESERVED or not is_name(part)):
+        if part.startswith("__") and part.endswith("__"):
+            raise damaged(f"the path {path!r:.80}")
+        # Numbers and a leading underscore are fine: `is_name` of the part behind a letter.
+        if not part or part in RESERVED or iskeyword(part) or not is_name(f"a{part}"):
             raise damaged(f"the path {path!r:.80}")
     return str(path)
 
