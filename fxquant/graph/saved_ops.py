@@ -258,15 +258,22 @@ def _nodes_in(value: Any) -> list[Node]:
 
 
 def _fault_of_signature(target: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
-    try:
-        signature = inspect.signature(target)
-    except (TypeError, ValueError):  # a builtin or a method's name: it checks by itself
+    signature = _signature(target)
+    if signature is None:  # a builtin or a method's name: it checks by itself
         return None
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         return str(error)
     return None
+
+
+@cache
+def _signature(target: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(target)
+    except (TypeError, ValueError):
+        return None
 
 
 def _fault_of_schema(op: Any, args: Any, kwargs: dict[str, Any]) -> str | None:

@@ -213,9 +213,10 @@ def torch_classes() -> dict[str, type[nn.Module]]:
 
 def argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
     """The names of the constructor's arguments that are saved."""
-    if cls in _ARGUMENTS:
-        return _ARGUMENTS[cls]
-    return tuple(n for n in inspect.signature(cls).parameters if n not in _LEFT_OUT)
+    if cls not in _ARGUMENTS:
+        names = inspect.signature(cls).parameters
+        _ARGUMENTS[cls] = tuple(name for name in names if name not in _LEFT_OUT)
+    return _ARGUMENTS[cls]
 
 
 def read_argument(module: nn.Module, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The honest files that are mutated: small models that together hold every kind of module and op."""
+"""The honest files that are mutated: small models with modules and ops of every kind."""
 
 import copy
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ An attacker can sign, so most files here are signed: they test what comes after 
 import copy
 import json
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from fxquant.serialization.files import metadata_of
 NUMBERS = (0, 1, -1, 2, 3, 7, 16, 255, -128, 1 << 15, (1 << 31) - 1, 1 << 31, -(1 << 63), 1 << 64,
            0.5, -0.0, 1e30, 1e400, float("nan"))  # fmt: skip
 TEXTS = ("", "x", "a.b", "__class__", "forward", "_compiled_call_impl", "weight", "é", "meta",
-         "torch.load", "os.system", "builtins.exec", "{0.__class__}", "def", "x" * 200_000)  # fmt: skip
-_PACKETS = [op for op in (getattr(torch.ops.aten, name) for name in dir(torch.ops.aten))
-            if isinstance(op, torch._ops.OpOverloadPacket)]  # fmt: skip
+         "torch.load", "os.system", "builtins.exec", "{0.__class__}", "def",
+         "x" * 200_000)  # fmt: skip
+_NAMED = [getattr(torch.ops.aten, name) for name in dir(torch.ops.aten)]
+_PACKETS = [op for op in _NAMED if isinstance(op, torch._ops.OpOverloadPacket)]
 ATEN = [f"aten::{op.__name__}.{overload}" for op in _PACKETS for overload in op.overloads()]
 TORCH = [f"torch.{name}" for name in dir(torch) if callable(getattr(torch, name))]
 DTYPES = [torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16,
@@ -33,14 +35,14 @@ Content = tuple[dict[str, Any], dict[str, Tensor]]
 
 def mutated(content: Content, rng: random.Random) -> bytes:
     """The bytes of a mutated file."""
-    description, tensors = copy.deepcopy(content[0]), dict(content[1])
+    description, tensors = json.loads(json.dumps(content[0])), dict(content[1])
     kind = rng.random()
-    if kind < 0.15:
+    if kind < 0.1:
         return damaged_bytes(bytearray(written(description, tensors)), rng)
-    if kind < 0.2:
+    if kind < 0.13:
         return damaged_header(written(description, tensors), rng)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        change = change_tensors if rng.random() < 0.2 else change_description
+        change = rng.choices((change_tensors, change_description, change_argument), (2, 4, 4))[0]
         change(description, tensors, rng)
     return written(description, tensors, sign=rng.random() < 0.97)
 
@@ -120,6 +122,48 @@ def change_description(
         return
     part = rng.choice(("graph", "modules", "modules", "graph", "all"))
     _change_somewhere(description if part == "all" else description.get(part), rng, nodes)
+
+
+def change_argument(
+    description: dict[str, Any], tensors: dict[str, Tensor], rng: random.Random
+) -> None:
+    """Another number, dtype or value in a call or a constructor; most of these files load."""
+    try:
+        if rng.random() < 0.7:
+            data = rng.choice(description["graph"]["nodes"])
+            data = data[rng.choice(("args", "kwargs"))]
+        else:
+            data = rng.choice(description["modules"])
+            data = data.get("arguments", data.get("description"))
+    except (KeyError, TypeError, IndexError, AttributeError):
+        return  # an earlier change took it away
+    leaves = list(_leaves(data))
+    if not leaves:
+        return
+    holder, key = rng.choice(leaves)
+    value = holder[key]
+    if isinstance(value, bool):
+        holder[key] = not value
+    elif key == "node" and isinstance(value, int):
+        holder[key] = rng.randrange(value + 1)
+    elif isinstance(value, int | float):
+        holder[key] = rng.choice((0, 1, -1, 2, 3, 5, value * 2, -value, 100, 0.5, None))
+    elif key == "dtype":
+        holder[key] = rng.choice(("int64", "float16", "bool", "uint8", "complex64", "quint8"))
+    elif isinstance(value, str):
+        holder[key] = rng.choice(("mean", "reflect", "tanh", "shape", "dtype", "T", "data", "x"))
+    else:
+        holder[key] = rng.choice((0, 1, True, 0.5, {"node": 0}, {"tuple": [1, 1]}, [0, 1]))
+
+
+def _leaves(data: Any) -> Iterator[tuple[Any, Any]]:
+    if not isinstance(data, dict | list):
+        return
+    for key, value in list(data.items() if isinstance(data, dict) else enumerate(data)):
+        if isinstance(value, dict | list) and value:
+            yield from _leaves(value)
+        else:
+            yield data, key
 
 
 def _change_call(node: Any, rng: random.Random) -> None:

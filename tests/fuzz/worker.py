@@ -102,7 +102,8 @@ def main(folder: Path, first: int, count: int) -> None:
         except (TypeError, ValueError, KeyError, RecursionError, AttributeError):
             data = b""  # a change of a change that has no meaning
         result = judge(data, made[index], path)
-        print(f"{number} {result}", flush=True)
+        sys.stdout.write(f"{number} {result}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
