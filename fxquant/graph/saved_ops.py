@@ -46,7 +46,7 @@ TENSOR_OPS = _words(
     # dtype and device
     "to float half bfloat16 double long int short bool byte char type_as cpu cuda _to_copy "
     "cfloat cdouble is_floating_point is_complex is_same_size size sym_size dim ndimension numel "
-    "nelement sym_numel sym_stride sym_storage_offset stride get_device is_contiguous "
+    "nelement sym_numel sym_stride stride get_device is_contiguous "
     "element_size is_nonzero item tolist "
     # elementwise
     "abs absolute neg negative positive sign sgn signbit relu relu6 leaky_relu prelu elu selu celu "

@@ -17,7 +17,7 @@ from fxquant.graph.saved_ops import (
     saved_functions,
     saved_methods,
 )
-from fxquant.serialization import files
+from fxquant.serialization import allowlist, files
 from fxquant.serialization.allowlist import function_name, resolve_function
 from fxquant.serialization.layer_table import KINDS, argument_names, torch_classes
 from fxquant.serialization.layers import known_classes
@@ -52,6 +52,13 @@ def is_refused(name):
     return False
 
 
+@pytest.fixture
+def no_guesses(monkeypatch):
+    """To look for a similar name takes longest, and thousands of names are tried."""
+    monkeypatch.setattr(allowlist, "near_misses", lambda *args, **kwargs: [])
+
+
+@pytest.mark.usefixtures("no_guesses")
 def test_every_aten_op_outside_the_table_is_refused_by_save_and_load():
     listed = TENSOR_OPS | WRITING_OPS | MAGIC_METHODS
     refused = 0
@@ -69,6 +76,7 @@ def test_every_aten_op_outside_the_table_is_refused_by_save_and_load():
     assert refused > 1000
 
 
+@pytest.mark.usefixtures("no_guesses")
 def test_every_torch_function_outside_the_table_is_refused_by_save_and_load():
     allowed = {id(function) for function in saved_functions().values()}
     refused = 0
@@ -96,7 +104,7 @@ def test_every_method_of_a_tensor_outside_the_table_is_refused(saved, tmp_path):
 
 def test_nothing_in_the_table_has_the_name_of_what_must_not_be_there():
     names = TENSOR_OPS | WRITING_OPS
-    assert not [n for n in names for word in FORBIDDEN if word in n and n not in ("index_put_",)]
+    assert not [n for n in names for word in FORBIDDEN if word in n and n != "numpy_T"]
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +196,7 @@ def test_no_attribute_of_any_allowed_class_can_be_set(saved, tmp_path, name):
     names = {*dir(cls), *vars(nn.Module()), "forward", "_compiled_call_impl"}
     if name in torch_classes():
         names -= set(argument_names(cls))
-    for key in sorted(names)[:: max(1, len(names) // 12)]:
+    for key in sorted(names)[:: max(1, len(names) // 4)]:
         with pytest.raises(LoadError):
             load_with(saved, tmp_path, lambda d, key=key: change(d, key))
 
