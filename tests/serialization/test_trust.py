@@ -1,5 +1,6 @@
 """What a hostile file may not do: each list of what is allowed, tried from outside."""
 
+import copy
 import json
 import struct
 
@@ -281,14 +282,21 @@ def test_a_file_of_the_first_version_says_what_to_do(saved, tmp_path):
         load_with(saved, tmp_path, lambda d: d.update(version=1))
 
 
-def test_a_failure_while_running_names_the_node(saved):
-    gm = files.load_model(saved)
+class Unflattens(nn.Module):
+    def forward(self, x):
+        return x.relu().unflatten(-1, (4, 16)).sum(-1)
+
+
+def test_a_failure_while_running_names_the_node(saved, tmp_path):
     with pytest.raises(RunError, match="the call of the graph.*missing 1 required"):
-        gm()
-    with pytest.raises(fxquant.FxquantError):
-        gm(torch.ones(3))
-    gm = files.load_model(saved)
-    node = next(n for n in gm.graph.nodes if n.op == "call_function")
-    node.args = (node.args[0], torch.ones) if len(node.args) > 1 else node.args
-    with pytest.raises(RunError, match=r"node \w+ \(call_"):
-        gm(X.to(torch.complex64))
+        files.load_model(saved)()
+    path = tmp_path / "m.safetensors"
+    traced = fxquant.trace(Unflattens(), torch.ones(2, 64))
+    files.save_model(traced, path)
+    loaded = files.load_model(path)
+    assert torch.equal(loaded(torch.ones(2, 64)), traced(torch.ones(2, 64)))
+    with pytest.raises(RunError, match=r"node unflatten\S* \(call_.*RuntimeError") as caught:
+        loaded(torch.ones(2, 63))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(RuntimeError, match="unflatten"):  # code that catches torch's error works
+        copy.deepcopy(loaded)(torch.ones(2, 63))
