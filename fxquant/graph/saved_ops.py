@@ -163,7 +163,7 @@ _PYTHON: dict[str, Any] = {
 }  # fmt: skip
 # Memory that nobody wrote could hold anything, such as a boolean that is neither 0 nor 1.
 _WRITTEN = {"empty": "zeros", "empty_like": "zeros_like", "new_empty": "new_zeros"}
-# What may be given the dtype of a tensor: above all not `view`, which makes booleans of any byte.
+# What may be given the dtype of a tensor: above all not `view`.
 DTYPE_READERS = _words(
     "to eq ne is_ is_not expect_constant zeros ones full empty arange tensor as_tensor "
     "linspace zeros_like ones_like full_like empty_like rand_like randn_like rand randn "
@@ -220,8 +220,8 @@ def fault_of_call(node: Node) -> str | None:
         return "an argument out= or generator="
     if node.kwargs.get("pin_memory"):
         return "an argument pin_memory="
-    if name == "view" and torch.bool in values:
-        return "a view as booleans"
+    if name == "view" and any(isinstance(value, torch.dtype) for value in values):
+        return "a view as another dtype"  # it could make booleans of any byte
     for value in values:
         if _is_dtype_read(value) and name not in DTYPE_READERS:
             return f"the dtype of a tensor as an argument of {name}"

@@ -190,6 +190,14 @@ _info = loose(
         "quantized_size_mb": number,
     }
 )  # fmt: skip
+
+
+def _mark(data: Any, at: str) -> None:
+    list_of(whole)(data, at)
+    if not data:
+        raise FormError(f"{at} is empty")
+
+
 _trace = record(
     {
         "way": text, "verified": whole, "attempts": _texts,
@@ -206,7 +214,7 @@ _trace = record(
 _description = record(
     {
         "version": whole, "digests": map_of(text), "graph": _graph, "modules": list_of(_module),
-        "names": map_of(text), "fingerprint": map_of(list_of(whole)), "info": optional(_info),
+        "names": map_of(text), "fingerprint": map_of(_mark), "info": optional(_info),
         "trace": optional(_trace),
     }
 )  # fmt: skip

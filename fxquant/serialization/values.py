@@ -22,7 +22,7 @@ MEMORY_FORMATS = {
 }
 MAX_DEPTH = 64
 MOST_CHARACTERS = 100_000
-_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta|hpu|mtia)(:[0-9]{1,3})?")
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|mtia)(:[0-9]{1,3})?")
 
 
 def encode(

@@ -120,7 +120,7 @@ def change_description(
     if rng.random() < 0.35 and nodes:
         _change_call(rng.choice(nodes), rng)
         return
-    part = rng.choice(("graph", "modules", "modules", "graph", "all"))
+    part = rng.choice(("graph", "modules", "modules", "graph", "all", "info", "fingerprint"))
     _change_somewhere(description if part == "all" else description.get(part), rng, nodes)
 
 
