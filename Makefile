@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-models test-browser lint sanitize benchmark wheel clean
+.PHONY: demo test test-models test-browser fuzz lint sanitize benchmark wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/fxquant demo
@@ -23,6 +23,10 @@ test-models: $(VENV)/installed-dev
 test-browser: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
 	$(BIN)/python -m pytest --override-ini addopts= --import-mode=importlib tests/browser
+
+# 100,000 mutated files in worker processes: about an hour on two cores.
+fuzz: $(VENV)/installed-dev
+	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.fuzz.run 100000
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

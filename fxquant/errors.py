@@ -10,7 +10,8 @@
     ├── BudgetError        no allocation of bits fits the budget
     ├── AccuracyError      the quantized model is less accurate than what was asked
     ├── SaveError          a model cannot be written
-    └── LoadError          a file is not a model that can be loaded
+    ├── LoadError          a file is not a model that can be loaded
+    └── RunError           a node of a loaded graph failed (also a RuntimeError)
 
 Each text says where, what was found, what is needed and what to do.
 """
@@ -80,6 +81,10 @@ class SaveError(FxquantError):
 
 class LoadError(FxquantError):
     """A file is not a model that can be loaded."""
+
+
+class RunError(FxquantError, RuntimeError):
+    """A node of a loaded graph failed; the error of the op is its cause."""
 
 
 def near_misses(name: str, names: Iterable[str], count: int = 3) -> list[str]:

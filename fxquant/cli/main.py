@@ -121,12 +121,13 @@ def quantize_command(
                 f"{info.original_size_mb:.2f} MB -> {info.quantized_size_mb:.2f} MB "
                 f"({info.compression_ratio:.2f}x), output SQNR {format_db(info.sqnr_db) or '?'} dB"
             )
-        if output is not None and not dry_run:
+        is_refused = min_sqnr is not None and not _reaches(info.sqnr_db, min_sqnr)
+        if output is not None and not dry_run and not is_refused:
             save_model(qmodel, output, info)
             out.text(f"saved to {output}")
         out.result(info.to_dict())
-        if min_sqnr is not None:
-            _require(info.sqnr_db, min_sqnr)
+    if is_refused:
+        raise SystemExit(CHECK_FAILED)
 
 
 @cli.command("sensitivity", help=f"Print what quantizing each layer costs.\n{MODEL_HELP}")
@@ -270,8 +271,9 @@ def _example(batches: Any, model: Any) -> Call | None:
     return None if first is None else as_call(first, model)
 
 
-def _require(found: float | None, needed: float) -> None:
-    if found is None or not found >= needed:
-        shown = "not measured: pass --data" if found is None else f"{found:.2f} dB"
-        click.echo(f"fxquant: output SQNR is {shown}, needs {needed:g} dB", err=True)
-        raise SystemExit(CHECK_FAILED)
+def _reaches(found: float | None, needed: float) -> bool:
+    if found is not None and found >= needed:
+        return True
+    shown = "not measured: pass --data" if found is None else f"{found:.2f} dB"
+    click.echo(f"fxquant: output SQNR is {shown}, needs {needed:g} dB; nothing is saved", err=True)
+    return False

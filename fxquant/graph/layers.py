@@ -24,7 +24,8 @@ ROOT = "model"  # what the model itself is called
 WRAPPED = "_self"  # the attribute of a graph that holds the whole model, where it is one layer
 _HOOKS = tuple(key for key in vars(nn.Module()) if "hooks" in key)
 _STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_RESERVED = frozenset(dir(GraphModule)) | frozenset(vars(nn.Module())) | {WRAPPED, "meta"}
+# Parts of a target that would hide what a graph module has itself.
+RESERVED = frozenset(dir(GraphModule)) | frozenset(vars(nn.Module())) | {WRAPPED, "meta"}
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def target_of(path: str, taken: Iterable[str] = ()) -> str:
 
 def _identifier(part: str) -> str:
     allowed = "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in part)
-    is_odd = keyword.iskeyword(allowed) or allowed in _RESERVED or allowed.startswith("__")
+    is_odd = keyword.iskeyword(allowed) or allowed in RESERVED or allowed.startswith("__")
     return f"{allowed}_" if is_odd else allowed or "_"
 
 

@@ -101,11 +101,40 @@ def expect_shape(holds: object, text: str, *sizes: object) -> None:
     if not holds:
         found, _, needed = text.partition("|")
         raise ShapeError(
-            found.format(*sizes),
+            _filled(found, sizes),
             found="an input for which this graph was not traced",
             needed=needed,
             remedy="Pass other inputs, or trace again with an example of this size.",
         )
+
+
+def _filled(text: str, values: tuple[object, ...]) -> str:
+    """`text` with its `{}` filled in; `str.format` could read any attribute of a value."""
+    first, *parts = text.split("{}")
+    shown = [*map(str, values), *["?"] * len(parts)]
+    return first + "".join(value + part for value, part in zip(shown, parts, strict=False))
+
+
+@graph_function
+def named_result(value: Any, name: str) -> Any:
+    """The output called `name` of a module: a field of a named tuple, or a key of a mapping.
+
+    It stands for `getattr` in a saved graph, and reads nothing else.
+    """
+    if isinstance(value, Mapping) and name in value:
+        return value[name]
+    if isinstance(value, OutputDict) and name in value.absent:
+        return None
+    if is_named_tuple(value) and name in value._fields:
+        return getattr(value, name)
+    if dataclasses.is_dataclass(value) and name in {f.name for f in dataclasses.fields(value)}:
+        return getattr(value, name)
+    raise TraceError(
+        f"output {name!r}",
+        found=f"a {type(value).__name__} without it",
+        needed="an output of that name",
+        remedy="Trace the model again.",
+    )
 
 
 for _function in (expect_constant, expect_shape):

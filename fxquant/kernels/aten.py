@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.kernels.gradient import multiply_with_gradient, needs_gradient
-from fxquant.kernels.interface import LinearSpec
+from fxquant.kernels.interface import LinearSpec, check_input
 from fxquant.numerics.grouping import group_count
 from fxquant.numerics.packing import unpack_nibbles
 from fxquant.numerics.weights import SYMMETRIC_ZERO_POINT, ZERO_POINT_DTYPE, Int4Weight
@@ -90,6 +90,7 @@ class AtenBackend:
         bias: Tensor | None = None,
     ) -> Tensor:
         """Multiply through bfloat16 activations; a gradient does not change the bits."""
+        check_input(x, spec.in_features, 4)
         if needs_gradient(x, bias):
             return multiply_with_gradient(self, x, tensors, spec, bias)
         return self.product(x, tensors, spec, bias)

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxquant.errors import OptionError
 from fxquant.kernels.gradient import gradients_of_linear, needs_gradient
 
 COLUMNS = 16  # torch 2.13's op reads beyond its input where columns are no multiple of this
@@ -16,21 +15,6 @@ def pad_int8(q: Tensor) -> Tensor:
     """The layout of the op: `q` int8 [out, in] with columns filled up; `q` itself where it fits."""
     missing = -q.shape[1] % COLUMNS
     return F.pad(q, (0, missing)) if missing else q
-
-
-def check_input(x: Tensor, in_features: int) -> None:
-    """Refuse what a float linear layer refuses.
-
-    Raises:
-        OptionError: `x` is not floating, or its last dimension is not `in_features`.
-    """
-    if not x.is_floating_point() or not x.ndim or x.shape[-1] != in_features:
-        raise OptionError(
-            "INT8 linear layer",
-            found=f"an input of {x.dtype} and shape {list(x.shape)}",
-            needed=f"a floating tensor whose last dimension is {in_features}",
-            remedy="Pass what the float layer takes.",
-        )
 
 
 def matmul_int8(x: Tensor, q: Tensor, scales: Tensor) -> Tensor:

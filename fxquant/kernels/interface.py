@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fxquant.errors import OptionError
 from fxquant.numerics.weights import Int4Weight
 
 
@@ -26,6 +27,21 @@ class LinearSpec:
     group_size: int
     symmetric: bool
     activation: str = "float"
+
+
+def check_input(x: Tensor, in_features: int, bits: int) -> None:
+    """Refuse what a float linear layer refuses.
+
+    Raises:
+        OptionError: `x` is not floating, or its last dimension is not `in_features`.
+    """
+    if not x.is_floating_point() or not x.ndim or x.shape[-1] != in_features:
+        raise OptionError(
+            f"INT{bits} linear layer",
+            found=f"an input of {x.dtype} and shape {list(x.shape)}",
+            needed=f"a floating tensor whose last dimension is {in_features}",
+            remedy="Pass what the float layer takes.",
+        )
 
 
 class Int4Backend(Protocol):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxquant.kernels.interface import LinearSpec
+from fxquant.kernels.interface import LinearSpec, check_input
 from fxquant.numerics.integers import INT8
 from fxquant.numerics.weights import Int4Weight, dequantize_weight_int4
 
@@ -44,6 +44,7 @@ class ReferenceBackend:
         bias: Tensor | None = None,
     ) -> Tensor:
         """Multiply in float32 with the dequantized weight; gradients flow to `x`."""
+        check_input(x, spec.in_features, 4)
         packed, scales, zero_points = tensors
         weight = dequantize_weight_int4(
             packed, scales, zero_points, spec.group_size, spec.in_features

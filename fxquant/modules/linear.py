@@ -1,6 +1,6 @@
 """What the quantized linear layers have in common."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fxquant.errors import OptionError, WeightError, check_choice
 from fxquant.modules.lazy_weight import LazyWeight
+from fxquant.numerics.weights import SCALE_DTYPE
 
 ACTIVATIONS = ("float", "int8")
 LARGEST_ZERO_POINT = 4096.0  # one beyond would leave scale · zero point without precision
@@ -114,6 +115,17 @@ def check_saved(where: str, holds: bool, found: str, needed: str) -> None:
         raise OptionError(where, found=found, needed=needed, remedy=remedy)
 
 
+def check_names(where: str, found: Iterable[str], needed: set[str], more: set[str]) -> None:
+    """Refuse a saved layer that lacks something, or has something unknown.
+
+    Raises:
+        OptionError: it does.
+    """
+    names = set(found)
+    holds = needed <= names <= needed | more
+    check_saved(where, holds, f"parts {sorted(names)!r:.200}", f"{sorted(needed)}")
+
+
 def check_grid(where: str, bias: object, scales: Tensor, zero_points: Tensor | None) -> None:
     """Refuse scales, zero points and a bias of a saved layer that no layer can have.
 
@@ -121,7 +133,8 @@ def check_grid(where: str, bias: object, scales: Tensor, zero_points: Tensor | N
         OptionError: they are not finite, a scale is zero, or a shape or dtype does not fit.
     """
     rows = scales.shape[0]
-    is_usable = scales.is_floating_point() and bool((torch.isfinite(scales) & (scales != 0)).all())
+    check_saved(where, scales.dtype == SCALE_DTYPE, f"scales of {scales.dtype}", f"{SCALE_DTYPE}")
+    is_usable = bool((torch.isfinite(scales) & (scales != 0)).all())
     check_saved(where, is_usable, "a scale that is 0, NaN or Inf", "finite scales other than 0")
     if zero_points is not None:
         is_usable = zero_points.is_floating_point() and bool(

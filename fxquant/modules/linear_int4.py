@@ -14,6 +14,7 @@ from fxquant.modules.linear import (
     QuantizedLinear,
     check_grid,
     check_linear,
+    check_names,
     check_saved,
     moved_only,
 )
@@ -285,12 +286,16 @@ class QuantizedLinearInt4(QuantizedLinear):
             OptionError: the tensors do not fit the description.
         """
         where = "QuantizedLinearInt4"
+        options = {"in_features", "group_size", "symmetric", "activation", "dtype"}
+        check_names(where, description, options, set())
+        check_names(where, tensors, {"packed_weight", "scales"}, {"zero_points", "bias"})
         names = ("in_features", "group_size", "symmetric")
         in_features, group_size, symmetric = (cast(Any, description.get(name)) for name in names)
-        dtype = description.get("dtype", "float32")
+        dtype = description["dtype"]
         numbers = (in_features, group_size)
         are_numbers = all(type(n) is int and 0 < n <= LARGEST_SIZE for n in numbers)
         is_usable = are_numbers and type(symmetric) is bool and dtype in FLOAT_DTYPES
+        is_usable = is_usable and symmetric is ("zero_points" not in tensors)
         check_saved(where, is_usable, f"the description {description!r:.200}", "sizes and options")
         packed: Any = tensors.get("packed_weight")
         scales: Any = tensors.get("scales")
@@ -311,7 +316,7 @@ class QuantizedLinearInt4(QuantizedLinear):
         check_saved(where, is_eight, "other zero points", f"{SYMMETRIC_ZERO_POINT:g} everywhere")
         grid = scales.float(), zero_points.float()
         weight = Int4Weight(packed, *grid, group_size, in_features, symmetric)
-        activation = description.get("activation", "float")
+        activation = description["activation"]
         return cls(weight, tensors.get("bias"), activation, FLOAT_DTYPES[dtype])
 
     def extra_repr(self) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.kernels.int8 import COLUMNS, check_input, matmul_int8, pad_int8
+from fxquant.kernels.int8 import COLUMNS, matmul_int8, pad_int8
+from fxquant.kernels.interface import check_input
 from fxquant.kernels.reference import quantize_tokens
 from fxquant.modules.linear import (
     FLOAT_DTYPES,
@@ -14,6 +15,7 @@ from fxquant.modules.linear import (
     add_bias,
     check_grid,
     check_linear,
+    check_names,
     check_saved,
     detached,
 )
@@ -91,7 +93,7 @@ class QuantizedLinearInt8(QuantizedLinear):
         """
         if input.dtype is torch.float64:
             return self.forward(input.float()).double()
-        check_input(input, self.in_features)
+        check_input(input, self.in_features, self.bits)
         if self._activation == "int8":
             input = quantize_tokens(input.float(), ACTIVATION_GROUP).to(input.dtype)
         y = matmul_int8(input, self._kernel_weight, self._scales)
@@ -117,6 +119,8 @@ class QuantizedLinearInt8(QuantizedLinear):
             OptionError: the tensors do not fit each other.
         """
         where = "QuantizedLinearInt8"
+        check_names(where, description, {"activation", "dtype"}, set())
+        check_names(where, tensors, {"weight_int8", "scales"}, {"bias"})
         q: Any = tensors.get("weight_int8")
         scales: Any = tensors.get("scales")
         fits = isinstance(q, Tensor) and isinstance(scales, Tensor)
@@ -125,8 +129,8 @@ class QuantizedLinearInt8(QuantizedLinear):
         found = f"{q.dtype} of shape {list(q.shape)}, scales {list(scales.shape)}"
         check_saved(where, fits, found, "an int8 matrix and one scale a row")
         check_grid(where, tensors.get("bias"), scales, None)
-        dtype = description.get("dtype", "float32")
+        dtype = description["dtype"]
         check_saved(where, dtype in FLOAT_DTYPES, f"the dtype {dtype!r:.40}", "a floating dtype")
-        activation = description.get("activation", "float")
+        activation = description["activation"]
         weight = Int8Weight(q, scales.float())
         return cls(weight, tensors.get("bias"), activation, FLOAT_DTYPES[dtype])

@@ -1,5 +1,7 @@
 """Graphs and modules into plain data. Nothing is pickled: what cannot be described is refused."""
 
+import keyword
+import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,23 +10,30 @@ from torch.fx.graph import CodeGen
 
 from fxquant.errors import SaveError
 from fxquant.graph.layers import tensor_attribute
+from fxquant.graph.saved_ops import ATTRIBUTES, fault_of_call
 from fxquant.graph.shapes import KEPT
-from fxquant.modules.linear_int4 import QuantizedLinearInt4
-from fxquant.modules.linear_int8 import QuantizedLinearInt8
-from fxquant.serialization.allowlist import (
-    ATTRIBUTES,
-    check_method,
+from fxquant.graph.structures import named_result
+from fxquant.serialization.allowlist import DESCRIBED, check_method, function_name
+from fxquant.serialization.layers import (
+    INTERNAL,
+    UnfitError,
+    arguments_of,
     class_name,
-    function_name,
-    module_classes,
+    construct,
+    difference,
+    known_classes,
 )
 from fxquant.serialization.tensor_store import TensorWriter
 from fxquant.serialization.values import encode
 
-INTERNAL = frozenset(vars(nn.Module())) | {"training"}
-# Attributes that a module makes again by itself.
-DERIVED = {nn.RNNBase: ("_flat_weights", "_flat_weight_refs")}
-DESCRIBED = (QuantizedLinearInt4, QuantizedLinearInt8)
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def is_name(name: Any) -> bool:
+    """Whether `name` can be part of generated code and means nothing to Python."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        return False
+    return not keyword.iskeyword(name) and not name.startswith("__")
 
 
 def lies_in(target: str, called: set[str]) -> bool:
@@ -58,6 +67,7 @@ class Describer:
         targets: dict[str, int] = {}
         attributes: dict[str, Any] = {}
         nodes = []
+        numbers = {node: number for number, node in enumerate(gm.graph.nodes)}
         called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
         for node in gm.graph.nodes:
             where = f"node {node.name}"
@@ -72,13 +82,14 @@ class Describer:
                     "op": node.op,
                     "name": node.name,
                     "target": self._target(node, where),
-                    "args": encode(tuple(node.args), where, self.allowed),
-                    "kwargs": encode(dict(node.kwargs), where, self.allowed),
+                    "args": encode(tuple(node.args), where, self.allowed, numbers),
+                    "kwargs": encode(dict(node.kwargs), where, self.allowed, numbers),
                     "meta": {k: node.meta[k] for k in KEPT if k in node.meta},
                 }
             )
+        name = type(gm).__name__
         return {
-            "class_name": type(gm).__name__ if type(gm).__name__.isidentifier() else "Graph",
+            "class_name": name if is_name(name) else "Graph",
             "nodes": nodes,
             "modules": targets,
             "attributes": attributes,
@@ -97,8 +108,20 @@ class Describer:
         if isinstance(module, GraphModule):
             return {"graph": self.graph(module, path)}
         name = class_name(type(module))
-        is_known = name in module_classes() or type(module) in self.allowed_modules
-        if not is_known:
+        is_known = type(module) in (known_classes().get(name), DESCRIBED.get(name))
+        if is_known or type(module) in self.allowed_modules:
+            _check_plain(module, path)
+        if type(module) is DESCRIBED.get(name):
+            described: Any = module
+            return {
+                "class": name,
+                "description": encode(described.describe(), path),
+                "tensors": self._references(described.saved_tensors(), path),
+                "training": module.training,
+            }
+        if type(module) in self.allowed_modules:
+            return {**self._state(module, path), **self._opaque(module, path), "class": name}
+        if type(module) is not known_classes().get(name):
             raise SaveError(
                 path,
                 found=f"an opaque module of class {name}",
@@ -106,62 +129,56 @@ class Describer:
                 remedy="It could not be traced (see trace_report). If its class can be imported "
                 f"where the file is loaded, pass allow_modules=({type(module).__name__},).",
             )
-        if isinstance(module, DESCRIBED):
-            tensors = module.saved_tensors()
-            return {
-                "class": name,
-                "description": encode(module.describe(), path),
-                "tensors": {k: self.writer.reference(t, f"{path}.{k}") for k, t in tensors.items()},
-            }
-        return self._generic(module, name, path)
-
-    def _encode_attribute(self, value: Any, where: str, owner: nn.Module) -> Any:
-        """An attribute; what an opaque module holds beside plain data is left out by name."""
+        arguments: dict[str, Any] = {}
         try:
-            return encode(value, where, self.allowed)
-        except SaveError:
-            if type(owner) in self.allowed_modules:
-                return {"left_out": f"{where} ({class_name(type(value))})"}
-            raise
-
-    def _generic(self, module: nn.Module, name: str, path: str) -> dict[str, Any]:
-        if module._forward_hooks or module._forward_pre_hooks:
+            arguments = arguments_of(module)
+            fault = difference(construct(type(module), arguments), module)
+        except (UnfitError, AttributeError, IndexError, TypeError) as error:
+            fault = str(error)
+        if fault is not None:
             raise SaveError(
                 path,
-                found="forward hooks",
-                needed="a module without hooks",
-                remedy="Remove the hooks before saving; they are code.",
+                found=f"a {type(module).__name__} that its constructor does not make: {fault}",
+                needed="a module whose attributes and tensors its constructor made",
+                remedy="Give the module a class of its own, and pass allow_modules=(TheClass,).",
             )
-        derived = {n for cls, names in DERIVED.items() if isinstance(module, cls) for n in names}
-        attributes, tensors = {}, {}
-        for key, value in vars(module).items():
-            if key in INTERNAL or key in derived:
-                continue
-            if isinstance(value, Tensor):
-                tensors[key] = self.writer.reference(value, f"{path}.{key}")
-            else:
-                attributes[key] = self._encode_attribute(value, f"{path}.{key}", module)
-        buffers = {k: v for k, v in module._buffers.items() if v is not None}
-        parameters = {k: v for k, v in module._parameters.items() if v is not None}
+        described = encode(arguments, path)
+        return {**self._state(module, path), "class": name, "arguments": described}
+
+    def _state(self, module: nn.Module, path: str) -> dict[str, Any]:
+        """Tensors, children and mode, which every module has."""
+        groups = (module._parameters, module._buffers)
+        parameters, buffers = ({k: v for k, v in g.items() if v is not None} for g in groups)
         return {
-            "class": name,
-            "attributes": attributes,
-            "tensors": tensors,
             "parameters": self._references(parameters, path),
             "buffers": self._references(buffers, path),
-            "empty": [
-                k for group in (module._parameters, module._buffers) for k, v in group.items()
-                if v is None
-            ],
-            "transient": sorted(module._non_persistent_buffers_set),
+            "empty": [[k for k, v in group.items() if v is None] for group in groups],
             "children": {
-                k: self.module(child, f"{path}.{k}")
+                k: None if child is None else self.module(child, f"{path}.{k}")
                 for k, child in module._modules.items()
-                if child is not None
             },
-            "no_child": [k for k, child in module._modules.items() if child is None],
             "training": module.training,
-        }  # fmt: skip
+        }
+
+    def _opaque(self, module: nn.Module, path: str) -> dict[str, Any]:
+        """What else a module of a class that the caller allows holds."""
+        attributes, tensors = {}, {}
+        for key, value in vars(module).items():
+            if key in INTERNAL or key in ("_flat_weights", "_flat_weight_refs"):
+                continue
+            where = f"{path}.{key}"
+            if isinstance(value, Tensor):
+                tensors[key] = self.writer.reference(value, where)
+                continue
+            try:
+                attributes[key] = {"value": encode(value, where, self.allowed)}
+            except SaveError:  # left out by name: it may not be needed
+                attributes[key] = {"left_out": f"{where} ({class_name(type(value))})"}
+        return {
+            "attributes": attributes,
+            "tensors": tensors,
+            "transient": sorted(module._non_persistent_buffers_set),
+        }
 
     def _references(self, tensors: dict[str, Any], path: str) -> dict[str, Any]:
         return {k: self.writer.reference(t, f"{path}.{k}") for k, t in tensors.items()}
@@ -177,15 +194,38 @@ class Describer:
         )
 
     def _target(self, node: Node, where: str) -> str:
+        target: Any = node.target
+        if target is getattr and node.args[1] not in ATTRIBUTES:
+            target = named_result  # an output of a module, by its name
+        name = str(target)
         if node.op == "call_function":
-            if node.target is getattr and node.args[1] not in ATTRIBUTES:
+            name = function_name(target, where, self.allowed)
+        elif node.op == "call_method":
+            check_method(name, SaveError)
+        if node.op in ("call_function", "call_method") and target is node.target:
+            fault = None if name in self.allowed else fault_of_call(node)
+            if fault is not None:
                 raise SaveError(
                     where,
-                    found=f"the attribute {node.args[1]!r}",
-                    needed=f"one of {sorted(ATTRIBUTES)}",
-                    remedy="Compute it with a torch function.",
+                    found=fault,
+                    needed="arguments that a file may hold",
+                    remedy="Rewrite this step of the model with a torch function.",
                 )
-            return function_name(node.target, where, self.allowed)
-        if node.op == "call_method":
-            check_method(str(node.target), SaveError)
-        return str(node.target)
+        return name
+
+
+def _check_plain(module: nn.Module, path: str) -> None:
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise SaveError(
+            path,
+            found="forward hooks",
+            needed="a module without hooks",
+            remedy="Remove the hooks before saving; they are code.",
+        )
+    if "forward" in vars(module):
+        raise SaveError(
+            path,
+            found="a forward function of its own",
+            needed="a module that computes what its class says",
+            remedy="Give the module a class of its own, and pass allow_modules=(TheClass,).",
+        )

@@ -2,30 +2,30 @@
 
 import json
 import os
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.analysis.graph_view import INFO_KEY
 from fxquant.errors import FxquantError, LoadError, SaveError
 from fxquant.graph.identity import FINGERPRINT
 from fxquant.graph.layers import NAMES
+from fxquant.graph.left_alone import process_left_alone
 from fxquant.report.tables import plain
+from fxquant.serialization.atomic import check_replaceable, write_atomically
+from fxquant.serialization.container import DTYPE_NAMES, Container, not_readable
 from fxquant.serialization.describe import Describer
+from fxquant.serialization.digest import digest_of, text_digest
 from fxquant.serialization.rebuild import Rebuilder, damaged
+from fxquant.serialization.schema import check_description
 from fxquant.serialization.tensor_store import TensorReader
 from fxquant.tracing.trace_report import REPORT_KEY, TraceReport
 
 FORMAT = "fxquant"
-VERSION = 1
-LENGTH_BYTES = 8  # of the header's length, at the start of a safetensors file
-LARGEST_HEADER = 100_000_000  # safetensors' own limit
+VERSION = 2
 # What damaged data makes Python raise while it is taken apart.
 _MALFORMED = (
     KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, AssertionError,
@@ -43,11 +43,15 @@ def save_model(
 ) -> None:
     """Save a graph as one safetensors file without pickle.
 
+    Before the file is put in place it is built again from what will be written: what could not be
+    loaded is not saved.
+
     Args:
         qmodel: a quantized, traced or dequantized graph.
         path: where to; an existing file is replaced at once or not at all.
         info: a `QuantizationInfo`; by default the record that the graph carries.
-        allow: names of further functions the graph may call, as `"package.module.function"`.
+        allow: names of further functions the graph may call, as `"package.module.function"` or
+            `"library::op.overload"`.
         allow_modules: classes of opaque modules to save; loading needs them again.
 
     Raises:
@@ -60,18 +64,43 @@ def save_model(
             needed="a GraphModule",
             remedy="Pass the graph that fxquant.quantize or fxquant.trace returned.",
         )
+    check_replaceable(path)
     describer = Describer(allow, allow_modules)
-    description: dict[str, Any] = {"version": VERSION, "graph": describer.graph(qmodel)}
-    description["modules"] = describer.modules
-    description["names"] = qmodel.meta.get(NAMES, {})
-    description["fingerprint"] = qmodel.meta.get(FINGERPRINT, {})
-    record = info.to_dict() if info is not None else qmodel.meta.get(INFO_KEY)
-    description["info"] = plain(record)
-    report = qmodel.meta.get(REPORT_KEY)
-    description["trace"] = report.to_dict() if isinstance(report, TraceReport) else None
-    metadata = {"format": FORMAT, "description": json.dumps(description)}
+    graph = describer.graph(qmodel)
     tensors = describer.writer.tensors
-    write_atomically(Path(path), lambda file: save_file(tensors, file, metadata))
+    report = qmodel.meta.get(REPORT_KEY)
+    record = info.to_dict() if info is not None else qmodel.meta.get(INFO_KEY)
+    description: dict[str, Any] = {
+        "version": VERSION,
+        "graph": graph,
+        "modules": describer.modules,
+        "names": qmodel.meta.get(NAMES, {}),
+        "fingerprint": qmodel.meta.get(FINGERPRINT, {}),
+        "info": plain(record),
+        "trace": report.to_dict() if isinstance(report, TraceReport) else None,
+        "digests": {name: _digest(name, tensor) for name, tensor in tensors.items()},
+    }
+    metadata = metadata_of(description)
+    try:
+        rebuilt = json.loads(metadata["description"])
+        check_description(rebuilt)
+        with process_left_alone():
+            _graph_of(rebuilt, tensors, allow, allow_modules, None)
+    except (FxquantError, *_MALFORMED) as error:
+        raise SaveError(
+            "save_model",
+            found=f"a model that would not load again: {error}",
+            needed="a graph that a file can hold",
+            remedy="Trace the model again without the part named here, or keep it as an opaque "
+            "module and pass allow_modules.",
+        ) from error
+    write_atomically(path, lambda file: save_file(tensors, file, metadata))
+
+
+def metadata_of(description: dict[str, Any]) -> dict[str, str]:
+    """What the header of a file says: the description, and its digest."""
+    text = json.dumps(description)
+    return {"format": FORMAT, "description": text, "digest": text_digest(text)}
 
 
 def load_model(
@@ -79,6 +108,8 @@ def load_model(
     *,
     allow: tuple[str, ...] = (),
     allow_modules: tuple[type[nn.Module], ...] = (),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> GraphModule:
     """Load what `save_model` wrote; neither the model's class nor its source is needed.
 
@@ -86,28 +117,32 @@ def load_model(
         path: the file.
         allow: names of further functions the file may call, if you trust it.
         allow_modules: classes of the opaque modules it holds.
+        device: where to; devices that the graph names become this one. By default the CPU.
+        dtype: of the floating tensors that are not part of a quantized weight; by default that in
+            which they were saved.
 
     Returns:
         A graph whose outputs are those of the saved one, bit for bit. The record of its
         quantization is in `.meta["fxquant_info"]` as plain data.
 
     Raises:
-        LoadError: the file is missing, damaged, from a newer version, or names something that is
+        LoadError: the file is missing, damaged, from another version, or names something that is
             not allowed.
     """
-    description = read_description(path)
-    with safe_open(str(path), framework="pt") as file:
-        # Copies: where a tensor of a mapped file begins depends on the file, and some kernels
-        # round differently at other alignments.
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    with Container(path) as file:
+        description = _description(file, path)
+        tensors = _read_tensors(file, description, path)
     try:
-        rebuilder = Rebuilder(description["modules"], TensorReader(tensors), allow, allow_modules)
-        gm = rebuilder.graph(description["graph"])
+        where = None if device is None else torch.device(device)
+        with process_left_alone():
+            gm = _graph_of(description, tensors, allow, allow_modules, where)
         gm.meta[INFO_KEY] = description["info"]
-        gm.meta[NAMES] = {str(k): str(v) for k, v in description.get("names", {}).items()}
-        gm.meta[FINGERPRINT] = description.get("fingerprint", {})
+        gm.meta[NAMES] = description["names"]
+        gm.meta[FINGERPRINT] = description["fingerprint"]
         if description["trace"] is not None:
             gm.meta[REPORT_KEY] = TraceReport.from_dict(description["trace"])
+        if device is not None or dtype is not None:
+            gm.to(device=where, dtype=dtype)
     except LoadError as error:
         raise _in_file(path, error) from error
     except (*_MALFORMED, FxquantError) as error:
@@ -119,15 +154,59 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The description in a saved file, without loading its tensors.
 
     Raises:
-        LoadError: the file is missing, damaged, from a newer version or not fxquant's.
+        LoadError: the file is missing, damaged, from another version or not fxquant's.
     """
+    with Container(path) as file:
+        return _description(file, path)
+
+
+def _graph_of(
+    description: dict[str, Any],
+    tensors: dict[str, Tensor],
+    allow: tuple[str, ...],
+    allow_modules: tuple[type[nn.Module], ...],
+    device: torch.device | None,
+) -> GraphModule:
+    reader = TensorReader(tensors)
+    rebuilder = Rebuilder(description["modules"], reader, allow, allow_modules, device)
+    gm = rebuilder.graph(description["graph"])
+    rebuilder.check_all_used()
+    return gm
+
+
+def _digest(name: str, tensor: Tensor) -> str:
+    dtype = DTYPE_NAMES.get(tensor.dtype)
+    if dtype is None:
+        raise SaveError(
+            name,
+            found=f"a tensor of {tensor.dtype}",
+            needed="a dtype that safetensors can hold",
+            remedy="Convert it before the model is traced.",
+        )
+    return digest_of(name, dtype, tensor)
+
+
+def _read_tensors(
+    file: Container, description: dict[str, Any], path: str | os.PathLike[str]
+) -> dict[str, Tensor]:
+    digests = description["digests"]
+    tensors = {}
+    for entry in file.entries:
+        tensors[entry.name], digest = file.tensor(entry)
+        if digests.get(entry.name) != digest:
+            raise not_readable(
+                f"{os.fspath(path)}: tensor {entry.name!r:.200}",
+                "other bytes than were saved (its digest differs)",
+            )
+    missing = sorted(set(digests) - set(tensors))
+    if missing:
+        raise not_readable(f"{os.fspath(path)}: tensor {missing[0]!r:.200}", "nothing")
+    return tensors
+
+
+def _description(file: Container, path: str | os.PathLike[str]) -> dict[str, Any]:
     where = os.fspath(path)
-    _check_header(Path(path))
-    try:
-        with safe_open(where, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, *_MALFORMED, OSError) as error:
-        raise _not_readable(where, str(error)) from error
+    metadata = file.metadata
     if metadata.get("format") != FORMAT:
         raise LoadError(
             where,
@@ -139,69 +218,24 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
         description = json.loads(metadata["description"])
         version = int(description["version"])
     except _MALFORMED as error:
-        raise _not_readable(where, f"a description that is no JSON ({error})") from error
-    if version > VERSION:
+        raise not_readable(where, f"a description that is no JSON ({error})") from error
+    if version != VERSION:
         raise LoadError(
             where,
             found=f"format version {version}",
-            needed=f"at most {VERSION}",
-            remedy="Upgrade fxquant.",
+            needed=f"version {VERSION}",
+            remedy="Upgrade fxquant." if version > VERSION else
+            "It has no digests: quantize the model and save it again.",
+        )  # fmt: skip
+    if metadata.get("digest") != text_digest(metadata["description"]):
+        raise not_readable(
+            f"{where}: description", "other text than was saved (its digest differs)"
         )
+    try:
+        check_description(description)
+    except LoadError as error:
+        raise _in_file(path, error) from error
     return dict(description)
-
-
-def write_atomically(path: Path, write: Callable[[str], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place.
-
-    Raises:
-        SaveError: the folder is missing or read-only, or the disk is full; an old file is kept.
-    """
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
-    except (OSError, SafetensorError) as error:
-        raise SaveError(
-            str(path),
-            found=str(error),
-            needed="a folder that exists, can be written and has space",
-            remedy="Create the folder, free some space, or choose another path.",
-        ) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _check_header(path: Path) -> None:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-    except OSError as error:
-        raise _not_readable(str(path), str(error)) from error
-    if size < LENGTH_BYTES or length > min(size - LENGTH_BYTES, LARGEST_HEADER):
-        raise _not_readable(str(path), f"{size} bytes that are no safetensors file")
-
-
-def _not_readable(where: str, found: str) -> LoadError:
-    return LoadError(
-        where,
-        found=found,
-        needed="a whole file that fxquant.save_model wrote",
-        remedy="Check the path; if the file is damaged, copy or save it again.",
-    )
 
 
 def _in_file(path: str | os.PathLike[str], error: LoadError) -> LoadError:

@@ -26,6 +26,8 @@ class TensorWriter:
         if not tensor.numel():
             key = (name,)
         if key not in self._names:
+            while name in self.tensors:  # another tensor may have the same path
+                name += "_"
             self._names[key] = name
             self.tensors[name] = _own_memory(dense)
             self._kept.append(source)
@@ -45,6 +47,7 @@ class TensorReader:
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self._tensors = tensors
         self._made: dict[str, Tensor] = {}
+        self._used: set[str] = set()
 
     def tensor(self, reference: Any) -> Tensor:
         """The tensor or parameter of a reference.
@@ -57,23 +60,41 @@ class TensorReader:
             self._made[key] = self._make(reference)
         return self._made[key]
 
-    def _make(self, reference: Any) -> Tensor:
-        if not isinstance(reference, dict) or reference.get("tensor") not in self._tensors:
-            raise LoadError(
-                "saved tensor",
-                found=f"a reference {reference!r} to a tensor that is not in the file",
-                needed="references to stored tensors",
-                remedy="The file is damaged: save the model again.",
-            )
-        tensor = self._tensors[reference["tensor"]]
+    def check_all_used(self) -> None:
+        """Raise a `LoadError` if the file has a tensor that nothing refers to."""
+        unused = sorted(set(self._tensors) - self._used)
+        if unused:
+            raise _unfit(f"a tensor {unused[0]!r} that nothing uses")
+
+    def _make(self, reference: dict[str, Any]) -> Tensor:
+        tensor = self._tensors.get(reference["tensor"])
+        if tensor is None:
+            raise _unfit(f"a reference {reference!r:.200} to a tensor that is not in the file")
+        self._used.add(reference["tensor"])
         if reference.get("complex"):
+            if not tensor.is_floating_point() or tensor.shape[-1:] != (2,):
+                raise _unfit(f"complex numbers in {tensor.dtype} {list(tensor.shape)}")
             tensor = torch.view_as_complex(tensor)
         order = reference.get("order")
         if order is not None:
+            if sorted(order) != list(range(tensor.ndim)):
+                raise _unfit(f"the order {order!r:.80} of {tensor.ndim} dimensions")
             tensor = tensor.permute([order.index(d) for d in range(len(order))])
         if "parameter" in reference:
-            return nn.Parameter(tensor, requires_grad=bool(reference["parameter"]))
+            needs_gradient = reference["parameter"]
+            if needs_gradient and not (tensor.is_floating_point() or tensor.is_complex()):
+                raise _unfit(f"a gradient of {tensor.dtype}")
+            return nn.Parameter(tensor, requires_grad=needs_gradient)
         return tensor
+
+
+def _unfit(found: str) -> LoadError:
+    return LoadError(
+        "saved tensor",
+        found=found,
+        needed="references that fit the tensors in the file",
+        remedy="The file is damaged: save the model again.",
+    )
 
 
 def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, GraphModule
 
+from fxquant.graph.graph_module import FxquantGraph
 from fxquant.graph.layers import NAMES, finish, target_of
 from fxquant.tracing.symbolic import Capture
 
@@ -66,7 +67,7 @@ def make_graph_module(
                 if node.op in ("get_attr", "call_module") and node.target == target:
                     node.target = apart
     name = class_name if class_name.isascii() and class_name.isidentifier() else "Graph"
-    gm = GraphModule(kept, graph, name)
+    gm = FxquantGraph(kept, graph, name)
     gm.meta.update({**meta, NAMES: names})
     finish(gm)
     return gm.eval()  # a new graph module is in train mode, whatever its modules are

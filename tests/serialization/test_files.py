@@ -1,4 +1,3 @@
-import json
 import os
 import pickle
 import signal
@@ -142,7 +141,7 @@ def rewritten(saved, path, change):
     """The saved file with its description changed by `change`."""
     description = files.read_description(saved)
     change(description)
-    metadata = {"format": "fxquant", "description": json.dumps(description)}
+    metadata = files.metadata_of(description)
     save_file(load_file(saved), path, metadata)
     return path
 
@@ -184,7 +183,7 @@ def test_methods_and_attributes_with_side_effects_are_refused(saved, tmp_path):
 
     def read_attribute(description):
         node = first(description, "call_function")
-        node.update(target="builtins.getattr", args={"tuple": [{"node": "x"}, "__class__"]})
+        node.update(target="builtins.getattr", args={"tuple": [{"node": 0}, "__class__"]})
         node["kwargs"] = {"dict": []}
 
     for change, text in ((call_method, "register_hook"), (read_attribute, "__class__")):
@@ -194,11 +193,26 @@ def test_methods_and_attributes_with_side_effects_are_refused(saved, tmp_path):
 
 def test_attributes_cannot_replace_methods(saved, tmp_path):
     def change(description):
-        module = next(m for m in description["modules"] if "attributes" in m)
-        module["attributes"]["forward"] = {"function": "torch.relu"}
+        module = next(m for m in description["modules"] if "arguments" in m)
+        module["arguments"]["dict"].append(["forward", "relu"])
 
     with pytest.raises(LoadError, match="forward"):
         files.load_model(rewritten(saved, tmp_path / "h.safetensors", change))
+
+
+@pytest.mark.parametrize("name", ["forward", "_compiled_call_impl", "_call_impl", "training",
+                                  "_forward_hooks", "__class__", "extra_repr"])  # fmt: skip
+def test_attributes_of_an_allowed_class_cannot_replace_methods(tmp_path, name):
+    allowed = (models.BranchingChild,)
+    path = tmp_path / "m.safetensors"
+    files.save_model(fxquant.trace(models.BranchInChild().eval()), path, allow_modules=allowed)
+
+    def change(description):
+        module = next(m for m in description["modules"] if "attributes" in m)
+        module["attributes"][name] = {"value": 1}
+
+    with pytest.raises(LoadError, match=name):
+        files.load_model(rewritten(path, path, change), allow_modules=allowed)
 
 
 def test_a_newer_version_asks_for_an_upgrade(saved, tmp_path):
@@ -270,7 +284,7 @@ def test_a_mutated_description_never_raises_anything_but_a_load_error(saved, tmp
     for key in parents:
         holder = holder[key]
     holder[last] = data.draw(junk)
-    metadata = {"format": "fxquant", "description": json.dumps(description)}
+    metadata = files.metadata_of(description)
     path = tmp_path / "mutated.safetensors"
     save_file(load_file(saved), path, metadata)
     try:

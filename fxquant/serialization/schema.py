@@ -1,0 +1,233 @@
+"""The form of a description: checked as a whole before any of it is used.
+
+A form is a function that raises where the data is not as it says; `at` is the place, for the error.
+What names and numbers mean is checked where they are used; here, that they are names and numbers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from fxquant.errors import LoadError
+from fxquant.graph.shapes import DTYPE, MODULE_PATH, SHAPE
+
+Form = Callable[[Any, str], None]
+MOST = 1_000_000  # entries of a list or mapping
+MOST_CHARACTERS = 100_000  # of a text
+MOST_DEPTH = 100  # of values and records
+LARGEST = 1 << 62
+
+
+class FormError(Exception):
+    """Data has another form than it must have; the text says where and what."""
+
+
+def text(data: Any, at: str) -> None:
+    """A text that is not endless."""
+    if not isinstance(data, str) or len(data) > MOST_CHARACTERS:
+        raise FormError(f"{at} is {data!r:.60}, not a text")
+
+
+def flag(data: Any, at: str) -> None:
+    """True or false."""
+    if type(data) is not bool:
+        raise FormError(f"{at} is {data!r:.60}, neither true nor false")
+
+
+def whole(data: Any, at: str) -> None:
+    """A number without a fraction."""
+    if type(data) is not int or abs(data) > LARGEST:
+        raise FormError(f"{at} is {data!r:.60}, not a whole number")
+
+
+def number(data: Any, at: str) -> None:
+    """Any number; records hold None where nothing was measured."""
+    if data is not None and type(data) not in (int, float):
+        raise FormError(f"{at} is {data!r:.60}, not a number")
+
+
+def anything(data: Any, at: str, depth: int = 0) -> None:
+    """Plain data of limited size."""
+    if depth > MOST_DEPTH:
+        raise FormError(f"{at} is nested too deeply")
+    if isinstance(data, str):
+        text(data, at)
+    elif isinstance(data, int | float):
+        if type(data) is int and data.bit_length() > 1024:
+            raise FormError(f"{at} is a number of {data.bit_length()} bits")
+    elif isinstance(data, list | dict):
+        if len(data) > MOST:
+            raise FormError(f"{at} has {len(data)} entries")
+        for part in data if isinstance(data, list) else (*data.keys(), *data.values()):
+            anything(part, at, depth + 1)
+
+
+def list_of(form: Form) -> Form:
+    """A list whose entries have one form."""
+
+    def check(data: Any, at: str) -> None:
+        if not isinstance(data, list) or len(data) > MOST:
+            raise FormError(f"{at} is {data!r:.60}, not a list")
+        for index, part in enumerate(data):
+            form(part, f"{at}[{index}]")
+
+    return check
+
+
+def map_of(form: Form) -> Form:
+    """A mapping from any text to one form."""
+
+    def check(data: Any, at: str) -> None:
+        if not isinstance(data, dict) or len(data) > MOST:
+            raise FormError(f"{at} is {data!r:.60}, not a mapping")
+        for key, part in data.items():
+            text(key, at)
+            form(part, f"{at}[{key!r:.60}]")
+
+    return check
+
+
+def optional(form: Form) -> Form:
+    """The form, or None."""
+
+    def check(data: Any, at: str) -> None:
+        if data is not None:
+            form(data, at)
+
+    return check
+
+
+def record(needed: dict[str, Form], more: dict[str, Form] | None = None) -> Form:
+    """A mapping with all the `needed` keys, perhaps some of `more`, and no other."""
+    forms = {**needed, **(more or {})}
+
+    def check(data: Any, at: str) -> None:
+        if not isinstance(data, dict):
+            raise FormError(f"{at} is {data!r:.60}, not a record")
+        missing, unknown = set(needed) - set(data), set(data) - set(forms)
+        if missing or unknown:
+            raise FormError(f"{at} lacks {sorted(missing)} or has {sorted(unknown)!r:.80}")
+        for key, part in data.items():
+            forms[key](part, f"{at}.{key}")
+
+    return check
+
+
+def loose(forms: dict[str, Form]) -> Form:
+    """A mapping in which the named keys, where present, have a form; others are plain data."""
+
+    def check(data: Any, at: str) -> None:
+        map_of(anything)(data, at)
+        for key, form in forms.items():
+            if key in data:
+                form(data[key], f"{at}.{key}")
+
+    return check
+
+
+_texts = list_of(text)
+_reference = record({"tensor": text}, {"order": list_of(whole), "complex": flag, "parameter": flag})
+_references = map_of(_reference)
+_node = record(
+    {
+        "op": text, "name": text, "target": text, "args": anything, "kwargs": anything,
+        "meta": record({}, {SHAPE: list_of(whole), DTYPE: text, MODULE_PATH: text}),
+    }
+)  # fmt: skip
+_graph = record(
+    {
+        "class_name": text, "nodes": list_of(_node), "modules": map_of(whole),
+        "attributes": _references, "training": flag,
+    }
+)  # fmt: skip
+_state: dict[str, Form] = {
+    "class": text, "parameters": _references, "buffers": _references, "empty": list_of(_texts),
+    "children": map_of(optional(whole)), "training": flag,
+}  # fmt: skip
+_left_out = record({}, {"value": anything, "left_out": text})
+_MODULES: dict[str, Form] = {
+    "graph": record({"graph": _graph}),
+    "description": record(
+        {"class": text, "description": anything, "tensors": _references, "training": flag}
+    ),
+    "arguments": record({**_state, "arguments": anything}),
+    "attributes": record(
+        {**_state, "attributes": map_of(_left_out), "tensors": _references, "transient": _texts}
+    ),
+}
+
+
+def _module(data: Any, at: str) -> None:
+    kinds = [kind for kind in _MODULES if isinstance(data, dict) and kind in data]
+    if len(kinds) != 1:
+        raise FormError(f"{at} is {data!r:.60}, not a module")
+    _MODULES[kinds[0]](data, at)
+    if "empty" in data and len(data["empty"]) != 2:
+        raise FormError(f"{at}.empty is not one list of parameters and one of buffers")
+    if any(len(value) != 1 for value in data.get("attributes", {}).values()):
+        raise FormError(f"{at}.attributes has one without a value")
+
+
+_folded = loose({"producers": _texts, "readers": _texts})
+_needed_row = loose({"module": text})
+
+
+def _rows(data: Any, at: str) -> None:
+    list_of(_needed_row)(data, at)
+    if any("module" not in row for row in data):
+        raise FormError(f"{at} has a row without a module")
+
+
+def _folded_scales(data: Any, at: str) -> None:
+    list_of(_folded)(data, at)
+    if any(not {"producers", "readers"} <= set(row) for row in data):
+        raise FormError(f"{at} has a scale without producers and readers")
+
+
+_info = loose(
+    {
+        "rows": _rows, "decisions": _rows, "folded_scales": _folded_scales, "warnings": _texts,
+        "trace": map_of(anything), "sqnr_db": number, "original_size_mb": number,
+        "quantized_size_mb": number,
+    }
+)  # fmt: skip
+
+
+def _mark(data: Any, at: str) -> None:
+    list_of(whole)(data, at)
+    if not data:
+        raise FormError(f"{at} is empty")
+
+
+_trace = record(
+    {
+        "way": text, "verified": whole, "attempts": _texts,
+        "opaque": list_of(
+            record({"module": text, "type": text, "reason": text}, {"classes": _texts})
+        ),
+        "unreached": _texts,
+    },
+    {
+        "read_only": _texts, "left_out": _texts, "refused": _texts, "coverage": number,
+        "product_elements": map_of(whole), "traced_elements": map_of(whole),
+    },
+)  # fmt: skip
+_description = record(
+    {
+        "version": whole, "digests": map_of(text), "graph": _graph, "modules": list_of(_module),
+        "names": map_of(text), "fingerprint": map_of(_mark), "info": optional(_info),
+        "trace": optional(_trace),
+    }
+)  # fmt: skip
+
+
+def check_description(data: Any) -> None:
+    """Raise a `LoadError` that says where unless `data` has the form of a description."""
+    try:
+        _description(data, "description")
+    except FormError as error:
+        raise LoadError(
+            "description",
+            found=str(error),
+            needed="the form that fxquant.save_model writes",
+            remedy="The file is damaged or hostile: save the model again.",
+        ) from error

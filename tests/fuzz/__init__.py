@@ -1,0 +1,1 @@
+"""Mutated files: loading raises nothing but `LoadError`, and what loads does no harm."""
