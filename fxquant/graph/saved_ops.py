@@ -110,8 +110,7 @@ TENSOR_OPS = _words(
     "sym_constrain_range sym_constrain_range_for_size"
 )
 
-# Ops that write into their first argument, element by element. What would change its shape is
-# allowed as well: a tensor checks that itself.
+# Ops that write into their first argument or change its shape; the tensor checks that itself.
 WRITING_OPS = _words(
     "add_ sub_ mul_ div_ pow_ remainder_ fmod_ floor_divide_ neg_ abs_ exp_ log_ sqrt_ rsqrt_ "
     "reciprocal_ square_ sin_ cos_ tanh_ sigmoid_ relu_ leaky_relu_ elu_ selu_ celu_ silu_ "

@@ -121,7 +121,7 @@ KINDS: dict[str, Kind] = {
         _is_flag,
         "bias affine track_running_stats elementwise_affine scale_grad_by_freq sparse batch_first "
         "bidirectional inplace ceil_mode count_include_pad return_indices add_bias_kv "
-        "add_zero_attn norm_first keepdim full log_target is_packed has_norm",
+        "add_zero_attn norm_first keepdim full log_target is_packed",
     ),
     **_named(_or_none(_is_flag), "align_corners recompute_scale_factor"),
     "padding_mode": _choice("zeros", "reflect", "replicate", "circular"),
