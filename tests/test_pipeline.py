@@ -282,3 +282,32 @@ def test_a_model_with_nothing_to_quantize_costs_one_pass_over_the_data(method):
         _, info = fxquant.static_quantize(gm, [x], method=method, accuracy_warning="ignore")
     assert info.selected_layers == []
     assert all_of_it.get_total_flops() == once.get_total_flops()
+
+
+@pytest.mark.parametrize("rows", [2, 4, 9])
+@pytest.mark.parametrize("seed", range(4))
+def test_auto_is_never_worse_than_rounding_on_rows_held_out(rows, seed):
+    torch.manual_seed(seed)
+    model, x = models.Plain(), torch.randn(rows, 9, WIDTH)
+    found = {
+        method: fxquant.static_quantize(
+            model, [x], method=method, group_size=32, skip_param_threshold=0,
+            accuracy_warning="ignore",
+        )[1]
+        for method in ("rtn", "auto")
+    }  # fmt: skip
+    assert found["auto"].heldout_samples == found["rtn"].heldout_samples >= 1
+    assert found["auto"].sqnr_db >= found["rtn"].sqnr_db
+
+
+def test_the_ledger_says_whether_few_tokens_were_enough():
+    torch.manual_seed(0)
+    _, info = fxquant.static_quantize(
+        models.Plain(), [torch.randn(4, 5, WIDTH)], method="gptq", group_size=32,
+        skip_param_threshold=0, accuracy_warning="ignore",
+    )  # fmt: skip
+    reasons = [d.reason for d in info.decisions if d.bits is not None]
+    few = f"15 tokens for {WIDTH} inputs; still better than rounding on 5 tokens held out"
+    worse = "gptq was worse on tokens that were held out: rounded to nearest"
+    assert reasons
+    assert all(few in reason or worse in reason for reason in reasons), reasons

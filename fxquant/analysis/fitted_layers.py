@@ -31,6 +31,7 @@ class FittedLayers:
         self.group_size, self.symmetric, self.refined = group_size, symmetric, refined
         self.unreached: set[str] = set()
         self.rounded: set[str] = set()
+        self.scarce: dict[str, str] = {}
 
     def quantize(
         self, name: str, linear: nn.Linear, bits: int, moments: LayerMoments
@@ -50,6 +51,11 @@ class FittedLayers:
             if _held_error(linear, *plain, moments) < _held_error(linear, *fitted, moments):
                 self.rounded.add(name)
                 fitted = plain
+            elif moments.tokens < linear.in_features:
+                self.scarce[name] = (
+                    f"{moments.tokens} tokens for {linear.in_features} inputs; still better than "
+                    f"rounding on {moments.held_tokens} tokens held out"
+                )
         return QuantizedLinearInt4(*fitted)
 
     def _rounded(self, linear: nn.Linear, moments: LayerMoments) -> tuple[Int4Weight, Any]:
@@ -68,7 +74,7 @@ class FittedLayers:
         """The decisions, with a word on layers that were rounded in another way than was asked."""
         notes = dict.fromkeys(self.unreached, "no calibration token reached it: rounded to nearest")
         worse = "gptq was worse on tokens that were held out: rounded to nearest"
-        return add_notes(decisions, notes | dict.fromkeys(self.rounded, worse))
+        return add_notes(decisions, notes | dict.fromkeys(self.rounded, worse) | self.scarce)
 
 
 def _held_error(
