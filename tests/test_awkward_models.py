@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fxquant
+from fxquant.errors import SaveError
 from tests.awkward import CASES
 from tests.awkward.judge import (
     RefusedError,
@@ -92,3 +93,22 @@ def test_the_model_the_graphs_and_the_swapped_copy_are_independent(case):
     swapped = fxquant.swap_modules(model, q)
     assert_none_shared("Parameter objects", *map(objects, (model, gm, q, swapped)))
     assert_none_shared("memory", *map(memory, (model, q, swapped)))
+
+
+def test_a_saved_graph_loads_with_its_bits_or_is_refused_when_it_is_saved(case, tmp_path):
+    model = case.model()
+    try:
+        q, _ = attempt(case, True, lambda: quantize(case, model, [case.call(), case.call()]))
+    except RefusedError:
+        return
+    path = tmp_path / "graph.safetensors"
+    try:
+        fxquant.save_model(q, path)
+    except SaveError as error:
+        assert len(str(error)) > 30, str(error)
+        assert not path.exists()
+        assert fxquant.trace_report(q).opaque or case.unsaved in str(error), error
+        return
+    again = fxquant.load_model(path)
+    for index, (_, found, loaded) in call_all(case, True, q, again):
+        assert_same(loaded, found, bits=True, at=f"call {index}, loaded")

@@ -6,6 +6,7 @@ attributes of a graph have names made by fxquant, since Python and torch.fx do n
 that a module may have; what the user calls a module is data beside the graph.
 """
 
+import inspect
 import keyword
 import warnings
 from collections.abc import Iterable, Iterator
@@ -97,7 +98,7 @@ _BY_NAME = frozenset(("named_parameters", "functional_call", "get_parameter", "_
 
 def _asks_for_parameters(module: nn.Module) -> bool:
     """Whether a forward of the user's names a method that gives or replaces parameters."""
-    code = getattr(type(module).forward, "__code__", None)
+    code = getattr(inspect.getattr_static(type(module), "forward", None), "__code__", None)
     if code is None or type(module).__module__.startswith("torch."):
         return False
     return not _BY_NAME.isdisjoint(code.co_names)

@@ -80,7 +80,7 @@ class Describer:
             nodes.append(
                 {
                     "op": node.op,
-                    "name": node.name,
+                    "name": node.name if is_name(node.name) else f"node_{numbers[node]}",
                     "target": self._target(node, where),
                     "args": encode(tuple(node.args), where, self.allowed, numbers),
                     "kwargs": encode(dict(node.kwargs), where, self.allowed, numbers),

@@ -40,8 +40,8 @@ def whole(data: Any, at: str) -> None:
 
 
 def number(data: Any, at: str) -> None:
-    """Any number; records hold None where nothing was measured."""
-    if data is not None and type(data) not in (int, float):
+    """Any number; records hold None where nothing was measured, and text for what JSON lacks."""
+    if data not in (None, "inf", "-inf", "nan") and type(data) not in (int, float):
         raise FormError(f"{at} is {data!r:.60}, not a number")
 
 

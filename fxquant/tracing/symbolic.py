@@ -2,6 +2,7 @@
 
 import builtins
 import dis
+import inspect
 import math
 import operator
 import sys
@@ -423,7 +424,7 @@ def left_out(where: str, value: object) -> str:
 
 def _catches_errors(module: nn.Module) -> bool:
     """Whether a forward of the user's has an `except` clause: which way it takes is not traced."""
-    code = getattr(type(module).forward, "__code__", None)
+    code = getattr(inspect.getattr_static(type(module), "forward", None), "__code__", None)
     if code is None or type(module).__module__.startswith("torch."):
         return False
     return any(step.opname == "CHECK_EXC_MATCH" for step in dis.get_instructions(code))

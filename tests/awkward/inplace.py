@@ -86,7 +86,7 @@ class SwapsHalves(Base):
         return self.second(h)
 
 
-@awkward()
+@awkward(unsaved="an argument out=")
 class OutArgument(Base):
     """`torch.add(..., out=h)`."""
 

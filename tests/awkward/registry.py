@@ -44,6 +44,7 @@ class Case:
         refused: the model is refused always, with a text that matches this.
         eval_first: call `eval()` on the model before it is passed on.
         float_only: the model has no linear layer that could be quantized.
+        unsaved: what of the graph a file cannot hold, as the error says it.
         first_calls: each call is compared with the first of a new model: the state cannot be
             followed. Else a series of calls on one model is compared.
     """
@@ -61,6 +62,7 @@ class Case:
     eval_first: bool = False
     float_only: bool = False
     first_calls: bool = False
+    unsaved: str = "nothing"
 
     def model(self) -> nn.Module:
         """The seeded model, as a user would pass it on."""

@@ -84,7 +84,7 @@ class WrappedFunction(Base):
         return self.second(drop_path(torch.relu(self.first(x)), 0.1, self.training))
 
 
-@awkward(own=False, int4=("second",))
+@awkward(own=False, int4=("second",), unsaved="the function tests.awkward")
 class WrappedProduct(Base):
     """A wrapped function does the product with a layer's weight."""
 
@@ -99,13 +99,13 @@ def scripted(module):
         return torch.jit.script(module)
 
 
-@awkward(layers=("1",), own=True)
+@awkward(layers=("1",), own=True, unsaved="RecursiveScriptModule")
 def scripted_child():
     """A scripted layer before a plain one."""
     return nn.Sequential(scripted(nn.Linear(W, W)), nn.Linear(W, W))
 
 
-@awkward(layers=("1",))
+@awkward(layers=("1",), unsaved="RecursiveScriptModule")
 def script_traced_child():
     """A child that `torch.jit.trace` made."""
     with warnings.catch_warnings():
@@ -289,7 +289,7 @@ def _(x: torch.Tensor, cap: float) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-@awkward()
+@awkward(unsaved="the function fxquant_tests::softcap")
 class OwnOperator(Base):
     """A custom operator of torch.library."""
 
