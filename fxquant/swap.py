@@ -57,7 +57,10 @@ def swap_modules(model: M, qmodel: GraphModule, *, share_memory: bool = False) -
 
 def _swapped(inner: nn.Module, qmodel: GraphModule, share_memory: bool) -> nn.Module:
     _check_same_model(inner, qmodel, values=True)
-    plan = _plan(inner, qmodel)
+    # Only folded scales change what stays float. The rest is the model's own: an adapter may be
+    # merged in the graph, which is in evaluation mode, and not yet in the model.
+    is_changed = bool((qmodel.meta.get(INFO_KEY) or {}).get("folded_scales"))
+    plan = _plan(inner, qmodel, with_parameters=is_changed)
     replaced = {inner.get_submodule(name) for name in plan.modules}
     keep = (lambda _: True) if share_memory else replaced.__contains__
     return _apply(copy_owning_tensors(inner, keep=keep), plan)
@@ -78,7 +81,7 @@ def load_into(model: M, path: str | os.PathLike[str]) -> M:
     qmodel = load_model(path)
     inner = unwrap(model)
     _check_same_model(inner, qmodel, values=False)
-    plan = _plan(inner, qmodel)
+    plan = _plan(inner, qmodel, with_parameters=True)
     if plan.left_float and first_difference(qmodel.meta.get(FINGERPRINT, {}), inner, values=True):
         raise OptionError(
             os.fspath(path),
@@ -107,7 +110,8 @@ def _check_same_model(model: nn.Module, qmodel: GraphModule, *, values: bool) ->
         raise _other_model(*different)
 
 
-def _plan(model: nn.Module, qmodel: GraphModule) -> _Plan:
+def _plan(model: nn.Module, qmodel: GraphModule, *, with_parameters: bool) -> _Plan:
+    """What is to be replaced, and which float parameters are taken over."""
     plan = _Plan()
     own = dict(model.named_modules(remove_duplicate=False))
     own["model"] = own.get("model", model)
@@ -136,6 +140,8 @@ def _plan(model: nn.Module, qmodel: GraphModule) -> _Plan:
         if node.op == "get_attr":
             value = tensor_attribute(qmodel, node)
             _note_parameter(plan, model, user_name(qmodel, str(node.target)), value)
+    if not with_parameters:
+        plan.parameters.clear()
     plan.left_float = list(dict.fromkeys(plan.left_float))
     _check_scales(qmodel, unmatched)
     return plan

@@ -378,6 +378,8 @@ def test_the_graph_of_a_random_model_computes_what_it_computes(plan, with_exampl
 @common
 @given(plan=plans, with_example=st.booleans())
 @example(plan=("around", "shared", [("linear", "plain")]), with_example=True)
+@example(plan=("around", "branched", [("linear", "lora")]), with_example=False)
+@example(plan=("treated", "patched", ("linear", "spectral_norm")), with_example=True)
 @example(plan=("treated", "hooked", ("linear", "plain")), with_example=False)
 def test_a_random_model_is_quantized_and_swapped_as_it_is(plan, with_example):
     case = case_of(plan)
