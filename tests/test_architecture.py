@@ -52,3 +52,12 @@ def test_no_import_hides_inside_a_function(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             hidden = [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)]
             assert not hidden, f"{path}:{hidden[0].lineno}"
+
+
+TABLES = [p for p in sorted(PACKAGE.glob("*/__init__.py")) if "| file |" in p.read_text()]
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.parent.name)
+def test_the_table_of_a_room_names_each_of_its_files_once(path):
+    named = re.findall(r"`(\w+\.py)`", path.read_text())
+    assert sorted(named) == sorted(p.name for p in path.parent.glob("*.py") if p != path)

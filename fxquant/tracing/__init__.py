@@ -1,14 +1,22 @@
-"""A model in, one kind of graph out.
+"""A model in, one graph out that was compared with the model.
 
 | file | does |
 |---|---|
-| `prepare.py` | a copy of the model, in eval mode, that shares the tensors |
+| `trace.py` | tries the ways in order, and takes the first graph that does all the model does |
+| `prepare.py` | a working copy on the same memory, with weights as the model uses them |
 | `replacements.py` | traceable stand-ins for torch.nn's attention and transformer layers |
 | `signature.py` | which arguments of `forward` become inputs of the graph |
-| `symbolic.py` | the first way: `torch.fx` with opaque children where their code cannot be traced |
-| `export.py`, `guards.py` | the second way: `torch.export`, its graph brought back to plain form |
-| `canonical.py` | every linear with a parameter becomes a node named after its module |
-| `verify.py` | a graph counts only if it computes what the model computes |
-| `trace.py` | tries the ways in order; the untraceable stays opaque, its children are traced |
-| `trace_report.py` | which way was taken, what is opaque and why, how much weight is in graphs |
+| `symbolic.py` | the first way: `torch.fx`, with opaque children where that fails |
+| `export.py` | the second way: `torch.export`, its graph brought back to a plain one |
+| `inline.py` | opaque children of a symbolic graph, exported one by one and laid into it |
+| `opaque.py` | the last way: the model's own code as one node |
+| `assemble.py` | from a recorded graph to a `GraphModule` |
+| `canonical.py`, `constants.py`, `einsum.py` | products with a weight become layers by name |
+| `oracle.py`, `variations.py` | the user's own model on the example and on other sizes |
+| `needed.py`, `guards.py` | which sizes a graph has to refuse, and the checks that do it |
+| `products.py`, `coverage.py` | which weights are factors of products, and which the graph sees |
+| `product_only.py` | whether a class computes a linear layer and nothing else |
+| `trace_report.py` | which way was taken, what is opaque and why, how much weight is in the graph |
+
+Nothing here imports a pass: `trace` gives a graph, and what becomes of it is decided elsewhere.
 """
