@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.algorithms.gptq import gptq
-from fxquant.algorithms.moments import LayerMoments, damped
 from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.demo.language_model import calibration_tokens, load_language_model
 from fxquant.kernels import rounding as cpp
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.numerics.grouping import expand_groups
 from fxquant.numerics.weights import Int4Weight
+from fxquant.observers.moments import LayerMoments, damped
 
 WIDTH = 4096
 LAYERS = 60  # 1.0 billion parameters

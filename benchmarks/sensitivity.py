@@ -15,13 +15,13 @@ from fxquant import trace
 from fxquant.analysis.candidates import find_candidates
 from fxquant.analysis.exact import measure_exact
 from fxquant.analysis.gradient import measure_gradient
-from fxquant.analysis.paired_run import run_paired
-from fxquant.analysis.rounded_layers import RoundedLayers
 from fxquant.demo.language_model import calibration_tokens, load_language_model
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.structures import main_output
+from fxquant.measure.paired_run import run_paired
 from fxquant.passes.decide import DecisionOptions, decide
 from fxquant.passes.rewrite import rewrite
+from fxquant.passes.rounded_layers import RoundedLayers
 
 WIDTHS = (4, 8)
 

@@ -7,30 +7,29 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from fxquant.algorithms.input_statistics import InputStatistics
-from fxquant.analysis.fitted_layers import FittedLayers
-from fxquant.analysis.graph_view import INFO_KEY
-from fxquant.analysis.heldout import hold_out
-from fxquant.analysis.measured_rows import measure_rows
-from fxquant.analysis.paired_run import output_sqnr
-from fxquant.analysis.quantization_info import QuantizationInfo, check_accuracy_warnings
-from fxquant.analysis.rounded_layers import RoundedLayers
-from fxquant.analysis.sizes import MEGABYTE, model_bytes
+from fxquant.config.method import Recipe, parse_method
 from fxquant.errors import OptionError, check_choice, check_positive_int
 from fxquant.graph.calls import Call
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
+from fxquant.measure.heldout import hold_out
+from fxquant.measure.measured_rows import measure_rows
+from fxquant.measure.paired_run import output_sqnr
+from fxquant.measure.quantization_info import INFO_KEY, QuantizationInfo, check_accuracy_warnings
+from fxquant.measure.sizes import MEGABYTE, model_bytes
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.observers import OBSERVERS, Observer
+from fxquant.observers.input_statistics import InputStatistics
 from fxquant.passes.calibrate import accepts, calibrate
 from fxquant.passes.calibration_data import calls, check_batches
 from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import DecisionOptions, decide
+from fxquant.passes.fitted_layers import FittedLayers
 from fxquant.passes.insert_observers import insert_observers, observed_inputs
 from fxquant.passes.observe_inputs import expected_inputs, observe_inputs
 from fxquant.passes.quantize_activations import quantize_activations
 from fxquant.passes.quantize_sequentially import quantize_sequentially
-from fxquant.passes.recipe import Recipe, parse_method
 from fxquant.passes.rewrite import rewrite
+from fxquant.passes.rounded_layers import RoundedLayers
 from fxquant.passes.scale_channels import scale_channels
 from fxquant.passes.simulate import DYNAMIC, SimulatedActivations, SimulatedWeights
 from fxquant.tracing.prepare import check_initialized, unwrap

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
-from fxquant.analysis.graph_view import INFO_KEY
 from fxquant.errors import OptionError, SaveError
 from fxquant.graph.copying import copy_owning_tensors
 from fxquant.graph.identity import FINGERPRINT, first_difference
 from fxquant.graph.layers import replace_layer, sites, tensor_attribute, user_name
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
+from fxquant.measure.quantization_info import INFO_KEY
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.serialization.files import load_model
 from fxquant.tracing.prepare import COMPUTING_HOOKS, unwrap

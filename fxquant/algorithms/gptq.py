@@ -7,12 +7,12 @@ groups fixed beforehand, so that groups keep their place.
 import torch
 from torch import Tensor
 
-from fxquant.algorithms.moments import LayerMoments, damped
 from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.algorithms.sweep import sweep
 from fxquant.numerics.grouping import expand_groups
 from fxquant.numerics.integers import UINT4, dequantize_affine, quantize_affine
 from fxquant.numerics.weights import Int4Weight
+from fxquant.observers.moments import LayerMoments, damped
 
 DAMPING = 0.05  # of the mean second moment, at first: calibration data are few
 MOST_DAMPING = 10.0

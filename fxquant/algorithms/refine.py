@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fxquant.algorithms.gptq import DAMPING
-from fxquant.algorithms.moments import LayerMoments, damped
 from fxquant.algorithms.sweep import sweep
 from fxquant.numerics.grouping import expand_groups, group_count, to_groups
 from fxquant.numerics.integers import UINT4
@@ -20,6 +19,7 @@ from fxquant.numerics.weights import (
     ZERO_POINT_DTYPE,
     Int4Weight,
 )
+from fxquant.observers.moments import LayerMoments, damped
 
 ROUNDS = 3
 SWEEPS = 2  # of coordinate descent in a round

@@ -16,7 +16,7 @@ which is enough for two numbers, so that trying them costs no more than factorin
 import torch
 from torch import Tensor
 
-from fxquant.algorithms.moments import LayerMoments, damped
+from fxquant.observers.moments import LayerMoments, damped
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean second moment
 OUTPUTS = 256  # on which they are tried

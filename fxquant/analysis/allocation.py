@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fxquant.analysis.output_metric import db_of
-from fxquant.analysis.sensitivity_report import SensitivityReport, SensitivityRow
+from fxquant.analysis.sensitivity_report import SensitivityReport
 from fxquant.errors import BudgetError, OptionError
-from fxquant.report.tables import format_db, text_table
+from fxquant.measure.output_metric import db_of
+from fxquant.measure.sensitivity_row import SensitivityRow
+from fxquant.passes.decide import FLOAT_BITS
 
-FLOAT_BITS = 16
 STEPS = 4096  # resolution of the budget
 DB_PER_BIT = 6.02  # of a uniform quantizer: each bit halves the step
 
@@ -106,16 +106,6 @@ def pareto(
 ) -> list[Allocation]:
     """The best allocation at each of several average widths."""
     return [allocate(report, average_bits=a, choices=choices) for a in averages]
-
-
-def pareto_table(points: Sequence[Allocation]) -> str:
-    """Size against output SQNR as text."""
-    rows = [
-        (f"{p.average_bits:.2f}", round(p.bytes), format_db(p.predicted_sqnr_db),
-         format_db(p.measured_sqnr_db))
-        for p in points
-    ]  # fmt: skip
-    return text_table(("average bits", "bytes", "predicted dB", "measured dB"), rows)
 
 
 def _groups(

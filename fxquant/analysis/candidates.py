@@ -1,6 +1,6 @@
 """The layers that can be quantized, in every width, each on its own."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -8,9 +8,6 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.layers import Site, is_plain_linear, replaced, sites
-from fxquant.modules.linear import QuantizedLinear
-
-QuantizeLinear = Callable[[str, nn.Linear, int], QuantizedLinear]
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ from fxquant.analysis.batching import (
     is_same_error,
     repeated_values,
 )
-from fxquant.analysis.candidates import Candidate, QuantizeLinear
-from fxquant.analysis.output_metric import Metric, OutputError
+from fxquant.analysis.candidates import Candidate
 from fxquant.graph.calls import Call
 from fxquant.graph.ops import has_effects
 from fxquant.graph.stepper import HeldBytes, Stepper, deaths
+from fxquant.measure.output_metric import Metric, OutputError
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.passes.calibrate import run_call
+from fxquant.passes.rewrite import QuantizeLinear
 
 Errors = dict[str, dict[int, float]]
 

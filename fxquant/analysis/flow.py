@@ -1,13 +1,13 @@
 """How error flows through a graph: what arrives at each node, and what the node makes of it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch.fx import Node
 
+from fxquant.config.skip_rules import type_name
 from fxquant.graph.layers import user_name
 from fxquant.numerics.metrics import SqnrMeter
-from fxquant.passes.rules import type_name
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,3 @@ def _kind(node: Node) -> str:
         owner = node.graph.owning_module
         return str(node.target) if owner is None else user_name(owner, str(node.target))
     return type_name(node.target)
-
-
-def joins(flows: Iterable[NodeFlow]) -> list[NodeFlow]:
-    """The nodes where error from several inputs meets."""
-    return [flow for flow in flows if flow.shares]

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.analysis.candidates import Candidate, QuantizeLinear
+from fxquant.analysis.candidates import Candidate
 from fxquant.analysis.exact import Errors
-from fxquant.analysis.output_metric import Metric, probe
 from fxquant.graph.calls import Call
 from fxquant.graph.layers import layer_input
 from fxquant.graph.left_alone import graph_left_alone
+from fxquant.measure.output_metric import Metric, probe
 from fxquant.numerics.metrics import squared_sum
+from fxquant.passes.rewrite import QuantizeLinear
 
 
 def measure_gradient(

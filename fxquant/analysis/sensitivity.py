@@ -15,24 +15,25 @@ from fxquant.analysis.candidates import Candidate, find_candidates
 from fxquant.analysis.exact import Errors, measure_exact
 from fxquant.analysis.flow import error_flow
 from fxquant.analysis.gradient import measure_gradient
-from fxquant.analysis.graph_view import to_networkx
-from fxquant.analysis.measured_rows import measure_rows
 from fxquant.analysis.memory_plan import plan_exact
-from fxquant.analysis.output_metric import Metric, db_of
-from fxquant.analysis.paired_run import output_sqnr
-from fxquant.analysis.sensitivity_report import SensitivityReport, SensitivityRow
+from fxquant.analysis.sensitivity_report import SensitivityReport
 from fxquant.analysis.shipped_layers import ROUNDINGS, ShippedLayers, shipped_layers
 from fxquant.errors import check_choice, check_positive_int
 from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
 from fxquant.graph.structures import main_output
+from fxquant.measure.measured_rows import measure_rows
+from fxquant.measure.output_metric import Metric, db_of
+from fxquant.measure.paired_run import output_sqnr
+from fxquant.measure.sensitivity_row import SensitivityRow
 from fxquant.passes.calibration_data import calls, check_batches
 from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import Decision, DecisionOptions, decide
 from fxquant.passes.rewrite import rewrite
 from fxquant.tracing.prepare import unwrap
 from fxquant.tracing.trace import graph_of
+from fxquant.view.graph_view import to_networkx
 
 METHODS = ("local", "exact", "gradient")
 WIDTHS = (4, 8)
@@ -149,14 +150,15 @@ def _measured(
     )
     if method == "local":
         return replace(report, flows=error_flow(run.nodes))
-    search = _Search(gm, candidates, layers.held_out, layers, select, metric, _is_shown(progress))
-    errors, peak = search.run(method)
+    shown = _is_shown(progress)
+    measurement = _Measurement(gm, candidates, layers.held_out, layers, select, metric, shown)
+    errors, peak = measurement.run(method)
     report = replace(report, rows=[_with_errors(r, errors, report) for r in rows], peak_bytes=peak)
     return replace(report, pareto=_predicted_pareto(report))
 
 
 @dataclass(frozen=True)
-class _Search:
+class _Measurement:
     """What both methods that look at the output need."""
 
     gm: GraphModule

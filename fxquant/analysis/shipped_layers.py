@@ -6,19 +6,18 @@ from dataclasses import dataclass, replace
 from torch import nn
 from torch.fx import GraphModule
 
-from fxquant.analysis.candidates import QuantizeLinear
-from fxquant.analysis.fitted_layers import FittedLayers
-from fxquant.analysis.heldout import hold_out
-from fxquant.analysis.paired_run import output_sqnr
-from fxquant.analysis.rounded_layers import RoundedLayers
 from fxquant.graph.calls import Call
 from fxquant.graph.layers import sites
+from fxquant.measure.heldout import hold_out
+from fxquant.measure.paired_run import output_sqnr
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.passes.calibrate import accepts
 from fxquant.passes.decide import Decision
+from fxquant.passes.fitted_layers import FittedLayers
 from fxquant.passes.observe_inputs import expected_inputs, observe_inputs
 from fxquant.passes.quantize_sequentially import quantize_sequentially
-from fxquant.passes.rewrite import rewrite
+from fxquant.passes.rewrite import QuantizeLinear, rewrite
+from fxquant.passes.rounded_layers import RoundedLayers
 
 ROUNDINGS = ("auto", "rtn", "hqq", "gptq", "best")
 

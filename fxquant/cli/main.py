@@ -6,10 +6,7 @@ from typing import Any
 
 import click
 
-from fxquant.analysis.draw import draw
 from fxquant.analysis.gate import check_report
-from fxquant.analysis.graph_diff import diff as diff_graphs
-from fxquant.analysis.graph_view import INFO_KEY
 from fxquant.analysis.sensitivity import METHODS as SENSITIVITY_METHODS
 from fxquant.analysis.sensitivity import sensitivity
 from fxquant.analysis.shipped_layers import ROUNDINGS
@@ -18,11 +15,14 @@ from fxquant.cli.sources import load_data, load_graph, load_report, load_source
 from fxquant.demo.run import run_demo
 from fxquant.errors import OptionError
 from fxquant.graph.calls import Call
+from fxquant.measure.quantization_info import INFO_KEY
 from fxquant.passes.calibration_data import as_call
 from fxquant.pipeline import plan, quantize, static_quantize
 from fxquant.report.tables import format_db, format_shape, text_table
 from fxquant.serialization.files import load_model, save_model
 from fxquant.tracing.trace_report import trace_report
+from fxquant.view.draw import draw
+from fxquant.view.graph_diff import diff as diff_graphs
 
 MODEL_HELP = """
 MODEL is package.module:function, a function without arguments that returns the model, or a

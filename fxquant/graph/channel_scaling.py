@@ -109,13 +109,13 @@ class ScalingFinder:
         if value not in self.values.shapes or not self.values.shapes[value]:
             raise CannotScaleError("its input is no tensor")
         channels = self.values.shapes[value][-1]
-        search = _Search(self, channels)
+        search = _ScaleSearch(self, channels)
         rank = len(self.values.shapes[value])
         search.label(value, torch.arange(channels).reshape((1,) * (rank - 1) + (-1,)))
         return search.result()
 
 
-class _Search:
+class _ScaleSearch:
     """Labels that follow from one label, and the edits they ask for."""
 
     def __init__(self, finder: ScalingFinder, channels: int) -> None:

@@ -50,7 +50,7 @@ def best_range(
     bulk_high = torch.minimum(high, centres[bulk > 0].max() + width / 2).clamp(min=0)
     if high - low < WORTHWHILE * (bulk_high - bulk_low):
         bulk, bulk_low, bulk_high = histogram, low, high
-    search = _Search(histogram, bulk, centres, width, grid)
+    search = _ThresholdSearch(histogram, bulk, centres, width, grid)
     shrinks = torch.linspace(1, SMALLEST, STEPS, dtype=torch.float64, device=centres.device)
     low, high = search.best(bulk_low * shrinks, bulk_high * shrinks)
     for _ in range(2):  # then each end on its own, twice
@@ -112,7 +112,7 @@ def divergence(centres: Tensor, histogram: Tensor, integer: IntegerType) -> Tens
     return torch.where(is_inside.any(1), torch.special.xlogy(p, ratio).sum(1), torch.inf)
 
 
-class _Search:
+class _ThresholdSearch:
     """Chooses among candidates and remembers the smallest error of all it saw."""
 
     def __init__(

@@ -1,1 +1,17 @@
-"""The passes, one verb a file. Each leaves a legal graph and never changes its input."""
+"""The passes, one verb a file, in the order of the pipeline.
+
+Each leaves a legal graph and never changes its input.
+
+| file | does |
+|---|---|
+| `calibration_data.py`, `padding.py` | batches as calls, and which tokens are padding |
+| `check_weights.py` | refuses weights that cannot be quantized, before any data runs |
+| `decide.py` | which layers are quantized, and why the others are not |
+| `insert_observers.py`, `calibrate.py` | observers as nodes, and data through them |
+| `observe_inputs.py` | what the input of each layer looks like |
+| `scale_channels.py`, `simulate.py` | channel scales folded into the graph |
+| `rounded_layers.py`, `fitted_layers.py` | quantized layers rounded alone, or fitted to inputs |
+| `quantize_sequentially.py` | layers quantized in the order in which they run |
+| `rewrite.py` | quantized layers in the place of float ones, and back |
+| `quantize_activations.py` | quantize and dequantize nodes around layers |
+"""

@@ -19,10 +19,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from fxquant.errors import OptionError, check_positive_int
-from fxquant.graph.layers import is_plain_linear
-from fxquant.graph.parameters import ParameterNode, memory_of, parameter_nodes
-from fxquant.passes.rules import (
+from fxquant.config.skip_rules import (
     DEFAULT_INT4_SKIP,
     NameRule,
     check_names_match,
@@ -30,6 +27,9 @@ from fxquant.passes.rules import (
     is_type_match,
     type_name,
 )
+from fxquant.errors import OptionError, check_positive_int
+from fxquant.graph.layers import is_plain_linear
+from fxquant.graph.parameters import ParameterNode, memory_of, parameter_nodes
 
 FLOAT_BITS = 16  # how a bits mapping says "leave it float"
 BITS = (4, 8)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.algorithms.input_statistics import InputStatistics
 from fxquant.graph.calls import Call
 from fxquant.graph.layers import Site, is_plain_linear, layer_input, sites
+from fxquant.observers.input_statistics import InputStatistics
 from fxquant.passes.calibrate import run_call
 from fxquant.passes.padding import fitting_mask, padding_mask
 

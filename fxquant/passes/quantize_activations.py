@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 from torch.fx import GraphModule, Node
 
-from fxquant.algorithms.input_statistics import InputStatistics
 from fxquant.errors import OptionError
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.layers import Site, finish, free_name, sites
@@ -23,6 +22,7 @@ from fxquant.modules.activation import (
 )
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.observers import Observer
+from fxquant.observers.input_statistics import InputStatistics
 
 
 def quantize_activations(

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from fxquant.algorithms.moments import LayerMoments
 from fxquant.errors import WeightError
 from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_owning_tensors, copy_sharing_tensors
@@ -40,6 +39,7 @@ from fxquant.graph.left_alone import attributes_left_alone, graph_left_alone, le
 from fxquant.graph.residual import added_to
 from fxquant.graph.stepper import Stepper
 from fxquant.modules.linear import QuantizedLinear
+from fxquant.observers.moments import LayerMoments
 from fxquant.passes.calibrate import run_call
 from fxquant.passes.decide import Decision
 from fxquant.passes.padding import fitting_mask, padding_mask

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.algorithms.input_statistics import InputStatistics
 from fxquant.graph.calls import Call
 from fxquant.graph.channel_scaling import Scaling, ScalingFinder, apply_scale
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.layers import Site, sites
 from fxquant.graph.scale_rules import CannotScaleError
+from fxquant.observers.input_statistics import InputStatistics
 from fxquant.passes.decide import Decision, add_notes
 from fxquant.passes.observe_inputs import observe_inputs
 
@@ -105,7 +105,7 @@ def scale_channels(
     folded: list[FoldedScale] = []
     for scaling, names in found:
         layers = [(n, m, c) for n, m, c in scaling.readers if n in bits and n in statistics]
-        search = _Search(scaling, layers, statistics, bits, round_weight, round_activation)
+        search = _SettingSearch(scaling, layers, statistics, bits, round_weight, round_activation)
         remarks = []
         for kind in kinds:
             best = search.best(kind)
@@ -154,7 +154,7 @@ def _input_of(site: Site) -> Node:
     return site.input
 
 
-class _Search:
+class _SettingSearch:
     """Tries scales of one scaling on samples of its layers' inputs."""
 
     def __init__(

@@ -1,1 +1,8 @@
-"""Plain data in; tables, files and drawings out."""
+"""Plain data in; tables, files, pages and drawings out.
+
+| file | does |
+|---|---|
+| `tables.py` | text tables, CSV and JSON files |
+| `html.py`, `pages.py` | self-contained pages |
+| `drawing.py`, `layout.py`, `folding.py` | a graph as a drawing: shapes, places, repeated blocks |
+"""

@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.analysis.graph_view import INFO_KEY
 from fxquant.errors import FxquantError, LoadError, SaveError
 from fxquant.graph.identity import FINGERPRINT
 from fxquant.graph.layers import NAMES
 from fxquant.graph.left_alone import process_left_alone
+from fxquant.measure.quantization_info import INFO_KEY
 from fxquant.report.tables import plain
 from fxquant.serialization.atomic import check_replaceable, write_atomically
 from fxquant.serialization.container import DTYPE_NAMES, Container, not_readable

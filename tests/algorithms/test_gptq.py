@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from fxquant.algorithms.gptq import DAMPING, corrected_bias, gptq, quantization_loss
-from fxquant.algorithms.moments import LayerMoments
 from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.numerics.grouping import expand_groups
+from fxquant.observers.moments import LayerMoments
 
 
 def correlated(tokens, width, seed=0):

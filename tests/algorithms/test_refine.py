@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from fxquant.algorithms.gptq import DAMPING, gptq
-from fxquant.algorithms.moments import LayerMoments, damped
 from fxquant.algorithms.refine import refine
 from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.numerics.weights import SCALE_DTYPE, ZERO_POINT_DTYPE
+from fxquant.observers.moments import LayerMoments, damped
 
 
 def moments_of(x):

@@ -1,7 +1,7 @@
 import torch
 
-from fxquant.algorithms.moments import LayerMoments
 from fxquant.algorithms.target import float_target
+from fxquant.observers.moments import LayerMoments
 
 WEIGHT = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
 

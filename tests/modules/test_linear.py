@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from fxquant import QuantizedLinearInt4, QuantizedLinearInt8, sqnr_db
-from fxquant.analysis.sizes import model_bytes, stored_elements
 from fxquant.errors import OptionError, WeightError
 from fxquant.kernels.choose import BACKENDS
 from fxquant.kernels.interface import LinearSpec
+from fxquant.measure.sizes import model_bytes, stored_elements
 from fxquant.numerics.weights import quantize_weight_int4
 
 CPU = torch.device("cpu")

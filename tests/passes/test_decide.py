@@ -3,9 +3,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxquant
+from fxquant.config.skip_rules import DEFAULT_INT4_SKIP
 from fxquant.errors import OptionError, RuleError
 from fxquant.passes.decide import DecisionOptions, decide
-from fxquant.passes.rules import DEFAULT_INT4_SKIP
 from tests import models
 
 

@@ -2,8 +2,8 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.algorithms.input_statistics import SAMPLE, InputStatistics
 from fxquant.graph.calls import Call
+from fxquant.observers.input_statistics import SAMPLE, InputStatistics
 from fxquant.passes.observe_inputs import expected_inputs, observe_inputs
 
 X = [torch.randn(4, 5, 8) * torch.arange(1, 9) + 1, torch.randn(3, 5, 8)]

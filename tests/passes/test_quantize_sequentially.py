@@ -3,11 +3,11 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.algorithms.moments import LayerMoments
 from fxquant.demo.language_model import calibration_tokens, heldout_tokens, load_language_model
 from fxquant.errors import OptionError
 from fxquant.graph.calls import Call
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
+from fxquant.observers.moments import LayerMoments
 from fxquant.passes.decide import DecisionOptions, decide
 from fxquant.passes.quantize_sequentially import quantize_sequentially
 from tests import models

@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.analysis.heldout import hold_out
 from fxquant.graph.calls import Call
 from fxquant.graph.structures import main_output
+from fxquant.measure.heldout import hold_out
 from fxquant.passes.decide import DecisionOptions, decide
 from fxquant.passes.observe_inputs import observe_inputs
 from fxquant.passes.scale_channels import scale_channels

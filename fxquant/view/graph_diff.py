@@ -9,14 +9,15 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.analysis.graph_view import INFO_KEY, measured_rows
-from fxquant.analysis.sizes import model_bytes
+from fxquant.config.skip_rules import type_name
 from fxquant.graph.layers import sites, user_name
+from fxquant.measure.quantization_info import INFO_KEY
+from fxquant.measure.sizes import model_bytes
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.numerics.metrics import sqnr_db
-from fxquant.passes.rules import type_name
 from fxquant.report.html import Page, write_html
 from fxquant.report.tables import format_db, text_table
+from fxquant.view.graph_view import measured_rows
 
 STATUSES = ("unchanged", "rewritten", "added", "removed")
 

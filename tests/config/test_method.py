@@ -1,7 +1,7 @@
 import pytest
 
+from fxquant.config.method import Recipe, parse_method
 from fxquant.errors import OptionError
-from fxquant.passes.recipe import Recipe, parse_method
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,11 @@ import networkx as nx
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fxquant.config.skip_rules import type_name
 from fxquant.graph.layers import Site, sites, user_name
 from fxquant.graph.shapes import DTYPE, MODULE_PATH, SHAPE
+from fxquant.measure.quantization_info import INFO_KEY
 from fxquant.modules.linear import QuantizedLinear
-from fxquant.passes.rules import type_name
-
-INFO_KEY = "fxquant_info"  # gm.meta: the record of the quantization, as plain data
 
 
 def to_networkx(gm: GraphModule, rows: dict[str, Any] | None = None) -> "nx.MultiDiGraph[str]":

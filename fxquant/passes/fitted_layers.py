@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.algorithms.gptq import corrected_bias, gptq
-from fxquant.algorithms.moments import LayerMoments
 from fxquant.algorithms.refine import refine
 from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.algorithms.target import float_target
@@ -15,6 +14,7 @@ from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
 from fxquant.numerics.weights import Int4Weight
+from fxquant.observers.moments import LayerMoments
 from fxquant.passes.decide import Decision, add_notes
 
 

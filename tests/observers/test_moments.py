@@ -1,6 +1,6 @@
 import torch
 
-from fxquant.algorithms.moments import LayerMoments, damped
+from fxquant.observers.moments import LayerMoments, damped
 
 
 def test_sums_over_both_halves_are_the_sums_over_all_tokens():

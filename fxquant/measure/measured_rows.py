@@ -6,10 +6,10 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from fxquant.analysis.paired_run import LayerErrors, PairedRun, run_paired
-from fxquant.analysis.sensitivity_report import SensitivityRow
 from fxquant.graph.calls import Call
 from fxquant.graph.layers import is_plain_linear, sites
+from fxquant.measure.paired_run import LayerErrors, PairedRun, run_paired
+from fxquant.measure.sensitivity_row import SensitivityRow
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.numerics.metrics import SqnrMeter
 from fxquant.observers import Observer

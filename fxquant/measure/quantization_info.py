@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fxquant.analysis.sensitivity_report import SensitivityRow
 from fxquant.errors import AccuracyError, check_choice
+from fxquant.measure.sensitivity_row import SensitivityRow
 from fxquant.passes.decide import Decision
 from fxquant.passes.scale_channels import FoldedScale
 from fxquant.report.tables import format_db, format_shape, text_table
 
-FEW_SAMPLES = 50
+INFO_KEY = "fxquant_info"  # gm.meta: the record of the quantization, as plain data
+ENOUGH_SAMPLES = 50  # rows of calibration data; with fewer, the record warns
 FLOAT_SHARE = 0.1  # of the product weights: if more stays float, a warning says why
 HEADERS = (
     "module", "type", "shape", "params", "action",
@@ -187,9 +188,10 @@ def _general_warnings(info: QuantizationInfo) -> list[str]:
         found.append("nothing was quantized: the ledger tells why for each layer")
     elif not info.skipped_layers:
         found.append("nothing was skipped: no layer with parameters stayed float")
-    if info.sqnr_db is not None and info.calibration_samples_used < FEW_SAMPLES:
+    if info.sqnr_db is not None and info.calibration_samples_used < ENOUGH_SAMPLES:
         found.append(
-            f"only {info.calibration_samples_used} calibration samples; use at least {FEW_SAMPLES}"
+            f"only {info.calibration_samples_used} calibration samples; "
+            f"use at least {ENOUGH_SAMPLES}"
         )
     unverified = info.trace and not info.trace.get("verified")
     if unverified:

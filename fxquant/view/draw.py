@@ -4,12 +4,13 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
-from fxquant.analysis.graph_view import INFO_KEY, to_networkx
-from fxquant.analysis.pages import ledger_page
 from fxquant.errors import OptionError
+from fxquant.measure.quantization_info import INFO_KEY
 from fxquant.report.drawing import to_dot, to_svg
 from fxquant.report.folding import fold_repeats
 from fxquant.report.html import write_html
+from fxquant.report.pages import ledger_page
+from fxquant.view.graph_view import to_networkx
 
 
 def draw(gm: GraphModule, path: str | Path) -> None:

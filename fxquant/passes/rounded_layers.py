@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.algorithms.hqq import half_quadratic
-from fxquant.algorithms.input_statistics import InputStatistics
 from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
 from fxquant.numerics.weights import Int4Weight, rows_of_block
+from fxquant.observers.input_statistics import InputStatistics
 from fxquant.passes.decide import Decision, add_notes
 
 

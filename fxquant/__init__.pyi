@@ -1,0 +1,101 @@
+"""Graph-level post-training quantization on torch.fx: the names that users call."""
+
+from .analysis.allocation import Allocation, allocate, pareto
+from .analysis.sensitivity import sensitivity
+from .analysis.sensitivity_report import SensitivityReport
+from .config.skip_rules import DEFAULT_INT4_SKIP
+from .errors import (
+    AccuracyError,
+    BudgetError,
+    CalibrationError,
+    FxquantError,
+    LoadError,
+    OptionError,
+    RuleError,
+    SaveError,
+    TraceError,
+    WeightError,
+)
+from .measure.quantization_info import AccuracyWarning, QuantizationInfo, check_accuracy_warnings
+from .measure.sensitivity_row import SensitivityRow
+from .modules.linear_int4 import QuantizedLinearInt4
+from .modules.linear_int8 import QuantizedLinearInt8
+from .numerics.metrics import sqnr_db
+from .numerics.weights import (
+    calculate_scale_zp_groupwise,
+    dequantize_weight_int4,
+    quantize_weight_int4,
+)
+from .observers import (
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    Observer,
+    create_observer,
+)
+from .passes.calibrate import calibrate
+from .passes.decide import Decision
+from .passes.insert_observers import insert_observers
+from .passes.rewrite import dequantize_model
+from .pipeline import plan, quantize, static_quantize
+from .serialization.files import load_model, save_model
+from .swap import load_into, swap_modules
+from .tracing.trace import trace
+from .tracing.trace_report import TraceReport, trace_report
+from .view.draw import draw
+from .view.graph_diff import GraphDiff, diff
+from .view.graph_view import to_networkx
+
+__version__: str
+
+__all__ = [
+    "DEFAULT_INT4_SKIP",
+    "AccuracyError",
+    "AccuracyWarning",
+    "Allocation",
+    "BudgetError",
+    "CalibrationError",
+    "Decision",
+    "FxquantError",
+    "GraphDiff",
+    "HistogramObserver",
+    "LoadError",
+    "MinMaxObserver",
+    "MovingAverageMinMaxObserver",
+    "Observer",
+    "OptionError",
+    "QuantizationInfo",
+    "QuantizedLinearInt4",
+    "QuantizedLinearInt8",
+    "RuleError",
+    "SaveError",
+    "SensitivityReport",
+    "SensitivityRow",
+    "TraceError",
+    "TraceReport",
+    "WeightError",
+    "allocate",
+    "calculate_scale_zp_groupwise",
+    "calibrate",
+    "check_accuracy_warnings",
+    "create_observer",
+    "dequantize_model",
+    "dequantize_weight_int4",
+    "diff",
+    "draw",
+    "insert_observers",
+    "load_into",
+    "load_model",
+    "pareto",
+    "plan",
+    "quantize",
+    "quantize_weight_int4",
+    "save_model",
+    "sensitivity",
+    "sqnr_db",
+    "static_quantize",
+    "swap_modules",
+    "to_networkx",
+    "trace",
+    "trace_report",
+]

@@ -1,0 +1,7 @@
+"""What the caller wants, as values: no model and no data are needed to make or check them.
+
+| file | does |
+|---|---|
+| `skip_rules.py` | which layers stay float: rules by type, by name and by parameter count |
+| `method.py` | the name of a rounding method, taken apart into its steps |
+"""
