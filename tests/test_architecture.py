@@ -1,4 +1,4 @@
-"""The layer table of the README is the architecture: the imports must follow it."""
+"""The table of rooms in docs/architecture.md is held: the imports must follow it."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ ROW = re.compile(r"^\| (\d+) \| ([^|]+) \|", re.MULTILINE)
 
 def layers() -> dict[str, int]:
     table = {}
-    for number, rooms in ROW.findall((ROOT / "README.md").read_text()):
+    for number, rooms in ROW.findall((ROOT / "docs" / "architecture.md").read_text()):
         for room in re.findall(r"`(\w+)(?:\.py|/)`", rooms):
             table[room] = int(number)
     return table
@@ -41,7 +41,7 @@ SOURCES = [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.
 def test_a_module_imports_only_from_its_own_or_a_lower_layer(path):
     table = layers()
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert room in table, f"{room} has no row in the README's table"
+    assert room in table, f"{room} has no row in the table of docs/architecture.md"
     above = {r for r in imported_rooms(path) if table[r] > table[room]}
     assert not above, f"{path.relative_to(ROOT)} imports from above: {sorted(above)}"
 
