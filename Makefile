@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-models test-browser fuzz lint sanitize benchmark wheel clean
+.PHONY: demo test test-models test-browser fuzz lint sanitize benchmark wheel test-wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/fxquant demo
@@ -58,8 +58,21 @@ benchmark: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/sensitivity.py
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/accuracy.py
 
+# A manylinux wheel in dist/. OpenMP is not copied into it: torch brings the library that both share,
+# and a second copy would keep threads of its own.
 wheel: $(VENV)/installed-dev
-	$(BIN)/python -m build --wheel
+	rm -rf build/wheel dist
+	$(BIN)/python -m build --wheel --outdir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 \
+	    --wheel-dir dist build/wheel/*.whl
+
+# The wheel in an environment of its own, where nothing can be compiled.
+test-wheel: wheel
+	rm -rf build/wheel-env
+	$(PYTHON) -m venv build/wheel-env
+	CC=false CXX=false build/wheel-env/bin/python -m pip install --quiet \
+	    --constraint constraints.txt dist/*.whl
+	cd build/wheel-env && CC=false CXX=false bin/python ../../tests/check_wheel.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

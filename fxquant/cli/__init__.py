@@ -3,6 +3,7 @@
 | file | does |
 |---|---|
 | `main.py` | the commands and their options |
+| `doctor.py` | what this installation can do, and what is missing |
 | `sources.py` | finds models and data named on the command line |
 | `output.py` | text for people or JSON for machines, and exit statuses |
 """

@@ -10,6 +10,7 @@ from fxquant.analysis.gate import check_report
 from fxquant.analysis.sensitivity import METHODS as SENSITIVITY_METHODS
 from fxquant.analysis.sensitivity import sensitivity
 from fxquant.analysis.shipped_layers import ROUNDINGS
+from fxquant.cli.doctor import as_dict, as_text, diagnose
 from fxquant.cli.output import CHECK_FAILED, Output, exit_statuses
 from fxquant.cli.sources import load_data, load_graph, load_report, load_source
 from fxquant.demo.run import run_demo
@@ -63,6 +64,21 @@ def demo(output: Path | None, as_json: bool) -> None:
     out = Output(as_json)
     with exit_statuses():
         out.result(run_demo(out, output))
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Tell the versions, the CPU, the kernel in use, and what is missing.
+
+    Exit status: 0 all works, 1 the kernel computes wrong results on this machine.
+    """
+    out = Output(as_json)
+    findings = diagnose()
+    out.text(as_text(findings))
+    out.result(as_dict(findings))
+    if any(finding.is_fault for finding in findings):
+        raise SystemExit(CHECK_FAILED)
 
 
 def rule_options(command: Callable[..., None]) -> Callable[..., None]:
