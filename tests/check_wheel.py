@@ -16,10 +16,15 @@ def command(*arguments: str) -> str:
     return run.stdout
 
 
-assert Path(fxquant.__file__).is_relative_to(sys.prefix), "imported from the checkout"
-assert NOT_BUILT is None, NOT_BUILT
-assert command("--version").strip().endswith(fxquant.__version__)
-findings = {f["what"]: f["found"] for f in json.loads(command("doctor", "--json"))["findings"]}
-assert "native" in findings["INT4 product"], findings
-assert json.loads(command("demo", "--json"))["reload_is_identical"] is True
-print(f"wheel: fxquant {fxquant.__version__}, {findings['C++ kernel']}")
+def main() -> None:
+    assert Path(fxquant.__file__).is_relative_to(sys.prefix), "imported from the checkout"
+    assert NOT_BUILT is None, NOT_BUILT
+    assert command("--version").strip().endswith(fxquant.__version__)
+    findings = {f["what"]: f["found"] for f in json.loads(command("doctor", "--json"))["findings"]}
+    assert "native" in findings["INT4 product"], findings
+    assert json.loads(command("demo", "--json"))["reload_is_identical"] is True
+    print(f"wheel: fxquant {fxquant.__version__}, {findings['C++ kernel']}")
+
+
+if __name__ == "__main__":
+    main()
