@@ -1,10 +1,12 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import fxquant
 
+ROOT = Path(__file__).parent.parent
 PUBLIC = [
     "AccuracyError", "AccuracyWarning", "Allocation", "BudgetError", "CalibrationError",
     "DEFAULT_INT4_SKIP", "Decision", "FxquantError", "GraphDiff", "HistogramObserver",
@@ -52,8 +54,9 @@ def test_a_type_checker_sees_the_public_names_in_a_users_script(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     text = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path), str(script)],
-        capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent",
+         "--cache-dir", str(tmp_path), str(script)],
+        capture_output=True, text=True, check=False, cwd=ROOT,
     ).stdout  # fmt: skip
     assert 'Revealed type is "fxquant.measure.quantization_info.QuantizationInfo"' in text
     assert 'Revealed type is "torch.fx.graph_module.GraphModule"' in text
