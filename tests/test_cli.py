@@ -62,8 +62,14 @@ def test_json_is_all_there_is_on_standard_output():
 
 def test_an_accuracy_bar_fails_with_status_one(tmp_path):
     command = ("quantize", *SOURCE, *DATA)
-    run(*command, "--min-sqnr", 10)
-    assert "needs 90 dB" in run(*command, "--min-sqnr", 90, status=1).stderr
+    path = tmp_path / "model.safetensors"
+    assert "needs 90 dB" in run(*command, "--min-sqnr", 90, "--output", path, status=1).stderr
+    assert not list(tmp_path.iterdir()), "a refused model left a file"
+    run(*command, "--min-sqnr", 10, "--output", path)
+    before = path.read_bytes()
+    run(*command, "--min-sqnr", 90, "--output", path, status=1)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_check_holds_a_report_against_a_bar_and_a_baseline(tmp_path):

@@ -14,6 +14,7 @@ from fxquant.graph.saved_ops import ATTRIBUTES, fault_of_call
 from fxquant.graph.shapes import KEPT
 from fxquant.graph.structures import named_result
 from fxquant.serialization.allowlist import DESCRIBED, check_method, function_name
+from fxquant.serialization.layer_table import left_out
 from fxquant.serialization.layers import (
     INTERNAL,
     UnfitError,
@@ -122,12 +123,13 @@ class Describer:
         if type(module) in self.allowed_modules:
             return {**self._state(module, path), **self._opaque(module, path), "class": name}
         if type(module) is not known_classes().get(name):
+            reason = left_out(type(module)) or "it could not be traced (see trace_report)"
             raise SaveError(
                 path,
                 found=f"an opaque module of class {name}",
-                needed="torch.nn's or fxquant's own modules",
-                remedy="It could not be traced (see trace_report). If its class can be imported "
-                f"where the file is loaded, pass allow_modules=({type(module).__name__},).",
+                needed="a module that a file may hold",
+                remedy=f"This one may not: {reason}. If its class can be imported where the file "
+                f"is loaded, pass allow_modules=({type(module).__name__},).",
             )
         arguments: dict[str, Any] = {}
         try:

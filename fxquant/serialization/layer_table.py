@@ -33,7 +33,8 @@ NAMES = _words(
         "Mish Hardtanh Hardswish Hardsigmoid Hardshrink Softshrink Tanhshrink Threshold Softplus "
         "Softsign LogSigmoid GLU Sigmoid Tanh Softmax Softmin LogSoftmax Softmax2d Dropout "
         "Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout AvgPool1d AvgPool2d "
-        "AvgPool3d MaxPool1d MaxPool2d MaxPool3d LPPool1d LPPool2d LPPool3d AdaptiveAvgPool1d "
+        "AvgPool3d MaxPool1d MaxPool2d MaxPool3d MaxUnpool1d MaxUnpool2d MaxUnpool3d "
+        "FractionalMaxPool2d FractionalMaxPool3d LPPool1d LPPool2d LPPool3d AdaptiveAvgPool1d "
         "AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d "
         "AdaptiveMaxPool3d ConstantPad1d ConstantPad2d ConstantPad3d ZeroPad1d ZeroPad2d "
         "ZeroPad3d ReflectionPad1d ReflectionPad2d ReflectionPad3d ReplicationPad1d "
@@ -42,6 +43,30 @@ NAMES = _words(
         "Flatten Unflatten Fold Unfold CosineSimilarity PairwiseDistance MSELoss L1Loss "
         "SmoothL1Loss HuberLoss KLDivLoss CrossEntropyLoss NLLLoss BCELoss BCEWithLogitsLoss"
     )  # fmt: skip
+# Classes of torch.nn that a file may not hold, and why.
+LEFT_OUT = {
+    **dict.fromkeys(
+        _words(
+            "AdaptiveLogSoftmaxWithLoss CTCLoss CosineEmbeddingLoss GaussianNLLLoss "
+            "HingeEmbeddingLoss LinearCrossEntropyLoss MarginRankingLoss MultiLabelMarginLoss "
+            "MultiLabelSoftMarginLoss MultiMarginLoss NLLLoss2d PoissonNLLLoss SoftMarginLoss "
+            "TripletMarginLoss TripletMarginWithDistanceLoss"
+        ),
+        "it computes a loss for training, which is no part of a quantized model",
+    ),
+    **dict.fromkeys(
+        _words(
+            "LazyBatchNorm1d LazyBatchNorm2d LazyBatchNorm3d LazyConv1d LazyConv2d LazyConv3d "
+            "LazyConvTranspose1d LazyConvTranspose2d LazyConvTranspose3d LazyInstanceNorm1d "
+            "LazyInstanceNorm2d LazyInstanceNorm3d LazyLinear"
+        ),
+        "once it has run it is the class without Lazy, and before that it cannot be traced",
+    ),
+    **dict.fromkeys(_words("Container RNNBase RNNCellBase"), "it is a base of other classes"),
+    "DataParallel": "tracing unwraps it",
+    "Transformer": "it is always traced, layer by layer",
+    "EmbeddingBag": "its kernel reads memory at offsets that the file could choose",
+}
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 Kind = Callable[[Any], bool]
@@ -138,6 +163,7 @@ KINDS: dict[str, Kind] = {
     ),
     **_named(_or_none(_is_real), "eps momentum max_norm"),
     "scale_factor": _or_none(_REALS),
+    "output_ratio": _or_none(_several(_is_share)),
     **_named(_or_none(_whole(-LARGEST, LARGEST)), "padding_idx ignore_index"),
     **_named(_or_none(_OFFSETS), "dim start_dim end_dim"),
     "unflattened_size": _OFFSETS,
@@ -145,8 +171,9 @@ KINDS: dict[str, Kind] = {
     **_named(_is_none, "weight pos_weight process_group"),
 }
 # Arguments that say nothing about the module, or only where its first values come from.
-_LEFT_OUT = _words(
-    "self device dtype size_average reduce min_value max_value _weight _freeze args kwargs"
+_UNSAVED_ARGUMENTS = _words(
+    "self device dtype size_average reduce min_value max_value _weight _freeze _random_samples "
+    "args kwargs"
 )
 _RECURRENT_ARGUMENTS = _words(
     "input_size hidden_size num_layers bias batch_first dropout bidirectional"
@@ -211,11 +238,16 @@ def torch_classes() -> dict[str, type[nn.Module]]:
     return {f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes}
 
 
+def left_out(cls: type[nn.Module]) -> str | None:
+    """Why a file may not hold a class of torch.nn; None for other classes."""
+    return LEFT_OUT.get(cls.__name__) if cls.__module__.startswith("torch.nn.") else None
+
+
 def argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
     """The names of the constructor's arguments that are saved."""
     if cls not in _ARGUMENTS:
         names = inspect.signature(cls).parameters
-        _ARGUMENTS[cls] = tuple(name for name in names if name not in _LEFT_OUT)
+        _ARGUMENTS[cls] = tuple(name for name in names if name not in _UNSAVED_ARGUMENTS)
     return _ARGUMENTS[cls]
 
 

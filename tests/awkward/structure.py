@@ -287,3 +287,19 @@ class ResidualsAroundFlags(nn.Module):
 
     def forward(self, x):
         return self.head(self.b(self.a(x, double=True)))
+
+
+@awkward()
+class PoolsAndUnpools(Two):
+    """Pooling that hands its indices on, and pooling at random places."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.unpool = nn.MaxPool1d(2, return_indices=True), nn.MaxUnpool1d(2)
+        self.random = nn.FractionalMaxPool2d((1, 2), output_size=(3, W // 2))
+
+    def forward(self, x):
+        pooled, places = self.pool(self.first(x))
+        h = self.unpool(pooled, places)
+        taken = self.random(torch.stack((h, h, h), -2))[..., 0, :]
+        return self.second(torch.cat((taken, pooled), -1))

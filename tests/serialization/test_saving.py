@@ -201,3 +201,13 @@ def test_loading_leaves_the_random_state_alone(q, tmp_path):
     files.save_model(q, path)
     files.load_model(path)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_class_of_torch_nn_that_no_file_may_hold_is_refused_with_the_reason(tmp_path):
+    model = nn.Sequential(nn.EmbeddingBag(10, 64), nn.Linear(64, 64))
+    graph, info = fxquant.quantize(model, example_inputs=torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(SaveError) as error:
+        fxquant.save_model(graph, tmp_path / "m.safetensors", info)
+    assert "EmbeddingBag" in str(error.value)
+    assert "reads memory at offsets that the file could choose" in str(error.value)
+    assert not list(tmp_path.iterdir())

@@ -19,9 +19,9 @@ from fxquant.graph.saved_ops import (
     saved_methods,
 )
 from fxquant.serialization import allowlist, files
-from fxquant.serialization.allowlist import function_name, resolve_function
-from fxquant.serialization.layer_table import KINDS, argument_names, torch_classes
-from fxquant.serialization.layers import known_classes
+from fxquant.serialization.allowlist import check_method, function_name, resolve_function
+from fxquant.serialization.layer_table import KINDS, LEFT_OUT, argument_names, torch_classes
+from fxquant.serialization.layers import UnfitError, construct, known_classes
 from tests import models
 from tests.models import WIDTH
 
@@ -98,7 +98,10 @@ def test_every_method_of_a_tensor_outside_the_table_is_refused(saved, tmp_path):
     assert {"set_", "resize_", "data_ptr", "numpy", "as_strided", "register_hook", "apply_",
             "map_", "backward", "requires_grad_", "__reduce_ex__", "untyped_storage",
             "share_memory_", "type"} <= set(refused)  # fmt: skip
-    for name in refused[::40]:
+    for name in refused:
+        with pytest.raises(LoadError):
+            check_method(name, LoadError)
+    for name in refused[::80]:  # through a whole file
         with pytest.raises(LoadError):
             load_with(saved, tmp_path, lambda d, name=name: set_call(d, "call_method", name))
 
@@ -199,9 +202,21 @@ def test_no_attribute_of_any_allowed_class_can_be_set(saved, tmp_path, name):
     names = {*dir(cls), *vars(nn.Module()), "forward", "_compiled_call_impl"}
     if name in torch_classes():
         names -= set(argument_names(cls))
-    for key in sorted(names)[:: max(1, len(names) // 4)]:
+    for key in sorted(names):
+        for value in (1, "text", True, None):
+            with pytest.raises(UnfitError):
+                construct(cls, {key: value})
+    for key in sorted(names)[:: max(1, len(names) // 2)]:  # through a whole file
         with pytest.raises(LoadError):
             load_with(saved, tmp_path, lambda d, key=key: change(d, key))
+
+
+def test_every_class_of_torch_nn_is_listed_or_left_out_with_a_reason():
+    known = set(known_classes().values())
+    for name, cls in vars(nn).items():
+        if isinstance(cls, type) and issubclass(cls, nn.Module):
+            assert (cls in known) != (name in LEFT_OUT), name
+    assert all(LEFT_OUT.values())
 
 
 def test_every_argument_of_every_class_has_a_type_and_a_range():
