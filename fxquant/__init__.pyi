@@ -16,7 +16,12 @@ from .errors import (
     TraceError,
     WeightError,
 )
-from .measure.quantization_info import AccuracyWarning, QuantizationInfo, check_accuracy_warnings
+from .measure.quantization_info import (
+    AccuracyWarning,
+    QuantizationInfo,
+    check_accuracy_warnings,
+    info,
+)
 from .measure.sensitivity_row import SensitivityRow
 from .modules.linear_int4 import QuantizedLinearInt4
 from .modules.linear_int8 import QuantizedLinearInt8
@@ -83,6 +88,7 @@ __all__ = [
     "dequantize_weight_int4",
     "diff",
     "draw",
+    "info",
     "insert_observers",
     "load_into",
     "load_model",

@@ -1,9 +1,11 @@
+import dataclasses
 import json
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+import fxquant
 from fxquant.cli.main import cli
 from tests import models
 
@@ -106,3 +108,15 @@ def test_check_holds_a_report_against_a_bar_and_a_baseline(tmp_path):
 )
 def test_wrong_use_has_status_two_and_says_why(command):
     assert run(*command, status=2).stderr
+
+
+def test_names_of_a_file_cannot_command_the_terminal(tmp_path):
+    graph, info = fxquant.quantize(
+        torch.nn.Sequential(torch.nn.Linear(64, 64)), group_size=32, accuracy_warning="ignore"
+    )
+    row = dataclasses.replace(info.decisions[0], reason="\x1b[2J\u202egone")
+    path = tmp_path / "m.safetensors"
+    fxquant.save_model(graph, path, dataclasses.replace(info, decisions=[row]))
+    shown = run("inspect", path).stdout
+    assert "\\x1b[2J\\u202egone" in shown
+    assert "\x1b[2J" not in shown

@@ -14,8 +14,8 @@ PUBLIC = [
     "QuantizationInfo", "QuantizedLinearInt4", "QuantizedLinearInt8", "RuleError", "SaveError",
     "SensitivityReport", "SensitivityRow", "TraceError", "TraceReport", "WeightError", "allocate",
     "calculate_scale_zp_groupwise", "calibrate", "check_accuracy_warnings", "create_observer",
-    "dequantize_model", "dequantize_weight_int4", "diff", "draw", "insert_observers", "load_into",
-    "load_model", "pareto", "plan", "quantize", "quantize_weight_int4", "save_model",
+    "dequantize_model", "dequantize_weight_int4", "diff", "draw", "info", "insert_observers",
+    "load_into", "load_model", "pareto", "plan", "quantize", "quantize_weight_int4", "save_model",
     "sensitivity", "sqnr_db", "static_quantize", "swap_modules", "to_networkx", "trace",
     "trace_report",
 ]  # fmt: skip

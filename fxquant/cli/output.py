@@ -1,5 +1,6 @@
 """Text for people or JSON for machines, and exit statuses."""
 
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,21 @@ from fxquant.report.tables import to_json
 
 CHECK_FAILED = 1
 WRONG_USE = 2
+# Unicode's categories of characters that a terminal obeys and a reader does not see.
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters spelled out.
+
+    Names come from files and models of others, and a terminal would obey some of their characters.
+
+    >>> printable("fc\x1b[2J")
+    'fc\\x1b[2J'
+    """
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in HIDDEN else repr(c)[1:-1] for c in text
+    )
 
 
 class Output:
@@ -21,11 +37,12 @@ class Output:
 
     def text(self, line: object = "") -> None:
         """A line for people."""
-        click.echo(str(line), err=self.as_json)
+        click.echo(printable(str(line)), err=self.as_json)
 
     def title(self, line: str) -> None:
         """A heading for people."""
-        self.text(click.style(f"\n{line}", bold=True) if not self.as_json else f"\n{line}")
+        text = printable(f"\n{line}")
+        click.echo(text if self.as_json else click.style(text, bold=True), err=self.as_json)
 
     def result(self, data: Any) -> None:
         """The machine-readable result."""
@@ -39,8 +56,8 @@ def exit_statuses() -> Iterator[None]:
     try:
         yield
     except AccuracyError as error:
-        click.echo(f"fxquant: {error}", err=True)
+        click.echo(printable(f"fxquant: {error}"), err=True)
         raise SystemExit(CHECK_FAILED) from error
     except FxquantError as error:
-        click.echo(f"fxquant: {error}", err=True)
+        click.echo(printable(f"fxquant: {error}"), err=True)
         raise SystemExit(WRONG_USE) from error

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fxquant.errors import AccuracyError, check_choice
+from torch.fx import GraphModule
+
+from fxquant.errors import AccuracyError, OptionError, check_choice
 from fxquant.measure.sensitivity_row import SensitivityRow
 from fxquant.passes.decide import Decision
 from fxquant.passes.scale_channels import FoldedScale
@@ -96,6 +98,55 @@ class QuantizationInfo:
         data = asdict(self)
         data["bits"] = self.bits if isinstance(self.bits, int) else dict(self.bits)
         return {**data, "compression_ratio": self.compression_ratio}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "QuantizationInfo":
+        """Undo `to_dict`, also after JSON, which has neither tuples nor infinite numbers."""
+        values = {key: _number(value) for key, value in data.items() if key != "compression_ratio"}
+        values["decisions"] = [Decision(**_shaped(row)) for row in data["decisions"]]
+        values["rows"] = [SensitivityRow(**_shaped(row)) for row in data.get("rows", ())]
+        values["folded_scales"] = [
+            FoldedScale(tuple(f["producers"]), tuple(f["readers"]), f["kind"],
+                        _number(f["power"]), _number(f["gain_db"]))
+            for f in data.get("folded_scales", ())
+        ]  # fmt: skip
+        return cls(**values)
+
+
+def info(model: GraphModule) -> QuantizationInfo:
+    """The record that a quantized or loaded graph carries.
+
+    Args:
+        model: a graph from `quantize`, `static_quantize` or `load_model`.
+
+    Raises:
+        OptionError: it is no such graph.
+    """
+    record = model.meta.get(INFO_KEY) if isinstance(model, GraphModule) else None
+    if record is None:
+        raise OptionError(
+            "info",
+            found=f"a {type(model).__name__} without a record of its quantization",
+            needed="a graph that fxquant quantized or loaded",
+            remedy="Pass the graph that quantize, static_quantize or load_model returned. A copy "
+            "of your own class (swap_modules) carries no record: keep the graph beside it.",
+        )
+    return QuantizationInfo.from_dict(record)
+
+
+def _number(value: Any) -> Any:
+    """JSON has no infinite numbers and no NaN; they are saved as text."""
+    return float(value) if value in ("inf", "-inf", "nan") else value
+
+
+def _shaped(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a row, with a tuple as its shape and whole numbers as keys."""
+    values = {key: _number(value) for key, value in row.items()}
+    values["shape"] = tuple(row["shape"])
+    if "output_errors" in row:
+        errors = row["output_errors"].items()
+        values["output_errors"] = {int(bits): _number(error) for bits, error in errors}
+    return values
 
 
 def _cells(

@@ -112,14 +112,14 @@ def record(needed: dict[str, Form], more: dict[str, Form] | None = None) -> Form
     return check
 
 
-def loose(forms: dict[str, Form]) -> Form:
-    """A mapping in which the named keys, where present, have a form; others are plain data."""
+def map_of_widths(form: Form) -> Form:
+    """A mapping from numbers of bits, which JSON writes as text, to one form."""
 
     def check(data: Any, at: str) -> None:
-        map_of(anything)(data, at)
-        for key, form in forms.items():
-            if key in data:
-                form(data[key], f"{at}.{key}")
+        map_of(form)(data, at)
+        for key in data:
+            if not (key.isascii() and key.isdigit() and len(key) < 4):
+                raise FormError(f"{at} has the key {key!r:.60}, not a number of bits")
 
     return check
 
@@ -167,37 +167,6 @@ def _module(data: Any, at: str) -> None:
         raise FormError(f"{at}.attributes has one without a value")
 
 
-_folded = loose({"producers": _texts, "readers": _texts})
-_needed_row = loose({"module": text})
-
-
-def _rows(data: Any, at: str) -> None:
-    list_of(_needed_row)(data, at)
-    if any("module" not in row for row in data):
-        raise FormError(f"{at} has a row without a module")
-
-
-def _folded_scales(data: Any, at: str) -> None:
-    list_of(_folded)(data, at)
-    if any(not {"producers", "readers"} <= set(row) for row in data):
-        raise FormError(f"{at} has a scale without producers and readers")
-
-
-_info = loose(
-    {
-        "rows": _rows, "decisions": _rows, "folded_scales": _folded_scales, "warnings": _texts,
-        "trace": map_of(anything), "sqnr_db": number, "original_size_mb": number,
-        "quantized_size_mb": number,
-    }
-)  # fmt: skip
-
-
-def _mark(data: Any, at: str) -> None:
-    list_of(whole)(data, at)
-    if not data:
-        raise FormError(f"{at} is empty")
-
-
 _trace = record(
     {
         "way": text, "verified": whole, "attempts": _texts,
@@ -211,6 +180,62 @@ _trace = record(
         "product_elements": map_of(whole), "traced_elements": map_of(whole),
     },
 )  # fmt: skip
+
+
+def _info_trace(data: Any, at: str) -> None:
+    """The record of a trace; empty where the record was made without one."""
+    if data != {}:
+        _trace(data, at)
+
+
+def _bits(data: Any, at: str) -> None:
+    """A width, or a mapping from names to widths."""
+    if isinstance(data, dict):
+        map_of(whole)(data, at)
+    else:
+        whole(data, at)
+
+
+_decision = record(
+    {
+        "module": text, "kind": text, "shape": list_of(whole), "parameters": whole, "action": text,
+        "rule": text, "reason": text,
+    },
+    {"product": optional(text), "weight_elements": whole},
+)  # fmt: skip
+_row = record(
+    {
+        "module": text, "kind": text, "shape": list_of(whole), "params": whole, "bits": whole,
+        "weight_sqnr_db": number,
+    },
+    {
+        "introduced_sqnr_db": number, "cumulative_sqnr_db": number, "arrived_sqnr_db": number,
+        "output_sqnr_db": number, "output_errors": map_of_widths(number), "shares_input": text,
+        "input_low": number, "input_high": number, "input_outlier_ratio": number,
+    },
+)  # fmt: skip
+_folded = record(
+    {"producers": _texts, "readers": _texts, "kind": text, "power": number, "gain_db": number}
+)
+_info = record(
+    {"decisions": list_of(_decision)},
+    {
+        "rows": list_of(_row), "folded_scales": list_of(_folded), "warnings": _texts,
+        "trace": _info_trace, "bits": _bits, "group_size": whole, "symmetric": flag,
+        "method": text, "observer": text, "activation_bits": optional(whole), "sqnr_db": number,
+        "fitted_sqnr_db": number, "original_size_mb": number, "quantized_size_mb": number,
+        "compression_ratio": number, "calibration_samples_used": whole, "heldout_samples": whole,
+        "warning_threshold": number, "error_threshold": number,
+    },
+)  # fmt: skip
+
+
+def _mark(data: Any, at: str) -> None:
+    list_of(whole)(data, at)
+    if not data:
+        raise FormError(f"{at} is empty")
+
+
 _description = record(
     {
         "version": whole, "digests": map_of(text), "graph": _graph, "modules": list_of(_module),

@@ -317,3 +317,29 @@ def test_a_failure_while_running_names_the_node(saved, tmp_path):
     assert isinstance(caught.value.__cause__, RuntimeError)
     with pytest.raises(RuntimeError, match="unflatten"):  # code that catches torch's error works
         copy.deepcopy(loaded)(torch.ones(2, 63))
+
+
+INFO_FAULTS = {
+    "a number as a name": lambda info: info["decisions"][0].update(module=3),
+    "a list as a reason": lambda info: info["decisions"][0].update(reason=["x"]),
+    "an unknown key": lambda info: info.update(callback="os.system"),
+    "an unknown key of a row": lambda info: info["rows"][0].update(__class__="x"),
+    "a shape of texts": lambda info: info["rows"][0].update(shape=["1", "2"]),
+    "a text as SQNR": lambda info: info.update(sqnr_db="very good"),
+    "a width that is no number": lambda info: info["rows"][0].update(output_errors={"four": 1.0}),
+    "a row without a module": lambda info: info["rows"][0].pop("module"),
+    "a scale of numbers": lambda info: info.update(folded_scales=[{"producers": [1]}]),
+    "a trace of another form": lambda info: info.update(trace={"way": 1}),
+    "a mapping of bits to texts": lambda info: info.update(bits={"fc": "4"}),
+    "endless nesting": lambda info: info["trace"].update(attempts=[[[]]]),
+    "no decisions": lambda info: info.pop("decisions"),
+}
+
+
+@pytest.mark.parametrize("name", INFO_FAULTS)
+def test_a_record_of_another_form_is_refused(tmp_path, name):
+    path = tmp_path / "model.safetensors"
+    graph, info = fxquant.quantize(models.Plain(), group_size=32, accuracy_warning="ignore")
+    fxquant.save_model(graph, path, info)
+    with pytest.raises(LoadError, match="description"):
+        load_with(path, tmp_path, lambda d: INFO_FAULTS[name](d["info"]))
