@@ -25,9 +25,10 @@ from timing import report
 from torch import nn
 
 import fxquant
+from fxquant.config.quant_config import QuantConfig
 from fxquant.demo.language_model import calibration_tokens, heldout_tokens, load_language_model
 from fxquant.demo.measure import perplexity
-from fxquant.passes.decide import DecisionOptions, decide
+from fxquant.passes.decide import decide
 from fxquant.passes.rewrite import rewrite
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -85,7 +86,7 @@ class Subject:
     @property
     def quantized(self) -> list[str]:
         """Names of the layers that become INT4."""
-        ledger = decide(self.graph, DecisionOptions(modules_to_not_convert=self.keep))
+        ledger = decide(self.graph, QuantConfig(modules_to_not_convert=self.keep))
         return [d.module for d in ledger if d.bits]
 
 
@@ -132,7 +133,7 @@ SUBJECTS = {"language model": language_model, "minilm": minilm}
 
 def plain_rounding(subject: Subject) -> nn.Module:
     """Rounding to nearest over the full range, symmetric."""
-    ledger = decide(subject.graph, DecisionOptions(modules_to_not_convert=subject.keep))
+    ledger = decide(subject.graph, QuantConfig(modules_to_not_convert=subject.keep))
     return rewrite(
         subject.graph, ledger, lambda _, linear, __: fxquant.QuantizedLinearInt4.from_float(linear)
     )

@@ -15,11 +15,12 @@ from fxquant import trace
 from fxquant.analysis.candidates import find_candidates
 from fxquant.analysis.exact import measure_exact
 from fxquant.analysis.gradient import measure_gradient
+from fxquant.config.quant_config import QuantConfig
 from fxquant.demo.language_model import calibration_tokens, load_language_model
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.structures import main_output
 from fxquant.measure.paired_run import run_paired
-from fxquant.passes.decide import DecisionOptions, decide
+from fxquant.passes.decide import decide
 from fxquant.passes.rewrite import rewrite
 from fxquant.passes.rounded_layers import RoundedLayers
 
@@ -56,7 +57,7 @@ def measure(name: str, model: nn.Module, inputs: list[torch.Tensor]) -> dict[str
     """One row: seconds of each method, and the ratios that matter."""
     gm = copy_sharing_tensors(trace(model, inputs[0]), frozen=True)
     calls = [((x,), {}) for x in inputs]
-    decisions = decide(gm, DecisionOptions())
+    decisions = decide(gm, QuantConfig())
     layers = RoundedLayers(128, True)
     qmodel = rewrite(gm, decisions, layers.quantize)
     candidates = find_candidates(gm, [d.module for d in decisions if d.bits])

@@ -3,6 +3,7 @@
 from .analysis.allocation import Allocation, allocate, pareto
 from .analysis.sensitivity import sensitivity
 from .analysis.sensitivity_report import SensitivityReport
+from .config.quant_config import QuantConfig
 from .config.skip_rules import DEFAULT_INT4_SKIP
 from .errors import (
     AccuracyError,
@@ -69,6 +70,7 @@ __all__ = [
     "MovingAverageMinMaxObserver",
     "Observer",
     "OptionError",
+    "QuantConfig",
     "QuantizationInfo",
     "QuantizedLinearInt4",
     "QuantizedLinearInt8",

@@ -17,6 +17,7 @@ Each text says where, what was found, what is needed and what to do.
 """
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -114,4 +115,15 @@ def check_positive_int(argument: str, value: object) -> None:
             found=repr(value),
             needed="a whole number of at least 1",
             remedy=f"Pass {argument} as a positive int.",
+        )
+
+
+def check_number(argument: str, value: object) -> None:
+    """Raise an `OptionError` unless `value` is a number (perhaps an infinite one)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise OptionError(
+            argument,
+            found=repr(value),
+            needed="a number",
+            remedy=f"Pass {argument} as an int or a float.",
         )

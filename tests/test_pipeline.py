@@ -119,7 +119,7 @@ def test_a_large_channel_costs_the_others_nothing():
 def test_dynamic_activations_need_no_data():
     q, info = fxquant.quantize(models.Plain().eval(), activation_bits=8, **QUIET)
     assert q.first.activation == q.second.activation == "int8"
-    assert info.observer == "dynamic"
+    assert info.config.observer == "dynamic"
     with torch.no_grad():
         weights_only, _ = fxquant.quantize(models.Plain().eval(), **QUIET)
         assert not torch.equal(q.first(X), weights_only.first(X))

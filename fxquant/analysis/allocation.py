@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from fxquant.analysis.sensitivity_report import SensitivityReport
+from fxquant.config.quant_config import FLOAT_BITS
 from fxquant.errors import BudgetError, OptionError
 from fxquant.measure.output_metric import db_of
 from fxquant.measure.sensitivity_row import SensitivityRow
-from fxquant.passes.decide import FLOAT_BITS
 
 STEPS = 4096  # resolution of the budget
 DB_PER_BIT = 6.02  # of a uniform quantizer: each bit halves the step

@@ -18,6 +18,7 @@ from fxquant.analysis.gradient import measure_gradient
 from fxquant.analysis.memory_plan import plan_exact
 from fxquant.analysis.sensitivity_report import SensitivityReport
 from fxquant.analysis.shipped_layers import ROUNDINGS, ShippedLayers, shipped_layers
+from fxquant.config.quant_config import QuantConfig
 from fxquant.errors import check_choice, check_positive_int
 from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_sharing_tensors
@@ -29,7 +30,7 @@ from fxquant.measure.paired_run import output_sqnr
 from fxquant.measure.sensitivity_row import SensitivityRow
 from fxquant.passes.calibration_data import calls, check_batches
 from fxquant.passes.check_weights import check_weights
-from fxquant.passes.decide import Decision, DecisionOptions, decide
+from fxquant.passes.decide import Decision, decide
 from fxquant.passes.rewrite import rewrite
 from fxquant.tracing.prepare import unwrap
 from fxquant.tracing.trace import graph_of
@@ -91,7 +92,7 @@ def sensitivity(
     check_choice("method", method, METHODS)
     rounding = "auto" if rounding is None else rounding
     check_choice("rounding", rounding, ROUNDINGS)
-    options = DecisionOptions(
+    options = QuantConfig(
         bits=bits,
         group_size=group_size,
         modules_to_not_convert=modules_to_not_convert,
@@ -110,7 +111,7 @@ def sensitivity(
 def _measured(
     model: nn.Module,
     data: Iterable[object],
-    options: DecisionOptions,
+    options: QuantConfig,
     symmetric: bool,
     method: str,
     rounding: str,

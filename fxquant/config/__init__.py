@@ -2,6 +2,7 @@
 
 | file | does |
 |---|---|
+| `quant_config.py` | all that can be asked for, as one checked value; presets, recipe files |
 | `skip_rules.py` | which layers stay float: rules by type, by name and by parameter count |
 | `method.py` | the name of a rounding method, taken apart into its steps |
 """

@@ -30,6 +30,7 @@ class SkipRules:
     skip_param_threshold: int
 
     def __getitem__(self, name: str) -> Any:
+        """The entry called `name`: callers read the default as a mapping, too."""
         if name not in {f.name for f in fields(self)}:
             raise KeyError(name)
         return getattr(self, name)
@@ -126,9 +127,13 @@ def check_types_match(argument: str, types: Iterable[Any], present: Sequence[Any
 
 
 def is_type_match(rule: Any, kind: Any) -> bool:
-    """Whether a rule (a class, a function, or a class name) selects a node of `kind`."""
+    """Whether a rule (a class, a function, or the name of one) selects a node of `kind`.
+
+    A class selects its subclasses, too, also by name.
+    """
     if isinstance(rule, str):
-        return rule == type_name(kind)
+        classes = kind.__mro__ if isinstance(kind, type) else (kind,)
+        return any(rule in (type_name(cls), type_rule(cls)) for cls in classes)
     if isinstance(rule, type) and isinstance(kind, type):
         return issubclass(kind, rule)
     return rule is kind or rule == kind
@@ -138,7 +143,22 @@ def type_name(kind: Any) -> str:
     """How tables name a module class or a function."""
     if isinstance(kind, torch._ops.OpOverload):
         return str(kind)
+    if isinstance(kind, str):
+        return kind.rpartition(":")[2]
     return str(getattr(kind, "__name__", kind))
+
+
+def type_rule(kind: Any) -> str:
+    """A rule over types as text, which names one class or function only.
+
+    >>> type_rule(nn.Linear), type_rule("Linear"), type_rule(aten.embedding.default)
+    ('torch.nn.modules.linear:Linear', 'Linear', 'aten.embedding.default')
+    """
+    if isinstance(kind, str):
+        return kind
+    if isinstance(kind, torch._ops.OpOverload) or not hasattr(kind, "__qualname__"):
+        return type_name(kind)
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _with_parents(names: Sequence[str]) -> list[str]:

@@ -2,11 +2,12 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch.fx import GraphModule
 
+from fxquant.config.quant_config import QuantConfig
 from fxquant.errors import AccuracyError, OptionError, check_choice
 from fxquant.measure.sensitivity_row import SensitivityRow
 from fxquant.passes.decide import Decision
@@ -14,6 +15,7 @@ from fxquant.passes.scale_channels import FoldedScale
 from fxquant.report.tables import format_db, format_shape, text_table
 
 INFO_KEY = "fxquant_info"  # gm.meta: the record of the quantization, as plain data
+LOOSE = ("bits", "group_size", "symmetric", "observer", "activation_bits")  # without a config
 ENOUGH_SAMPLES = 50  # rows of calibration data; with fewer, the record warns
 FLOAT_SHARE = 0.1  # of the product weights: if more stays float, a warning says why
 HEADERS = (
@@ -40,12 +42,8 @@ class QuantizationInfo:
         fitted_sqnr_db: the same on the rows that chose the integers.
         original_size_mb: true bytes of the traced float model in 10⁶, tied tensors counted once.
         quantized_size_mb: the same of the quantized model.
-        bits: 4, 8, or a mapping by module name.
-        group_size: columns a group.
-        symmetric: whether zero points are fixed.
+        config: what was asked for.
         method: the algorithm that chose the integers.
-        observer: the name of the observer of activations.
-        activation_bits: 8 if activations are quantized in the graph, else None.
         folded_scales: channel scales that were folded into the graph's parameters.
         trace: what tracing did, as plain data.
         warnings: what `check_accuracy_warnings` found.
@@ -59,12 +57,8 @@ class QuantizationInfo:
     fitted_sqnr_db: float | None = None
     original_size_mb: float = 0.0
     quantized_size_mb: float = 0.0
-    bits: int | Mapping[str, int] = 4
-    group_size: int = 128
-    symmetric: bool = True
+    config: QuantConfig = field(default_factory=QuantConfig)
     method: str = "rtn"
-    observer: str = "minmax"
-    activation_bits: int | None = None
     folded_scales: list[FoldedScale] = field(default_factory=list)
     trace: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -95,14 +89,15 @@ class QuantizationInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        data = asdict(self)
-        data["bits"] = self.bits if isinstance(self.bits, int) else dict(self.bits)
+        data = {**asdict(replace(self, config=QuantConfig())), "config": self.config.to_dict()}
         return {**data, "compression_ratio": self.compression_ratio}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "QuantizationInfo":
         """Undo `to_dict`, also after JSON, which has neither tuples nor infinite numbers."""
         values = {key: _number(value) for key, value in data.items() if key != "compression_ratio"}
+        older = {key: values.pop(key) for key in LOOSE if key in values}
+        values["config"] = QuantConfig.from_dict(_finite(data.get("config", older)))
         values["decisions"] = [Decision(**_shaped(row)) for row in data["decisions"]]
         values["rows"] = [SensitivityRow(**_shaped(row)) for row in data.get("rows", ())]
         values["folded_scales"] = [
@@ -137,6 +132,12 @@ def info(model: GraphModule) -> QuantizationInfo:
 def _number(value: Any) -> Any:
     """JSON has no infinite numbers and no NaN; they are saved as text."""
     return float(value) if value in ("inf", "-inf", "nan") else value
+
+
+def _finite(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _number(value) if isinstance(value, str) else value for key, value in config.items()
+    }
 
 
 def _shaped(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
 from torch.fx import GraphModule
 
+from fxquant.config.quant_config import FLOAT_BITS, QuantConfig
 from fxquant.config.skip_rules import (
     DEFAULT_INT4_SKIP,
     NameRule,
@@ -27,12 +27,9 @@ from fxquant.config.skip_rules import (
     is_type_match,
     type_name,
 )
-from fxquant.errors import OptionError, check_positive_int
 from fxquant.graph.layers import is_plain_linear
 from fxquant.graph.parameters import ParameterNode, memory_of, parameter_nodes
 
-FLOAT_BITS = 16  # how a bits mapping says "leave it float"
-BITS = (4, 8)
 ACTIONS = {4: "int4", 8: "int8", FLOAT_BITS: "float"}
 
 
@@ -68,64 +65,12 @@ class Decision:
         return {"int4": 4, "int8": 8}.get(self.action)
 
 
-@dataclass(frozen=True)
-class DecisionOptions:
-    """What the caller asked for; None stands for the entry of `DEFAULT_INT4_SKIP`."""
-
-    bits: int | Mapping[str, int] = 4
-    group_size: int = 128
-    layer_types: Sequence[Any] | None = None
-    modules_to_not_convert: Sequence[str] | None = None
-    skip_layer_types: Sequence[Any] | None = None
-    skip_layer_names: Sequence[str] | None = None
-    skip_param_threshold: int | None = None
-
-    def __post_init__(self) -> None:
-        check_positive_int("group_size", self.group_size)
-        bits = self.bits.items() if isinstance(self.bits, Mapping) else [("bits", self.bits)]
-        for where, value in bits:
-            allowed = (*BITS, FLOAT_BITS) if isinstance(self.bits, Mapping) else BITS
-            if isinstance(value, bool) or value not in allowed:
-                raise OptionError(
-                    "bits" if where == "bits" else f"bits[{where!r}]",
-                    found=repr(value),
-                    needed=" or ".join(map(str, allowed)),
-                    remedy="Choose one of these widths (in a mapping, 16 leaves a module float).",
-                )
-        threshold = self.skip_param_threshold
-        if threshold is not None and (
-            isinstance(threshold, bool) or not isinstance(threshold, int) or threshold < 0
-        ):
-            raise OptionError(
-                "skip_param_threshold",
-                found=repr(threshold),
-                needed="a whole number of at least 0",
-                remedy="Pass 0 to quantize layers of every size.",
-            )
-        for kind in self.layer_types or ():
-            if not is_type_match(kind, nn.Linear):
-                raise OptionError(
-                    "layer_types",
-                    found=type_name(kind),
-                    needed="a type that has an integer kernel: Linear",
-                    remedy="Leave layer_types out to quantize all of them.",
-                )
-        for argument in ("modules_to_not_convert", "skip_layer_names"):
-            if isinstance(getattr(self, argument), str):
-                raise OptionError(
-                    argument,
-                    found=f"the text {getattr(self, argument)!r}",
-                    needed="a list of names",
-                    remedy=f"Write {argument}=[{getattr(self, argument)!r}].",
-                )
-
-
-def decide(gm: GraphModule, options: DecisionOptions) -> list[Decision]:
+def decide(gm: GraphModule, config: QuantConfig) -> list[Decision]:
     """Make the ledger of a traced model.
 
     Args:
         gm: a graph from `trace`.
-        options: the caller's rules.
+        config: the caller's rules.
 
     Returns:
         One row for each node with parameters, in the order of the graph.
@@ -134,14 +79,14 @@ def decide(gm: GraphModule, options: DecisionOptions) -> list[Decision]:
         RuleError: a rule that the caller wrote selects nothing.
     """
     nodes = parameter_nodes(gm)
-    _check_rules(nodes, options)
+    _check_rules(nodes, config)
     float_weights = {
         memory_of(p): node.name
         for node in nodes
-        if node.is_lookup or not _is_quantizable(node, options) or _skipped_type(node, options)
+        if node.is_lookup or not _is_quantizable(node, config) or _skipped_type(node, config)
         for p in node.parameters
     }
-    return [_decide_node(node, options, float_weights) for node in nodes]
+    return [_decide_node(node, config, float_weights) for node in nodes]
 
 
 def add_notes(decisions: Iterable[Decision], notes: Mapping[str, str]) -> list[Decision]:
@@ -152,21 +97,21 @@ def add_notes(decisions: Iterable[Decision], notes: Mapping[str, str]) -> list[D
     ]
 
 
-def _check_rules(nodes: list[ParameterNode], options: DecisionOptions) -> None:
+def _check_rules(nodes: list[ParameterNode], config: QuantConfig) -> None:
     names = [node.name for node in nodes]
     kinds = [node.kind for node in nodes]
-    check_names_match("modules_to_not_convert", options.modules_to_not_convert or (), names)
-    check_names_match("skip_layer_names", options.skip_layer_names or (), names)
-    check_types_match("skip_layer_types", options.skip_layer_types or (), kinds)
-    check_types_match("layer_types", options.layer_types or (), kinds)
-    if isinstance(options.bits, Mapping):
-        check_names_match("bits", options.bits, names)
+    check_names_match("modules_to_not_convert", config.modules_to_not_convert or (), names)
+    check_names_match("skip_layer_names", config.skip_layer_names or (), names)
+    check_types_match("skip_layer_types", config.skip_layer_types or (), kinds)
+    check_types_match("layer_types", config.layer_types or (), kinds)
+    if isinstance(config.bits, Mapping):
+        check_names_match("bits", config.bits, names)
 
 
 def _decide_node(
-    node: ParameterNode, options: DecisionOptions, float_weights: dict[int, str]
+    node: ParameterNode, config: QuantConfig, float_weights: dict[int, str]
 ) -> Decision:
-    action, rule, reason = _first_rule(node, options, float_weights)
+    action, rule, reason = _first_rule(node, config, float_weights)
     kind = type_name(node.kind)
     elements = 0
     if node.product is not None:
@@ -178,68 +123,68 @@ def _decide_node(
 
 
 def _first_rule(
-    node: ParameterNode, options: DecisionOptions, float_weights: dict[int, str]
+    node: ParameterNode, config: QuantConfig, float_weights: dict[int, str]
 ) -> tuple[str, str, str]:
     if node.is_idle:
         why = "the graph does not call it: it did not run on the example, or its weight is used by "
         return "float", "not called", why + "other code"
     if node.is_opaque:
         return "float", "opaque", "it runs inside a module that could not be traced"
-    pattern = _matching_name(options.modules_to_not_convert or (), node.name)
+    pattern = _matching_name(config.modules_to_not_convert or (), node.name)
     if pattern is not None:
         return "float", f"modules_to_not_convert: {pattern}", "the caller keeps it float"
-    names, origin = _with_origin(options.skip_layer_names, "skip_names")
+    names, origin = _with_origin(config.skip_layer_names, "skip_names")
     pattern = _matching_name(names, node.name)
     if pattern is not None:
         return "float", f"{origin}: {pattern}", "name is skipped"
-    kind = _skipped_type(node, options)
+    kind = _skipped_type(node, config)
     if kind is not None:
-        _, origin = _with_origin(options.skip_layer_types, "skip_types")
+        _, origin = _with_origin(config.skip_layer_types, "skip_types")
         return "float", f"{origin}: {type_name(kind)}", "type is skipped"
-    if not _is_quantizable(node, options):
+    if not _is_quantizable(node, config):
         return "float", "op table", _why_not(node)
-    if options.layer_types is not None and not any(
-        is_type_match(kind, node.kind) for kind in options.layer_types
+    if config.layer_types is not None and not any(
+        is_type_match(kind, node.kind) for kind in config.layer_types
     ):
         return "float", "layer_types", "its type is not among the chosen ones"
-    bits, rule, reason = _bits_of(node, options)
+    bits, rule, reason = _bits_of(node, config)
     if bits == FLOAT_BITS:
         return "float", rule, reason
-    is_explicit = isinstance(options.bits, Mapping) or options.skip_layer_names is not None
+    is_explicit = isinstance(config.bits, Mapping) or config.skip_layer_names is not None
     tied = float_weights.get(memory_of(node.parameters[0]))
     if tied is not None and not is_explicit:
         return "float", "default: tied weight", f"its weight is shared with {tied}, which is float"
-    return _by_size(node, options, bits, rule, reason)
+    return _by_size(node, config, bits, rule, reason)
 
 
 def _by_size(
-    node: ParameterNode, options: DecisionOptions, bits: int, rule: str, reason: str
+    node: ParameterNode, config: QuantConfig, bits: int, rule: str, reason: str
 ) -> tuple[str, str, str]:
-    threshold = options.skip_param_threshold
+    threshold = config.skip_param_threshold
     origin = "skip_param_threshold"
     if threshold is None:
         threshold, origin = DEFAULT_INT4_SKIP.skip_param_threshold, f"default: {origin}"
-    if node.parameter_count < threshold and not isinstance(options.bits, Mapping):
+    if node.parameter_count < threshold and not isinstance(config.bits, Mapping):
         why = f"{node.parameter_count} parameters are fewer than {threshold}"
         return "float", origin, why
-    if bits == 4 and node.shape[-1] < options.group_size:
-        why = f"{node.shape[-1]} inputs are fewer than a group of {options.group_size}"
+    if bits == 4 and node.shape[-1] < config.group_size:
+        why = f"{node.shape[-1]} inputs are fewer than a group of {config.group_size}"
         return "int8", "group_size", f"{why}: INT8 per channel instead"
     return ACTIONS[bits], rule, reason
 
 
-def _bits_of(node: ParameterNode, options: DecisionOptions) -> tuple[int, str, str]:
-    if not isinstance(options.bits, Mapping):
-        return options.bits, "default", "a linear layer"
-    if node.name in options.bits:
-        return options.bits[node.name], "bits", f"the mapping gives it {options.bits[node.name]}"
-    pattern = _matching_name(options.bits, node.name)
+def _bits_of(node: ParameterNode, config: QuantConfig) -> tuple[int, str, str]:
+    if not isinstance(config.bits, Mapping):
+        return config.bits, "default", "a linear layer"
+    if node.name in config.bits:
+        return config.bits[node.name], "bits", f"the mapping gives it {config.bits[node.name]}"
+    pattern = _matching_name(config.bits, node.name)
     if pattern is None:
         return FLOAT_BITS, "bits", "the mapping does not name it"
     return (
-        options.bits[pattern],
+        config.bits[pattern],
         f"bits: {pattern}",
-        f"the mapping gives it {options.bits[pattern]}",
+        f"the mapping gives it {config.bits[pattern]}",
     )
 
 
@@ -262,19 +207,19 @@ def _why_not(node: ParameterNode) -> str:
     return f"{node.product} weights ({sizes}): not quantized"
 
 
-def _is_quantizable(node: ParameterNode, options: DecisionOptions) -> bool:
+def _is_quantizable(node: ParameterNode, config: QuantConfig) -> bool:
     return node.module is not None and is_plain_linear(node.module) and not node.is_opaque
 
 
-def _skipped_type(node: ParameterNode, options: DecisionOptions) -> Any:
-    types, _ = _with_origin(options.skip_layer_types, "skip_types")
+def _skipped_type(node: ParameterNode, config: QuantConfig) -> Any:
+    types, _ = _with_origin(config.skip_layer_types, "skip_types")
     return next((kind for kind in types if is_type_match(kind, node.kind)), None)
 
 
 def _with_origin(given: Sequence[Any] | None, entry: str) -> tuple[Sequence[Any], str]:
     """The caller's list, or the default's entry, and how the ledger names the rule."""
     if given is None:
-        return DEFAULT_INT4_SKIP[entry], f"default: {entry}"
+        return getattr(DEFAULT_INT4_SKIP, entry), f"default: {entry}"
     return given, entry.replace("skip_", "skip_layer_")
 
 

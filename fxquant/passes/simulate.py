@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from fxquant.config.quant_config import DYNAMIC
 from fxquant.kernels.reference import quantize_tokens
 from fxquant.modules.activation import (
     channel_grid,
@@ -12,8 +13,6 @@ from fxquant.modules.activation import (
 from fxquant.numerics.int8_weight import quantize_weight_int8
 from fxquant.numerics.weights import dequantize_weight_int4, quantize_weight_int4
 from fxquant.observers import create_observer
-
-DYNAMIC = "dynamic"  # instead of an observer: ranges are found while the model runs
 
 
 class SimulatedWeights:

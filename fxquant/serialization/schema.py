@@ -214,6 +214,16 @@ _row = record(
         "input_low": number, "input_high": number, "input_outlier_ratio": number,
     },
 )  # fmt: skip
+_config = record(
+    {},
+    {
+        "bits": _bits, "group_size": whole, "symmetric": flag, "method": text, "observer": text,
+        "activation_bits": optional(whole), "layer_types": _texts,
+        "modules_to_not_convert": _texts, "skip_layer_types": _texts, "skip_layer_names": _texts,
+        "skip_param_threshold": whole, "num_calibration_samples": whole, "accuracy_warning": text,
+        "sqnr_warning_threshold": number, "sqnr_error_threshold": number,
+    },
+)  # fmt: skip
 _folded = record(
     {"producers": _texts, "readers": _texts, "kind": text, "power": number, "gain_db": number}
 )
@@ -221,8 +231,10 @@ _info = record(
     {"decisions": list_of(_decision)},
     {
         "rows": list_of(_row), "folded_scales": list_of(_folded), "warnings": _texts,
-        "trace": _info_trace, "bits": _bits, "group_size": whole, "symmetric": flag,
-        "method": text, "observer": text, "activation_bits": optional(whole), "sqnr_db": number,
+        "trace": _info_trace, "config": _config, "method": text, "sqnr_db": number,
+        # instead of "config", in files that were written before it was there
+        "bits": _bits, "group_size": whole, "symmetric": flag, "observer": text,
+        "activation_bits": optional(whole),
         "fitted_sqnr_db": number, "original_size_mb": number, "quantized_size_mb": number,
         "compression_ratio": number, "calibration_samples_used": whole, "heldout_samples": whole,
         "warning_threshold": number, "error_threshold": number,

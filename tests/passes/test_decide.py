@@ -3,9 +3,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxquant
+from fxquant.config.quant_config import QuantConfig
 from fxquant.config.skip_rules import DEFAULT_INT4_SKIP
 from fxquant.errors import OptionError, RuleError
-from fxquant.passes.decide import DecisionOptions, decide
+from fxquant.passes.decide import decide
 from tests import models
 
 
@@ -26,7 +27,7 @@ class Network(nn.Module):
 
 def ledger(**options):
     options = {"group_size": 32, **options}
-    decisions = decide(fxquant.trace(Network()), DecisionOptions(**options))
+    decisions = decide(fxquant.trace(Network()), QuantConfig(**options))
     return {d.module: d for d in decisions}
 
 

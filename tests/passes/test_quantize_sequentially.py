@@ -3,12 +3,13 @@ import torch
 from torch import nn
 
 import fxquant
+from fxquant.config.quant_config import QuantConfig
 from fxquant.demo.language_model import calibration_tokens, heldout_tokens, load_language_model
 from fxquant.errors import OptionError
 from fxquant.graph.calls import Call
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.observers.moments import LayerMoments
-from fxquant.passes.decide import DecisionOptions, decide
+from fxquant.passes.decide import decide
 from fxquant.passes.quantize_sequentially import quantize_sequentially
 from tests import models
 from tests.models import WIDTH
@@ -26,7 +27,7 @@ def seen_moments(model):
         seen[name] = moments
         return QuantizedLinearInt4.from_float(linear, 32)
 
-    decisions = decide(gm, DecisionOptions(group_size=32, skip_param_threshold=0))
+    decisions = decide(gm, QuantConfig(group_size=32, skip_param_threshold=0))
     calls = [Call((x,)) for x in X]
     return gm, quantize_sequentially(gm, decisions, calls, quantize), seen
 
@@ -133,7 +134,7 @@ def test_a_padding_mask_among_the_arguments_is_used():
         seen.append(moments)
         return QuantizedLinearInt4.from_float(linear, 32)
 
-    decisions = decide(gm, DecisionOptions(group_size=32, skip_param_threshold=0))
+    decisions = decide(gm, QuantConfig(group_size=32, skip_param_threshold=0))
     quantize_sequentially(gm, decisions, [call], quantize)
     assert isinstance(seen[0], LayerMoments)
     assert seen[0].tokens == 16 * 3

@@ -3,10 +3,11 @@ import torch
 from torch import nn
 
 import fxquant
+from fxquant.config.quant_config import QuantConfig
 from fxquant.graph.calls import Call
 from fxquant.graph.structures import main_output
 from fxquant.measure.heldout import hold_out
-from fxquant.passes.decide import DecisionOptions, decide
+from fxquant.passes.decide import decide
 from fxquant.passes.observe_inputs import observe_inputs
 from fxquant.passes.scale_channels import scale_channels
 from fxquant.passes.simulate import SimulatedActivations, SimulatedWeights
@@ -37,7 +38,7 @@ CALLS = [Call((x,)) for x in X]
 
 def scaled(model, kinds, activations=None):
     gm = fxquant.trace(model.eval(), X[0])
-    ledger = decide(gm, DecisionOptions(group_size=32, skip_param_threshold=0))
+    ledger = decide(gm, QuantConfig(group_size=32, skip_param_threshold=0))
     return gm, scale_channels(gm, ledger, CALLS, kinds, SimulatedWeights(32, True), activations)
 
 
@@ -99,7 +100,7 @@ def test_the_rounding_of_activations_takes_part_in_the_search():
     torch.manual_seed(0)
     model, exact = Block().eval(), SimulatedWeights(32, True)
     gm = fxquant.trace(model, X[0])
-    ledger = decide(gm, DecisionOptions(bits=8, group_size=32, skip_param_threshold=0))
+    ledger = decide(gm, QuantConfig(bits=8, group_size=32, skip_param_threshold=0))
     gains = []
     for activations in (None, per_tensor):
         found = scale_channels(gm, ledger, CALLS, ["smoothquant"], exact, activations).folded

@@ -84,7 +84,11 @@ def test_quantized_activations_and_the_record_come_back(tmp_path):
     loaded = round_trip(q, tmp_path / "m.safetensors")
     assert torch.equal(loaded(X), q(X))
     record = loaded.meta["fxquant_info"]
-    assert (record["bits"], record["group_size"], record["symmetric"]) == (4, 32, False)
+    assert (
+        record["config"]["bits"],
+        record["config"]["group_size"],
+        record["config"]["symmetric"],
+    ) == (4, 32, False)
     assert [d["module"] for d in record["decisions"]] == [d.module for d in info.decisions]
     assert fxquant.trace_report(loaded) == fxquant.trace_report(q)
 

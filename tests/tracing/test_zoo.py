@@ -82,7 +82,7 @@ def test_it_is_quantized_runs_at_another_size_saves_and_reloads(name, tmp_path):
     with torch.no_grad():
         pairs = zip(tensors_in(loaded(**other)), tensors_in(q(**other)), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
-    assert loaded.meta["fxquant_info"]["group_size"] == 32
+    assert loaded.meta["fxquant_info"]["config"]["group_size"] == 32
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "t5", "clip"])

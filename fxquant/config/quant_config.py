@@ -1,0 +1,328 @@
+"""What the caller wants, as one value that is checked when it is made."""
+
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TypedDict
+
+from torch import nn
+
+from fxquant.config.method import parse_method
+from fxquant.config.skip_rules import NameRule, is_type_match, type_rule
+from fxquant.errors import (
+    OptionError,
+    check_choice,
+    check_number,
+    check_positive_int,
+    near_misses,
+)
+
+BITS = (4, 8)
+FLOAT_BITS = 16  # how a mapping of bits says "leave it float"
+DYNAMIC = "dynamic"  # instead of an observer: ranges are found while the model runs
+OBSERVER_NAMES = ("minmax", "movingaverage", "ema", "histogram", "kl", "auto", DYNAMIC)
+ON_FAILURE = ("error", "warn", "ignore")
+
+OnFailure = Literal["error", "warn", "ignore"]
+# A class, a function or a name of one of them.
+TypeRule = type | Callable[..., Any] | str
+
+
+class QuantOptions(TypedDict, total=False):
+    """The fields of `QuantConfig` as keywords, for editors and type checkers."""
+
+    bits: int | Mapping[str, int]
+    group_size: int
+    symmetric: bool
+    method: str
+    observer: str
+    activation_bits: int | None
+    layer_types: Sequence[TypeRule] | None
+    modules_to_not_convert: Sequence[str] | None
+    skip_layer_types: Sequence[TypeRule] | None
+    skip_layer_names: Sequence[str] | None
+    skip_param_threshold: int | None
+    num_calibration_samples: int
+    accuracy_warning: OnFailure
+    sqnr_warning_threshold: float
+    sqnr_error_threshold: float
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How to quantize a model: a value that can be compared, saved and used again.
+
+    Attributes:
+        bits: 4, 8, or a mapping from module name (or name rule) to bits; 16 leaves it float.
+        group_size: weights along `in_features` that share a scale.
+        symmetric: one fixed zero point, or one for each group.
+        method: how to choose the integers: `"rtn"` (rounding to nearest, with a clip search
+            weighted by the data), `"hqq"` (half-quadratic, without data), `"gptq"` (fitted to the
+            data, layer by layer); `"awq"` or `"smoothquant"` (channel scales folded into the
+            graph, then `"rtn"`); some of these joined by `+`, as in `"smoothquant+gptq"`;
+            `"best"` (`"gptq"`, then refined); or `"auto"`, which is `"gptq"` with data and `"rtn"`
+            without.
+        observer: the observer of activations, a name that `create_observer` knows, or
+            `"dynamic"`: with `activation_bits=8`, ranges are found while the model runs, one for
+            each token and group.
+        activation_bits: 8 quantizes the inputs of quantized layers: by quantize/dequantize nodes
+            in the graph (a range for each channel, within the one that the observer gives the
+            value), or inside the layers if `observer="dynamic"` or without data. None leaves them
+            float.
+        layer_types: quantize only these classes.
+        modules_to_not_convert: names that stay float, on top of the skip rules.
+        skip_layer_types: replaces `DEFAULT_INT4_SKIP.skip_types`.
+        skip_layer_names: replaces `DEFAULT_INT4_SKIP.skip_names`.
+        skip_param_threshold: replaces `DEFAULT_INT4_SKIP.skip_param_threshold`.
+        num_calibration_samples: rows of the first dimension that are used at most.
+        accuracy_warning: `"warn"`, `"error"` or `"ignore"`.
+        sqnr_warning_threshold: SQNR below it, in dB, is reported as low.
+        sqnr_error_threshold: SQNR below it, in dB, is reported as critical.
+
+    Raises:
+        OptionError: a value is not usable; the text names the option and what it takes.
+
+    >>> QuantConfig(bits=8) == QuantConfig.from_dict(QuantConfig(bits=8).to_dict())
+    True
+    >>> QuantConfig.preset("w4a8", group_size=64).activation_bits
+    8
+    """
+
+    bits: int | Mapping[str, int] = 4
+    group_size: int = 128
+    symmetric: bool = True
+    method: str = "auto"
+    observer: str = "minmax"
+    activation_bits: int | None = None
+    layer_types: Sequence[TypeRule] | None = None
+    modules_to_not_convert: Sequence[str] | None = None
+    skip_layer_types: Sequence[TypeRule] | None = None
+    skip_layer_names: Sequence[str] | None = None
+    skip_param_threshold: int | None = None
+    num_calibration_samples: int = 150
+    accuracy_warning: str = "warn"
+    sqnr_warning_threshold: float = 20.0
+    sqnr_error_threshold: float = 10.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, Mapping):
+            self._set("bits", MappingProxyType(dict(self.bits)))
+        for name in ("modules_to_not_convert", "skip_layer_names"):
+            self._set(name, _names(name, getattr(self, name)))
+        for name in ("layer_types", "skip_layer_types"):
+            self._set(name, _types(name, getattr(self, name)))
+        _check_bits(self.bits)
+        check_positive_int("group_size", self.group_size)
+        check_positive_int("num_calibration_samples", self.num_calibration_samples)
+        _check_flag("symmetric", self.symmetric)
+        parse_method(self.method, has_data=True)
+        check_choice("observer", self.observer, OBSERVER_NAMES)
+        check_choice("accuracy_warning", self.accuracy_warning, ON_FAILURE)
+        check_number("sqnr_warning_threshold", self.sqnr_warning_threshold)
+        check_number("sqnr_error_threshold", self.sqnr_error_threshold)
+        _check_activation_bits(self.activation_bits)
+        _check_parameter_threshold(self.skip_param_threshold)
+        for kind in self.layer_types or ():
+            if not is_type_match(kind, nn.Linear):
+                raise OptionError(
+                    "layer_types",
+                    found=str(kind),
+                    needed="a type that has an integer kernel: Linear",
+                    remedy="Leave layer_types out to quantize all of them.",
+                )
+
+    def __hash__(self) -> int:
+        return hash(repr(sorted(self.to_dict().items())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return QuantConfig.from_dict, (self.to_dict(),)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON or TOML; what is left at None is left out."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if isinstance(self.bits, Mapping):
+            values["bits"] = dict(self.bits)
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "QuantConfig":
+        """Make a config of plain data.
+
+        Args:
+            data: values by field name; `preset` names one that the others change.
+
+        Raises:
+            OptionError: a name or a value is not usable.
+        """
+        values = dict(data)
+        preset = values.pop("preset", None)
+        check_option_names(values)
+        return cls(**values) if preset is None else cls.preset(preset, **values)
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> "QuantConfig":
+        """Read a recipe: a TOML file with the fields of this class, and perhaps `preset`.
+
+        Raises:
+            OptionError: the file cannot be read, or a name or a value in it is not usable.
+        """
+        try:
+            data = tomllib.loads(Path(path).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise OptionError(
+                f"recipe {str(path)!r}",
+                found=f"a file that cannot be read: {error}",
+                needed="a TOML file with the fields of QuantConfig",
+                remedy="Write lines such as: bits = 4",
+            ) from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "QuantConfig":
+        """A config by name, with some of its values changed.
+
+        Args:
+            name: `"w4a16"` (weights of 4 bits, float activations), `"w4a8"` or `"w8a8"`
+                (activations of 8 bits, with ranges that are found while the model runs).
+            **changes: fields and their values.
+
+        Raises:
+            OptionError: the name or a value is not usable.
+        """
+        check_choice("preset", name, PRESETS)
+        check_option_names(changes)
+        return cls(**{**PRESETS[name], **changes})
+
+    def changed(self, **changes: Any) -> "QuantConfig":
+        """The same config with other values.
+
+        Raises:
+            OptionError: a name or a value is not usable.
+        """
+        check_option_names(changes)
+        return replace(self, **changes)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "w4a16": {"bits": 4},
+    "w4a8": {"bits": 4, "activation_bits": 8, "observer": DYNAMIC},
+    "w8a8": {"bits": 8, "activation_bits": 8, "observer": DYNAMIC},
+}
+
+
+def as_config(
+    config: "QuantConfig | Mapping[str, Any] | str | Path | None", options: Mapping[str, Any]
+) -> QuantConfig:
+    """The config that a caller means.
+
+    Args:
+        config: a config, plain data, the name of a preset, the path of a recipe, or None for the
+            defaults.
+        options: fields that the caller gave one by one; they change `config`.
+
+    Raises:
+        OptionError: a name or a value is not usable.
+    """
+    if isinstance(config, str) and not config.endswith(".toml"):
+        return QuantConfig.preset(config, **options)
+    if isinstance(config, str | Path):
+        config = QuantConfig.from_toml(config)
+    elif isinstance(config, Mapping):
+        config = QuantConfig.from_dict(config)
+    elif config is None:
+        config = QuantConfig()
+    if not isinstance(config, QuantConfig):
+        raise OptionError(
+            "config",
+            found=f"a {type(config).__name__}",
+            needed="a QuantConfig, the name of a preset, or the path of a recipe (.toml)",
+            remedy="Write QuantConfig(bits=4), for example.",
+        )
+    return config.changed(**options) if options else config
+
+
+def check_option_names(options: Mapping[str, Any]) -> None:
+    """Raise an `OptionError` with the near miss if a name is no field of `QuantConfig`."""
+    known = [field.name for field in fields(QuantConfig)]
+    for name in options:
+        if name not in known:
+            close = near_misses(str(name), known, count=1)
+            raise OptionError(
+                f"option {name!r}",
+                found="no option of that name",
+                needed=f"one of {', '.join(known)}",
+                remedy=f"Did you mean {close[0]!r}?" if close else "Leave it out.",
+            )
+
+
+def _names(argument: str, given: Sequence[str] | None) -> tuple[str, ...] | None:
+    if isinstance(given, str):
+        raise OptionError(
+            argument,
+            found=f"the text {given!r}",
+            needed="a list of names",
+            remedy=f"Write {argument}=[{given!r}].",
+        )
+    if given is None:
+        return None
+    return tuple(NameRule(name).pattern for name in given)
+
+
+def _types(argument: str, given: Sequence[TypeRule] | None) -> tuple[str, ...] | None:
+    if isinstance(given, str | type):
+        raise OptionError(
+            argument,
+            found=repr(given),
+            needed="a list of types",
+            remedy=f"Write {argument}=[{type_rule(given)}].",
+        )
+    return None if given is None else tuple(type_rule(kind) for kind in given)
+
+
+def _check_bits(bits: int | Mapping[str, int]) -> None:
+    is_mapping = isinstance(bits, Mapping)
+    allowed = (*BITS, FLOAT_BITS) if is_mapping else BITS
+    for name, value in bits.items() if isinstance(bits, Mapping) else [("", bits)]:
+        if isinstance(value, bool) or value not in allowed:
+            raise OptionError(
+                f"bits[{name!r}]" if is_mapping else "bits",
+                found=repr(value),
+                needed=" or ".join(map(str, allowed)),
+                remedy="Choose one of these widths (in a mapping, 16 leaves a module float).",
+            )
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise OptionError(
+            name, found=repr(value), needed="True or False", remedy="Pass one of them."
+        )
+
+
+def _check_activation_bits(value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or value != 8):
+        raise OptionError(
+            "activation_bits",
+            found=repr(value),
+            needed="8 or None",
+            remedy="Leave it None for float activations.",
+        )
+
+
+def _check_parameter_threshold(value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise OptionError(
+            "skip_param_threshold",
+            found=repr(value),
+            needed="a whole number of at least 0",
+            remedy="Pass 0 to quantize layers of every size.",
+        )

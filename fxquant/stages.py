@@ -1,0 +1,238 @@
+"""The stages of a quantization: trace, decide, calibrate, make layers, rewrite, measure."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+from torch.fx import GraphModule
+
+from fxquant.config.method import Recipe, parse_method
+from fxquant.config.quant_config import DYNAMIC, QuantConfig
+from fxquant.graph.calls import Call
+from fxquant.graph.left_alone import process_left_alone, structure_left_alone
+from fxquant.measure.heldout import hold_out
+from fxquant.measure.measured_rows import measure_rows
+from fxquant.measure.paired_run import output_sqnr
+from fxquant.measure.quantization_info import QuantizationInfo
+from fxquant.measure.sizes import MEGABYTE, model_bytes
+from fxquant.modules.linear import QuantizedLinear
+from fxquant.observers import Observer
+from fxquant.observers.input_statistics import InputStatistics
+from fxquant.passes.calibrate import accepts, calibrate
+from fxquant.passes.calibration_data import calls, check_batches
+from fxquant.passes.check_weights import check_weights
+from fxquant.passes.decide import Decision, decide
+from fxquant.passes.fitted_layers import FittedLayers
+from fxquant.passes.insert_observers import insert_observers, observed_inputs
+from fxquant.passes.observe_inputs import expected_inputs, observe_inputs
+from fxquant.passes.quantize_activations import quantize_activations
+from fxquant.passes.quantize_sequentially import quantize_sequentially
+from fxquant.passes.rewrite import rewrite
+from fxquant.passes.rounded_layers import RoundedLayers
+from fxquant.passes.scale_channels import FoldedScale, scale_channels
+from fxquant.passes.simulate import SimulatedActivations, SimulatedWeights
+from fxquant.tracing.prepare import check_initialized, unwrap
+from fxquant.tracing.trace import graph_of
+from fxquant.tracing.trace_report import trace_report
+
+
+@dataclass(frozen=True)
+class _Rewritten:
+    """A rewritten graph, and what the passes said about each layer."""
+
+    gm: GraphModule
+    decisions: list[Decision]
+
+
+@dataclass(frozen=True)
+class _Calibrated:
+    """A float graph, perhaps with scales folded into it, and what data told about it."""
+
+    gm: GraphModule
+    decisions: list[Decision]
+    fitted: list[Call]
+    held_out: list[Call]
+    observers: Mapping[str, Observer]
+    statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
+    folded: Sequence[FoldedScale] = ()
+    samples: int = 0
+
+    @property
+    def steadied(self) -> dict[str, InputStatistics]:
+        """The statistics, drawn towards what the graph promises where there were few tokens."""
+        expected = expected_inputs(self.gm)
+        return {name: seen.steadied(expected.get(name)) for name, seen in self.statistics.items()}
+
+
+def run_stages(
+    model: nn.Module, data: Iterable[object] | None, config: QuantConfig, example: Call | None
+) -> tuple[GraphModule, QuantizationInfo]:
+    """Quantize a model.
+
+    Args:
+        model: any module, or a graph from `trace`.
+        data: calibration data, or None.
+        config: what is wanted.
+        example: the call to trace the model with; by default the first of the data.
+
+    Returns:
+        The quantized graph and the record, whose accuracy nobody has judged yet.
+
+    Raises:
+        FxquantError: the model or the data is not usable.
+    """
+    recipe = parse_method(config.method, has_data=data is not None)
+    model = unwrap(model)
+    check_initialized(model)
+    with process_left_alone(), structure_left_alone(model):
+        if data is None:
+            return _quantize_without_data(model, config, recipe, example)
+        return _quantize_with_data(model, data, config, recipe, example)
+
+
+def _quantize_without_data(
+    model: nn.Module, config: QuantConfig, recipe: Recipe, example: Call | None
+) -> tuple[GraphModule, QuantizationInfo]:
+    config = replace(config, observer=DYNAMIC)
+    gm = graph_of(model, example)
+    decisions = decide(gm, config)
+    check_weights(gm, _selected(decisions))
+    made = _round(gm, decisions, config, recipe.rounding, expected_inputs(gm))
+    if config.activation_bits is not None:
+        _quantize_activations_dynamically(made.gm)
+    return made.gm, _measured(_Calibrated(gm, decisions, [], [], {}), made, config, recipe)
+
+
+def _quantize_with_data(
+    model: nn.Module,
+    data: Iterable[object],
+    config: QuantConfig,
+    recipe: Recipe,
+    example: Call | None,
+) -> tuple[GraphModule, QuantizationInfo]:
+    drawn = list(calls(data, model, config.num_calibration_samples))
+    gm = graph_of(model, example or (drawn[0] if drawn else None))
+    decisions = decide(gm, config)
+    check_weights(gm, _selected(decisions))
+    calibrated = _calibrate(gm, decisions, drawn, config, recipe)
+    made = _with_activations(_fit(calibrated, config, recipe), calibrated, config)
+    info = _measured(calibrated, made, config, recipe)
+    if config.method != "auto" or not calibrated.held_out or info.sqnr_db is None:
+        return made.gm, info
+    # Whether fitting pays is known only afterwards, on rows that it did not see.
+    nearest = _round(calibrated.gm, calibrated.decisions, config, "rtn", calibrated.steadied)
+    nearest = _with_activations(nearest, calibrated, config)
+    plain = _measured(calibrated, nearest, config, Recipe((), "rtn"))
+    if plain.sqnr_db is not None and plain.sqnr_db > info.sqnr_db:
+        plain.method = f"rtn (gptq: {info.sqnr_db:.2f} dB on held-out data)"
+        return nearest.gm, plain
+    return made.gm, info
+
+
+def _calibrate(
+    gm: GraphModule,
+    decisions: list[Decision],
+    drawn: list[Call],
+    config: QuantConfig,
+    recipe: Recipe,
+) -> _Calibrated:
+    """Let the data through: ranges, channel scales, and what the inputs of layers look like."""
+    names = _selected(decisions)
+    # Where nothing will be quantized, the data only has to be accepted.
+    fitted, held_out = hold_out(drawn, lambda call: accepts(gm, call)) if names else (drawn, [])
+    watch = "minmax" if config.observer == DYNAMIC else config.observer
+    observed = insert_observers(gm, watch)
+    used = calibrate(observed, fitted)
+    check_batches(drawn)
+    folded: Sequence[FoldedScale] = ()
+    if recipe.scalings and names:
+        weights = SimulatedWeights(config.group_size, config.symmetric)
+        activations = None
+        if config.activation_bits is not None:
+            activations = SimulatedActivations(config.observer, config.group_size)
+        scaled = scale_channels(gm, decisions, fitted, recipe.scalings, weights, activations)
+        gm, decisions, folded = scaled.gm, scaled.explain(decisions), scaled.folded
+        if folded:
+            observed = insert_observers(gm, watch)
+            calibrate(observed, fitted, progress=False)
+    statistics: Mapping[str, InputStatistics] = {}
+    needs_statistics = recipe.rounding != "gptq" or config.method == "auto"
+    if names and (needs_statistics or config.activation_bits):
+        statistics = observe_inputs(gm, names, fitted)
+    samples = used + sum(call.row_count for call in held_out)
+    observers = observed_inputs(observed)
+    return _Calibrated(gm, decisions, fitted, held_out, observers, statistics, folded, samples)
+
+
+def _fit(calibrated: _Calibrated, config: QuantConfig, recipe: Recipe) -> _Rewritten:
+    """The rewritten graph, with layers that are fitted to the data or rounded with its help."""
+    decisions = calibrated.decisions
+    if recipe.rounding != "gptq" or not _selected(decisions):
+        return _round(calibrated.gm, decisions, config, recipe.rounding, calibrated.steadied)
+    layers = FittedLayers(config.group_size, config.symmetric, refined=recipe.refined)
+    gm = quantize_sequentially(
+        calibrated.gm, decisions, calibrated.fitted, layers.quantize, calibrated.held_out
+    )
+    return _Rewritten(gm, layers.explain(decisions))
+
+
+def _round(
+    gm: GraphModule,
+    decisions: list[Decision],
+    config: QuantConfig,
+    rounding: str,
+    statistics: Mapping[str, InputStatistics],
+) -> _Rewritten:
+    """The rewritten graph, with each layer rounded on its own."""
+    rounding = "rtn" if rounding == "gptq" else rounding
+    layers = RoundedLayers(config.group_size, config.symmetric, rounding, statistics)
+    qmodel = rewrite(gm, decisions, layers.quantize)
+    return _Rewritten(qmodel, layers.explain(decisions))
+
+
+def _with_activations(made: _Rewritten, calibrated: _Calibrated, config: QuantConfig) -> _Rewritten:
+    """The same with quantized activations, if they were asked for."""
+    if config.activation_bits is None:
+        return made
+    if config.observer == DYNAMIC:
+        _quantize_activations_dynamically(made.gm)
+        return made
+    observers, statistics = calibrated.observers, calibrated.statistics
+    return replace(made, gm=quantize_activations(made.gm, observers, statistics))
+
+
+def _quantize_activations_dynamically(qmodel: GraphModule) -> None:
+    for module in qmodel.modules():
+        if isinstance(module, QuantizedLinear):
+            module.activation = "int8"
+
+
+def _measured(
+    calibrated: _Calibrated, made: _Rewritten, config: QuantConfig, recipe: Recipe
+) -> QuantizationInfo:
+    """The record: measured on what was held out and, of the output, on what was fitted to."""
+    gm, held_out, fitted = calibrated.gm, calibrated.held_out, calibrated.fitted
+    info = QuantizationInfo(
+        made.decisions,
+        config=config,
+        method=recipe.name,
+        calibration_samples_used=calibrated.samples,
+        heldout_samples=sum(call.row_count for call in held_out),
+        folded_scales=list(calibrated.folded),
+        original_size_mb=model_bytes(gm) / MEGABYTE,
+        quantized_size_mb=model_bytes(made.gm) / MEGABYTE,
+        trace=trace_report(gm).to_dict(),
+    )
+    if not info.selected_layers:
+        return info
+    info.rows, run = measure_rows(
+        gm, made.gm, made.decisions, held_out or fitted, calibrated.observers
+    )
+    info.sqnr_db = info.fitted_sqnr_db = run.output.db_or_none
+    if held_out:
+        info.fitted_sqnr_db = output_sqnr(gm, made.gm, fitted).db_or_none
+    return info
+
+
+def _selected(decisions: Iterable[Decision]) -> list[str]:
+    return [decision.module for decision in decisions if decision.bits is not None]
