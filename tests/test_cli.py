@@ -1,9 +1,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 import fxquant
 from fxquant.cli.main import cli
@@ -38,9 +42,9 @@ def test_help_teaches():
 
 def test_quantize_saves_and_inspect_and_diff_read(tmp_path):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    text = run("quantize", *SOURCE, *DATA, "--method", "rtn", "--output", one).stdout
+    text = run("quantize", *SOURCE, *DATA, "--method", "rtn", "--table", "--output", one).stdout
     assert "first" in text
-    assert "saved to" in text
+    assert f"file         {one}" in text
     rtn = ("--method", "rtn", "--output", two, "--keep-float", "second")
     run("quantize", *SOURCE, *DATA, *rtn)
     assert "product weights that the graph can see: 100.0%" in run("inspect", one).stdout
@@ -120,3 +124,145 @@ def test_names_of_a_file_cannot_command_the_terminal(tmp_path):
     shown = run("inspect", path).stdout
     assert "\\x1b[2J\\u202egone" in shown
     assert "\x1b[2J" not in shown
+
+
+HELP = """\
+Usage: fxquant [OPTIONS] COMMAND [ARGS]...
+
+  Quantize PyTorch models to INT4 and see what it costs.
+
+  Start here:
+    fxquant demo
+        the whole story on an embedded model
+    fxquant quantize mymodels:build --dry-run
+        what would be quantized, and why
+    fxquant quantize mymodels:build --data mymodels:batches --output model.safetensors
+        calibrate, quantize, measure, save
+    fxquant sensitivity mymodels:build --data mymodels:batches
+        which layer costs how much
+    fxquant inspect model.safetensors
+        what a saved file holds
+
+  Exit status: 0 done, 1 a check failed (accuracy below what was asked), 2 wrong
+  use.
+
+  Completion in a shell:
+    eval "$(_FXQUANT_COMPLETE=bash_source fxquant)"     (or zsh_source, fish_source)
+
+Options:
+  --version   Show the version and exit.
+  -h, --help  Show this message and exit.
+
+Commands:
+  demo         The whole story on an embedded model.
+  quantize     Quantize a model and save it.
+  sensitivity  Print what quantizing each layer costs.
+  inspect      What a saved file holds.
+  diff         What changed between two saved files.
+  check        Compare a saved model or a report with thresholds.
+  doctor       Versions, CPU, kernel in use, what is missing.
+"""
+
+
+def test_the_help_is_laid_out_for_reading():
+    result = CliRunner().invoke(cli, ["--help"], prog_name="fxquant", terminal_width=80)
+    assert result.stdout == HELP
+
+
+def noisy():
+    print("the user's code prints")
+    return build()
+
+
+def failing():
+    raise ValueError("no weights here")
+
+
+def test_json_is_pure_even_if_the_users_code_prints():
+    result = run("quantize", "tests.test_cli:noisy", "--group-size", 32, "--json")
+    assert json.loads(result.stdout)["rows"]
+    assert "the user's code prints" in result.stderr
+
+
+def test_a_function_that_raises_is_wrong_use_with_its_traceback():
+    stderr = run("quantize", "tests.test_cli:failing", status=2).stderr
+    assert 'raise ValueError("no weights here")' in stderr
+    assert "found that it raised ValueError: no weights here" in stderr
+
+
+def test_the_summary_has_few_lines_and_says_where_the_rest_is():
+    lines = run("quantize", *SOURCE, *DATA).stdout.splitlines()
+    assert len(lines) <= 10
+    text = "\n".join(lines)
+    assert "2 quantized, 1 left float (--table lists them with the reasons)" in text
+    assert "times smaller" in text
+    assert "dB, measured on" in text
+    assert "none: pass --output to save the model" in text
+
+
+FILE = """
+import torch
+
+def build():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+
+def broken(
+"""
+
+
+def test_a_model_may_be_a_function_of_a_file_and_data_a_file_of_inputs(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(FILE.replace("def broken(", ""))
+    np.save(tmp_path / "x.npy", torch.randn(40, 64).numpy())
+    save_file({"input": torch.randn(40, 64)}, tmp_path / "x.safetensors")
+    for data in ("x.npy", "x.safetensors"):
+        command = ("quantize", f"{path}:build", "--data", tmp_path / data, "--group-size", 32)
+        record = json.loads(run(*command, "--json").stdout)
+        assert record["calibration_samples_used"] == 40
+        assert record["sqnr_db"] > 10
+    assert "KeyError: 'missing'" in run("quantize", f"{path}:missing", status=2).stderr
+    path.write_text(FILE)
+    stderr = run("quantize", f"{path}:build", status=2).stderr
+    assert "SyntaxError" in stderr
+
+
+def test_a_recipe_and_options_make_one_config(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('bits = 8\ngroup_size = 32\nmethod = "rtn"\n')
+    command = ("quantize", "tests.test_cli:build", *DATA, "--config", recipe, "--json")
+    config = json.loads(run(*command, "--bits", 4).stdout)["config"]
+    assert (config["bits"], config["group_size"], config["method"]) == (4, 32, "rtn")
+    record = json.loads(run("quantize", *SOURCE, *DATA, "--average-bits", 6, "--json").stdout)
+    assert set(record["config"]["bits"].values()) == {4, 8}
+    assert "Did you mean 'w4a8'" in run("quantize", *SOURCE, "--config", "w4a9", status=2).stderr
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder with a small causal language model and a tokenizer of characters."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    letters = {chr(32 + i): i for i in range(95)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token=" "))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_a_model_may_be_a_folder_with_a_checkpoint_and_data_a_text(checkpoint, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("In the beginning was the word. " * 200)
+    command = ("quantize", checkpoint, "--data", text, "--group-size", 32, "--method", "rtn")
+    record = json.loads(run(*command, "--json").stdout)
+    assert record["calibration_samples_used"] == 31 * 200 // 256
+    assert sum(d["action"] == "int4" for d in record["decisions"]) == 7
+    text.write_text("")
+    assert "a text of 0 tokens" in run(*command, status=2).stderr
+    assert "cannot load" in run("quantize", tmp_path, status=2).stderr
+    assert "cannot be read as text" in run("quantize", *SOURCE, "--data", text, status=2).stderr

@@ -2,9 +2,11 @@
 
 | file | does |
 |---|---|
-| `main.py` | the commands and their options |
+| `main.py` | the entry, and the commands that look at what is there |
+| `quantizing.py` | the commands `quantize` and `sensitivity` |
+| `options.py` | options that several commands share, and how they become a config |
+| `sources.py`, `checkpoint_folder.py` | models and data that the command line names |
 | `doctor.py` | what this installation can do, and what is missing |
-| `sources.py` | finds models and data named on the command line |
 | `output.py` | text for people or JSON for machines, and exit statuses |
 """
 

@@ -1,13 +1,14 @@
 """Text for people or JSON for machines, and exit statuses."""
 
+import sys
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import click
 
-from fxquant.errors import AccuracyError, FxquantError
+from fxquant.errors import AccuracyError, FxquantError, OptionError
 from fxquant.report.tables import to_json
 
 CHECK_FAILED = 1
@@ -29,11 +30,18 @@ def printable(text: str) -> str:
     )
 
 
+class UserCodeError(OptionError):
+    """A function that the command line names raised; `trace` is its traceback."""
+
+    trace = ""
+
+
 class Output:
     """Where a command writes: with `as_json`, only `result` reaches standard output."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
+        self.stdout = sys.stdout
 
     def text(self, line: object = "") -> None:
         """A line for people."""
@@ -47,17 +55,23 @@ class Output:
     def result(self, data: Any) -> None:
         """The machine-readable result."""
         if self.as_json:
-            click.echo(to_json(data))
+            click.echo(to_json(data), file=self.stdout)
 
+    @contextmanager
+    def running(self) -> Iterator["Output"]:
+        """Run a command: errors become a message and a status, 1 a check failed, 2 wrong use.
 
-@contextmanager
-def exit_statuses() -> Iterator[None]:
-    """Turn errors into a message and a status: 1 a check failed, 2 wrong use."""
-    try:
-        yield
-    except AccuracyError as error:
-        click.echo(printable(f"fxquant: {error}"), err=True)
-        raise SystemExit(CHECK_FAILED) from error
-    except FxquantError as error:
-        click.echo(printable(f"fxquant: {error}"), err=True)
-        raise SystemExit(WRONG_USE) from error
+        With `as_json`, what the user's code prints goes to standard error.
+        """
+        self.stdout = sys.stdout
+        try:
+            with redirect_stdout(sys.stderr if self.as_json else sys.stdout):
+                yield self
+        except AccuracyError as error:
+            click.echo(printable(f"fxquant: {error}"), err=True)
+            raise SystemExit(CHECK_FAILED) from error
+        except FxquantError as error:
+            if isinstance(error, UserCodeError):
+                click.echo(printable(error.trace), err=True)
+            click.echo(printable(f"fxquant: {error}"), err=True)
+            raise SystemExit(WRONG_USE) from error

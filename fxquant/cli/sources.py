@@ -1,28 +1,39 @@
-"""Models and data named on the command line."""
+"""Models and data that the command line names."""
 
 import importlib
+import runpy
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.analysis.gate import read_report
+from fxquant.cli.checkpoint_folder import load_folder, text_batches
+from fxquant.cli.output import UserCodeError
 from fxquant.errors import OptionError
 from fxquant.serialization.files import load_model, read_description
 
+ROWS = 8  # of a batch, where a file of inputs is split
+
 
 def load_source(name: str) -> nn.Module:
-    """The model called `package.module:factory`, or the graph in a saved file.
+    """The model that MODEL names: a function's, a checkpoint's, or the graph in a saved file.
 
     Raises:
-        OptionError: there is no such factory, or it makes no module.
+        OptionError: there is no such function, or it makes no module.
         LoadError: the file cannot be loaded.
     """
     if name.endswith(".safetensors"):
         return load_model(name)
+    if Path(name).is_dir():
+        return load_folder(Path(name))
     model = call_factory(name, "MODEL")
     if isinstance(model, nn.Module):
         return model
@@ -43,33 +54,81 @@ def load_graph(name: str) -> GraphModule:
     return load_model(name)
 
 
-def load_data(name: str | None) -> Iterable[Any] | None:
-    """The data called `package.module:factory`."""
+def load_data(name: str | None, model: str) -> Iterable[Any] | None:
+    """The batches that --data names.
+
+    Args:
+        name: a function, a `.npy` or `.safetensors` file of inputs, or a text file; None for no
+            data.
+        model: what MODEL is: a text needs the tokenizer of a checkpoint's folder.
+
+    Raises:
+        OptionError: it names nothing that can be read.
+    """
     if name is None:
         return None
+    path = Path(name)
+    if path.suffix == ".npy" and path.is_file():
+        return list(torch.from_numpy(np.load(path, allow_pickle=False)).split(ROWS))
+    if path.suffix == ".safetensors" and path.is_file():
+        return _split(load_file(path))
+    if path.is_file() and ":" not in name:
+        return text_batches(path, Path(model))
     data = call_factory(name, "--data")
-    return data if isinstance(data, Iterable) else [data]
+    return data if isinstance(data, Iterable) and not isinstance(data, Tensor) else [data]
+
+
+def _split(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Batches of keyword arguments from one tensor for each argument."""
+    rows = max((len(tensor) for tensor in tensors.values()), default=0)
+    starts = range(0, rows, ROWS)
+    return [{name: t[start : start + ROWS] for name, t in tensors.items()} for start in starts]
 
 
 def call_factory(name: str, where: str) -> Any:
-    """Call the function named `package.module:function`; the working folder is searched too.
+    """Call the function named `package.module:function` or `path/to/file.py:function`.
 
     Raises:
         OptionError: it cannot be imported.
+        UserCodeError: its file or the function raised.
     """
-    module, _, function = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    module, _, function = name.rpartition(":")
     try:
-        factory = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+        factory = _import(module, function)
+    except (ImportError, AttributeError, ValueError, KeyError, OSError) as error:
         raise OptionError(
             f"{where} {name!r}",
-            found=f"that it cannot be imported: {error}",
-            needed="package.module:function, or a .safetensors file that fxquant saved",
+            found=f"that it cannot be imported: {type(error).__name__}: {error}",
+            needed="package.module:function, path/to/file.py:function, a folder with a checkpoint, "
+            "or a .safetensors file that fxquant saved",
             remedy="Check the spelling, and that the package is installed or in this folder.",
         ) from error
-    return factory()
+    except Exception as error:  # a user's file may raise anything at all
+        raise _raised(where, name, error) from error
+    try:
+        return factory()
+    except Exception as error:
+        raise _raised(where, name, error) from error
+
+
+def _import(module: str, function: str) -> Any:
+    if module.endswith(".py"):
+        sys.path.insert(0, str(Path(module).resolve().parent))
+        return runpy.run_path(module)[function]
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return getattr(importlib.import_module(module), function)
+
+
+def _raised(where: str, name: str, error: Exception) -> UserCodeError:
+    raised = UserCodeError(
+        f"{where} {name!r}",
+        found=f"that it raised {type(error).__name__}: {error}",
+        needed="a function without arguments that runs",
+        remedy="The traceback above shows where.",
+    )
+    raised.trace = "".join(traceback.format_exception(error))
+    return raised
 
 
 def load_report(path: Path) -> dict[str, Any]:

@@ -1,0 +1,160 @@
+"""The commands that quantize: `quantize` and `sensitivity`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fxquant.analysis.sensitivity import METHODS as SENSITIVITY_METHODS
+from fxquant.analysis.sensitivity import sensitivity
+from fxquant.analysis.shipped_layers import ROUNDINGS
+from fxquant.cli.options import (
+    MODEL_HELP,
+    bits_option,
+    config_of,
+    data_option,
+    group_option,
+    json_option,
+    path_option,
+    rule_options,
+)
+from fxquant.cli.output import CHECK_FAILED, Output
+from fxquant.cli.sources import load_data, load_source
+from fxquant.errors import OptionError
+from fxquant.graph.calls import Call
+from fxquant.measure.quantization_info import QuantizationInfo
+from fxquant.passes.calibration_data import as_call
+from fxquant.pipeline import plan, quantize
+from fxquant.report.tables import format_db
+from fxquant.serialization.files import save_model
+
+SHOWN_WARNINGS = 3
+
+
+@click.command(
+    "quantize",
+    help=f"Quantize MODEL and save it.\n{MODEL_HELP}",
+    short_help="Quantize a model and save it.",
+)
+@click.argument("model")
+@data_option
+@path_option("--output", "Where to save the model.")
+@click.option("--dry-run", is_flag=True, help="Print the decisions without touching a weight.")
+@click.option("--table", is_flag=True, help="Print a line for each layer.")
+@rule_options
+@click.option(
+    "--average-bits",
+    type=float,
+    metavar="X",
+    help="Measure each layer, and spend this many bits a weight where they pay.",
+)
+@click.option(
+    "--min-sqnr",
+    type=float,
+    metavar="DB",
+    help="Save nothing and fail (status 1) below this output SQNR.",
+)
+@json_option
+def quantize_command(
+    model: str, data: str | None, output: Path | None, dry_run: bool, table: bool,
+    average_bits: float | None, min_sqnr: float | None, as_json: bool, **rules: Any,
+) -> None:  # fmt: skip
+    """Quantize MODEL and save it."""
+    with Output(as_json).running() as out:
+        config = config_of(rules).changed(accuracy_warning="ignore")
+        source, batches = load_source(model), load_data(data, model)
+        if dry_run:
+            example = None if batches is None else _example(batches, source)
+            info = plan(source, example, config)
+            out.text(info.table())
+            out.result(info.to_dict())
+            return
+        qmodel, info = quantize(source, batches, config, average_bits=average_bits)
+        if table:
+            out.text(info.table())
+        is_refused = min_sqnr is not None and not (info.sqnr_db or -1) >= min_sqnr
+        if output is not None and not is_refused:
+            save_model(qmodel, output, info)
+        out.text(summary(info, output, min_sqnr if is_refused else None))
+        out.result(info.to_dict())
+        if is_refused:
+            shown = "not measured" if info.sqnr_db is None else f"{info.sqnr_db:.2f} dB"
+            text = f"fxquant: output SQNR is {shown}, needs {min_sqnr:g} dB; nothing is saved"
+            click.echo(text, err=True)
+            raise SystemExit(CHECK_FAILED)
+
+
+def summary(info: QuantizationInfo, output: Path | None, missed: float | None) -> str:
+    """Ten lines on what was done: layers, sizes, accuracy, warnings, the file."""
+    accuracy = "not measured: pass --data"
+    if info.sqnr_db is not None:
+        rows = f"{info.heldout_samples} rows held out" if info.heldout_samples else "the same rows"
+        accuracy = f"{format_db(info.sqnr_db)} dB, measured on {rows}"
+    file = "none: pass --output to save the model" if output is None else str(output)
+    if missed is not None:
+        file = f"nothing is saved, since --min-sqnr needs {missed:g} dB"
+    warnings = info.warnings[:SHOWN_WARNINGS]
+    more = len(info.warnings) - len(warnings)
+    lines = [
+        f"layers       {len(info.selected_layers)} quantized, {len(info.skipped_layers)} left "
+        "float (--table lists them with the reasons)",
+        f"method       {info.method}",
+        f"size         {info.original_size_mb:.2f} MB -> {info.quantized_size_mb:.2f} MB, "
+        f"{info.compression_ratio:.2f} times smaller",
+        f"output SQNR  {accuracy}",
+        *(f"warning      {warning}" for warning in warnings),
+        *([f"             and {more} more warnings (--json lists them)"] if more else []),
+        f"file         {file}",
+    ]
+    return "\n".join(lines)
+
+
+def _example(batches: Any, model: Any) -> Call | None:
+    first = next(iter(batches), None)
+    return None if first is None else as_call(first, model)
+
+
+@click.command("sensitivity", help=f"Print what quantizing each layer costs.\n{MODEL_HELP}")
+@click.argument("model")
+@data_option
+@bits_option
+@group_option
+@click.option(
+    "--method", type=click.Choice(SENSITIVITY_METHODS), default="local", show_default=True,
+    help="local: each layer's own error. gradient, exact: the output's, for each layer alone.",
+)  # fmt: skip
+@click.option(
+    "--rounding", type=click.Choice(ROUNDINGS), default="auto", show_default=True,
+    help="The method that makes the layers; rtn is much faster.",
+)  # fmt: skip
+@path_option("--html", "Write a page to explore.")
+@path_option("--csv", "Write the rows as CSV.")
+@path_option("--output", "Write the report as JSON.")
+@json_option
+def sensitivity_command(
+    model: str, data: str | None, bits: str, group_size: int, method: str, rounding: str,
+    html: Path | None, csv: Path | None, output: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Print what quantizing each layer costs."""
+    with Output(as_json).running() as out:
+        batches = load_data(data, model)
+        if batches is None:
+            raise OptionError(
+                "sensitivity",
+                found="no --data",
+                needed="calibration data",
+                remedy="Pass --data, for example package.module:function.",
+            )
+        report = sensitivity(
+            load_source(model), batches, bits=int(bits or 4), group_size=group_size or 128,
+            method=method, rounding=rounding,
+        )  # fmt: skip
+        out.text(report.table())
+        out.text(f"output SQNR {format_db(report.output_sqnr_db)} dB with all of them quantized")
+        if html is not None:
+            report.to_html(html)
+        if csv is not None:
+            report.to_csv(csv)
+        if output is not None:
+            report.to_json(output)
+        out.result(report.to_dict())
