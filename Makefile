@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-models test-browser fuzz lint sanitize benchmark wheel test-wheel clean
+.PHONY: demo test test-models test-browser fuzz docs lint sanitize benchmark wheel test-wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/fxquant demo
@@ -27,6 +27,11 @@ test-browser: $(VENV)/installed-dev
 # 100,000 mutated files in worker processes: about an hour on two cores.
 fuzz: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.fuzz.run 100000
+
+# The pages in build/site; the tutorial is run, and a warning is an error.
+docs: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	OMP_WAIT_POLICY=passive NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
