@@ -17,6 +17,8 @@ from .errors import (
     TraceError,
     WeightError,
 )
+from .exporters.export import check_export, export
+from .exporters.findings import Finding
 from .measure.quantization_info import (
     AccuracyWarning,
     QuantizationInfo,
@@ -62,6 +64,7 @@ __all__ = [
     "BudgetError",
     "CalibrationError",
     "Decision",
+    "Finding",
     "FxquantError",
     "GraphDiff",
     "HistogramObserver",
@@ -85,11 +88,13 @@ __all__ = [
     "calculate_scale_zp_groupwise",
     "calibrate",
     "check_accuracy_warnings",
+    "check_export",
     "create_observer",
     "dequantize_model",
     "dequantize_weight_int4",
     "diff",
     "draw",
+    "export",
     "info",
     "insert_observers",
     "load_into",

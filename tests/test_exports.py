@@ -9,13 +9,15 @@ import fxquant
 ROOT = Path(__file__).parent.parent
 PUBLIC = [
     "AccuracyError", "AccuracyWarning", "Allocation", "BudgetError", "CalibrationError",
-    "DEFAULT_INT4_SKIP", "Decision", "FxquantError", "GraphDiff", "HistogramObserver",
+    "DEFAULT_INT4_SKIP", "Decision", "Finding", "FxquantError", "GraphDiff", "HistogramObserver",
     "LoadError", "MinMaxObserver", "MovingAverageMinMaxObserver", "Observer", "OptionError",
     "QuantConfig", "QuantizationInfo", "QuantizedLinearInt4", "QuantizedLinearInt8", "RuleError",
     "SaveError",
     "SensitivityReport", "SensitivityRow", "TraceError", "TraceReport", "WeightError", "allocate",
-    "calculate_scale_zp_groupwise", "calibrate", "check_accuracy_warnings", "create_observer",
-    "dequantize_model", "dequantize_weight_int4", "diff", "draw", "info", "insert_observers",
+    "calculate_scale_zp_groupwise", "calibrate", "check_accuracy_warnings", "check_export",
+    "create_observer",
+    "dequantize_model", "dequantize_weight_int4", "diff", "draw", "export", "info",
+    "insert_observers",
     "load_into", "load_model", "pareto", "plan", "quantize", "quantize_weight_int4", "save_model",
     "sensitivity", "sqnr_db", "static_quantize", "swap_modules", "to_networkx", "trace",
     "trace_report",

@@ -1,4 +1,4 @@
-"""Put a file in place at once or not at all, as a good tool does.
+"""Put a file or a folder in place at once or not at all, as a good tool does.
 
 A symbolic link stays one: what it points to is replaced. The mode of an old file is kept. Only
 regular files are replaced. A temporary file lies beside its target and is locked while it is
@@ -9,6 +9,7 @@ it.
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import tempfile
 import zlib
@@ -52,17 +53,58 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None])
         os.replace(temporary, target)
         temporary = None
     except (OSError, SafetensorError, ValueError) as error:
-        raise SaveError(
-            os.fspath(path),
-            found=str(error),
-            needed="a folder that exists, can be written and has space",
-            remedy="Create the folder, free some space, or choose another path.",
-        ) from error
+        raise _not_written(path, error) from error
     finally:
         if handle is not None:
             os.close(handle)
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def write_folder_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
+    """Let `write` fill a temporary folder beside `path`, then put it in place.
+
+    Raises:
+        SaveError: something is at `path` already (a folder may hold what nobody wants to lose), the
+            folder around it is missing or read-only, or the disk is full.
+    """
+    temporary = handle = None
+    try:
+        target = Path(os.path.realpath(path))
+        if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+            raise SaveError(
+                os.fspath(path),
+                found="something there already",
+                needed="a path that is free, or an empty folder",
+                remedy="Remove it, or choose another path.",
+            )
+        prefix = f".fxquant-{zlib.crc32(os.fsencode(target.name)):08x}-"
+        _remove_left_over(target.parent, prefix)
+        temporary = tempfile.mkdtemp(dir=target.parent, prefix=prefix)
+        if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be opened, nor locked
+            handle = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
+            with contextlib.suppress(OSError):
+                _lock(handle)
+        write(temporary)
+        os.chmod(temporary, 0o777 & ~_umask())
+        os.replace(temporary, target)
+        temporary = None
+    except (OSError, SafetensorError) as error:
+        raise _not_written(path, error) from error
+    finally:
+        if handle is not None:
+            os.close(handle)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _not_written(path: str | os.PathLike[str], error: Exception) -> SaveError:
+    return SaveError(
+        os.fspath(path),
+        found=str(error),
+        needed="a folder that exists, can be written and has space",
+        remedy="Create the folder, free some space, or choose another path.",
+    )
 
 
 def check_replaceable(path: str | os.PathLike[str]) -> None:
@@ -95,12 +137,16 @@ def _remove_left_over(folder: Path, prefix: str) -> None:
     for path in folder.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):  # locked by a save that runs, or removed by another
             status = os.lstat(path)
-            if not stat.S_ISREG(status.st_mode):
+            is_folder = stat.S_ISDIR(status.st_mode)
+            if not is_folder and not stat.S_ISREG(status.st_mode):
                 continue
-            handle = os.open(path, os.O_RDWR)
+            handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
             try:
                 _lock(handle)
-                path.unlink()
+                if is_folder:
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
             finally:
                 os.close(handle)
 

@@ -1,0 +1,21 @@
+"""Quantized models in the formats of other runtimes, checked before and after they are written.
+
+An export never changes a number: what a format cannot hold is a finding, found before anything is
+written, and every weight is read back from the new files and compared.
+
+| file | does |
+|---|---|
+| `export.py` | `export` and `check_export`: the formats by name |
+| `source.py` | what there is to export: layers and float tensors by the user's names |
+| `integer_layer.py` | one quantized layer as plain integers, scales and zero points |
+| `findings.py` | what would be lost, and refusing it |
+| `requirements.py` | what several formats ask of a layer |
+| `optional.py` | libraries that are needed for one format only |
+| `words.py` | integers packed into 32-bit words |
+| `folder_reader.py` | the config and the tensors of a Hugging Face folder |
+| `checkpoint.py`, `shards.py` | writing one: config, other files, shards and their index |
+| `verify.py` | weights read back from what was written |
+| `compressed_tensors.py`, `gptq.py`, `awq.py` | the formats that are Hugging Face folders |
+
+Each format is an `ExportFormat`: what it would lose of a source, and writing it.
+"""

@@ -1,0 +1,103 @@
+"""compressed-tensors "pack-quantized": a folder that transformers and vLLM read.
+
+Of a layer N, with nibble i of a word the column 8w + i:
+
+- `N.weight_packed`: int32 [out, ceil(in / 8)], values 0..15 (8 bits: four a word, 0..255).
+- `N.weight_scale`: [out, groups] in the model's dtype, of either sign.
+- `N.weight_shape`: int64 [2].
+- `N.weight_zero_point`: int32 [ceil(out / 8), groups], packed along the rows; asymmetric only.
+
+Source: https://github.com/vllm-project/compressed-tensors, `compressors/pack_quantized`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.exporters.checkpoint import CheckpointFormat, Scheme, most_common
+from fxquant.exporters.findings import Finding
+from fxquant.exporters.folder_reader import FolderReader
+from fxquant.exporters.integer_layer import IntegerLayer
+from fxquant.exporters.requirements import exact_scales, whole_groups, whole_zero_points
+from fxquant.exporters.source import Source
+from fxquant.exporters.verify import read_words
+from fxquant.exporters.words import pack_rows
+
+FORMAT = "pack-quantized"
+
+
+class CompressedTensors(CheckpointFormat):
+    """INT4 and INT8 layers, also mixed."""
+
+    name = "compressed-tensors"
+
+    def layer_findings(self, name: str, layer: IntegerLayer, source: Source) -> Iterator[Finding]:
+        """Whole zero points, equal groups, scales in the model's dtype."""
+        yield from whole_zero_points(name, layer)
+        yield from whole_groups(name, layer)
+        yield from exact_scales(name, layer, source.dtype)
+
+    def layer_tensors(self, layer: IntegerLayer, source: Source) -> dict[str, Tensor]:
+        """Packed integers, scales, the shape, and zero points where they differ."""
+        tensors = {
+            "weight_packed": pack_rows(layer.q, layer.bits),
+            "weight_scale": layer.scales.to(source.dtype),
+            "weight_shape": torch.tensor(layer.shape),
+        }
+        if not layer.symmetric:
+            tensors["weight_zero_point"] = pack_rows(layer.zero_points.T, layer.bits).T
+        return tensors
+
+    def read_layer(self, folder: FolderReader, name: str, scheme: Scheme) -> Tensor:
+        """The float32 weight [out, in] in the files."""
+        rows, columns = folder.tensor(f"{name}.weight_shape").tolist()
+        q = read_words(folder.tensor(f"{name}.weight_packed"), scheme.bits)[:, :columns]
+        scale = folder.tensor(f"{name}.weight_scale").float()
+        middle = torch.full_like(scale, 2 ** (scheme.bits - 1))
+        if not scheme.symmetric:
+            packed = folder.tensor(f"{name}.weight_zero_point").T
+            middle = read_words(packed, scheme.bits)[:, :rows].T.float()
+        size = scheme.group_size or columns
+        scale, middle = (t.repeat_interleave(size, dim=1)[:, :columns] for t in (scale, middle))
+        return scale * (q - middle)
+
+    def quantization_config(
+        self, schemes: dict[str, Scheme], float_linears: list[str]
+    ) -> dict[str, Any]:
+        """One group of layers for each scheme; the most common one is that of every Linear."""
+        common = most_common(schemes)
+        groups = {"group_0": _group(common, ["Linear"])}
+        for scheme in dict.fromkeys(schemes.values()):
+            if scheme != common:
+                targets = [name for name, own in schemes.items() if own == scheme]
+                groups[f"group_{len(groups)}"] = _group(scheme, targets)
+        return {
+            "quant_method": "compressed-tensors",
+            "format": FORMAT,
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": float_linears,
+            "kv_cache_scheme": None,
+        }
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if scheme.group_size is None else "group",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+    }
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+        "format": FORMAT,
+    }

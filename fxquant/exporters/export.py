@@ -1,0 +1,96 @@
+"""`export` and `check_export`: quantized models in the formats of other runtimes."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import nn
+
+from fxquant.errors import OptionError, check_choice
+from fxquant.exporters.awq import Awq
+from fxquant.exporters.compressed_tensors import CompressedTensors
+from fxquant.exporters.findings import Finding, refuse_losses
+from fxquant.exporters.gptq import Gptq
+from fxquant.exporters.source import Source, source_of
+
+
+class ExportFormat(Protocol):
+    """A format with its options chosen."""
+
+    def findings(self, source: Source) -> Iterator[Finding]:
+        """What would be lost."""
+
+    def write(self, source: Source, path: str | os.PathLike[str]) -> None:
+        """Write, read back, put in place."""
+
+
+FORMATS: dict[str, type[Any]] = {
+    "compressed-tensors": CompressedTensors,
+    "gptq": Gptq,
+    "awq": Awq,
+}
+
+
+def export(
+    model: nn.Module | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    format: str,
+    **options: Any,
+) -> list[Finding]:
+    """Write a quantized model in the format of another runtime, without changing a number.
+
+    Args:
+        model: a quantized graph, a swapped model, or the path of a saved file.
+        path: where to: a new folder, or a file, which is replaced at once or not at all.
+        format: `"compressed-tensors"`, `"gptq"` or `"awq"`: a Hugging Face folder, with the config,
+            the tokenizer and the names of the float model's folder `base=`.
+        **options: of the format; docs/runtimes.md describes them.
+
+    Returns:
+        The findings that are no losses: runtimes that are known not to take the files.
+
+    Raises:
+        OptionError: the format or an option is unknown, or a library is missing.
+        SaveError: the format cannot hold the model, with what to do; or the files cannot be
+            written, or do not read back equal. Nothing is left behind.
+    """
+    chosen = _format(format, options)
+    source = source_of(model)
+    findings = list(chosen.findings(source))
+    refuse_losses(format, findings)
+    chosen.write(source, path)
+    return findings
+
+
+def check_export(
+    model: nn.Module | str | os.PathLike[str], format: str, **options: Any
+) -> list[Finding]:
+    """What an export would lose, where, and what to do; nothing is written.
+
+    Args:
+        model: a quantized graph, a swapped model, or the path of a saved file.
+        format: as in `export`.
+        **options: as in `export`; with `base`, whether the folder belongs to the model.
+
+    Raises:
+        OptionError: the format or an option is unknown.
+    """
+    chosen = _format(format, options)
+    return list(chosen.findings(source_of(model)))
+
+
+def _format(format: str, options: dict[str, Any]) -> ExportFormat:
+    check_choice("format", format, FORMATS)
+    known = [field.name for field in dataclasses.fields(FORMATS[format])]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise OptionError(
+            f"export to {format}",
+            found=f"unknown options {unknown}",
+            needed=f"options among {known}",
+            remedy="Correct the spelling or leave the option out.",
+        )
+    made: ExportFormat = FORMATS[format](**options)
+    return made

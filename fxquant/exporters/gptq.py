@@ -1,0 +1,103 @@
+"""GPTQ checkpoints, as GPTQModel writes them and vLLM and transformers read them.
+
+Of a layer N:
+
+- `N.qweight`: int32 [in / 8, out], nibble i of row w is input 8w + i (8 bits: four a word).
+- `N.qzeros`: int32 [groups, out / 8]: zero points less 1 ("gptq"), or as they are ("gptq_v2").
+- `N.scales`: float16 [groups, out], of either sign.
+- `N.g_idx`: int32 [in], the group of each input.
+
+Zero points of 0 cannot be stored less 1, so asymmetric layers make a "gptq_v2" checkpoint.
+Source: https://github.com/ModelCloud/GPTQModel, `nn_modules/qlinear`.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.exporters.checkpoint import CheckpointFormat, Scheme, most_common
+from fxquant.exporters.findings import Finding
+from fxquant.exporters.folder_reader import FolderReader
+from fxquant.exporters.integer_layer import IntegerLayer
+from fxquant.exporters.requirements import (
+    divisible,
+    exact_scales,
+    whole_groups,
+    whole_zero_points,
+)
+from fxquant.exporters.source import Source
+from fxquant.exporters.verify import read_words
+from fxquant.exporters.words import WORD, pack_rows
+
+V1, V2 = "gptq", "gptq_v2"
+
+
+class Gptq(CheckpointFormat):
+    """INT4 and INT8 layers, also mixed."""
+
+    name = "gptq"
+
+    def layer_findings(self, name: str, layer: IntegerLayer, source: Source) -> Iterator[Finding]:
+        """Whole zero points, equal groups, whole words, scales in float16."""
+        yield from whole_zero_points(name, layer)
+        yield from whole_groups(name, layer)
+        yield from divisible(name, layer, WORD // layer.bits, WORD // layer.bits)
+        yield from exact_scales(name, layer, torch.float16)
+        if not layer.symmetric:
+            problem = "vLLM refuses asymmetric GPTQ checkpoints"
+            yield Finding(name, problem, "Quantize with symmetric=True.", is_loss=False)
+
+    def layer_tensors(self, layer: IntegerLayer, source: Source) -> dict[str, Tensor]:
+        """Packed integers and zero points, scales, and the group of each input."""
+        columns = layer.shape[1]
+        stored = layer.zero_points - int(_version(source.is_symmetric) == V1)
+        return {
+            "qweight": pack_rows(layer.q, layer.bits).T,
+            "qzeros": pack_rows(stored.T, layer.bits),
+            "scales": layer.scales.T.to(torch.float16),
+            "g_idx": (torch.arange(columns) // min(layer.group_size, columns)).to(torch.int32),
+        }
+
+    def read_layer(self, folder: FolderReader, name: str, scheme: Scheme) -> Tensor:
+        """The float32 weight [out, in] in the files."""
+        parts = {
+            key: folder.tensor(f"{name}.{key}") for key in ("qweight", "qzeros", "scales", "g_idx")
+        }
+        config = folder.config["quantization_config"]
+        q = read_words(parts["qweight"].T, scheme.bits)  # [out, in]
+        zero_points = read_words(parts["qzeros"], scheme.bits)  # [groups, out]
+        zero_points = zero_points + (config["checkpoint_format"] == V1)
+        group = parts["g_idx"].long()
+        return parts["scales"].float()[group].T * (q - zero_points[group].T)
+
+    def quantization_config(
+        self, schemes: dict[str, Scheme], float_linears: list[str]
+    ) -> dict[str, Any]:
+        """The most common scheme for all layers; `dynamic` has the others and those left float."""
+        common = most_common(schemes)
+        dynamic: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in float_linears}
+        for name, scheme in schemes.items():
+            if scheme != common:
+                dynamic[f"+:^{re.escape(name)}$"] = _settings(scheme)
+        is_symmetric = all(scheme.symmetric for scheme in schemes.values())
+        return {
+            "quant_method": "gptq",
+            **_settings(common),
+            "desc_act": False,
+            "lm_head": any(name.endswith("lm_head") for name in schemes),
+            "checkpoint_format": _version(is_symmetric),
+            "pack_dtype": "int32",
+            "dynamic": dynamic,
+        }
+
+
+def _version(is_symmetric: bool) -> str:
+    return V1 if is_symmetric else V2
+
+
+def _settings(scheme: Scheme) -> dict[str, Any]:
+    size = -1 if scheme.group_size is None else scheme.group_size
+    return {"bits": scheme.bits, "group_size": size, "sym": scheme.symmetric}

@@ -1,0 +1,30 @@
+"""Integers packed into 32-bit words, as compressed-tensors, GPTQ and AWQ store them."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WORD = 32
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns is in nibble i
+
+
+def pack_rows(q: Tensor, bits: int, order: Sequence[int] | None = None) -> Tensor:
+    """Pack `q` [rows, columns], values 0..2^bits − 1, into int32 [rows, ceil(columns · bits / 32)].
+
+    Args:
+        q: integers; missing columns of the last word become 0.
+        bits: 4 or 8.
+        order: which column of a word is in its lowest bits, then in the next; by default in order.
+
+    >>> import torch
+    >>> [hex(word) for word in pack_rows(torch.tensor([[1, 2, 3, 4, 5, 6, 7]]), 4)[0]]
+    ['0x7654321']
+    """
+    count = WORD // bits
+    q = F.pad(q.to(torch.int64), (0, -q.shape[1] % count)).unflatten(1, (-1, count))
+    if order is not None:
+        q = q[..., list(order)]
+    words = (q << (torch.arange(count) * bits)).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
