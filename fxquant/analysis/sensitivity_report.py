@@ -1,15 +1,16 @@
 """The per-node table of what quantization costs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fxquant.analysis.flow import NodeFlow
-from fxquant.measure.sensitivity_row import SensitivityRow
+from fxquant.measure.sensitivity_row import SensitivityRow, as_number
 from fxquant.report.html import write_html
 from fxquant.report.pages import ledger_page
-from fxquant.report.tables import format_db, format_shape, text_table, write_csv, write_json
+from fxquant.report.tables import format_db, format_shape, text_table
+from fxquant.report.view import View
 
 HEADERS = (
     "module", "type", "shape", "params", "bits",
@@ -17,8 +18,8 @@ HEADERS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class SensitivityReport:
+@dataclass(frozen=True, repr=False)
+class SensitivityReport(View):
     """What quantizing each node costs.
 
     Attributes:
@@ -56,10 +57,32 @@ class SensitivityReport:
     samples: int = 0
     heldout_samples: int = 0
 
+    def headline(self) -> str:
+        """What was measured and how, in one line."""
+        output = "not measured" if self.output_sqnr_db is None else f"{self.output_sqnr_db:.1f} dB"
+        return (
+            f"{len(self.rows)} layers, method {self.method!r}, output SQNR {output} with all of "
+            f"them quantized; {self.how_measured}"
+        )
+
+    def columns(self) -> Sequence[str]:
+        """The columns of the table."""
+        return HEADERS
+
+    def cells(self) -> list[Sequence[Any]]:
+        """One row for each layer that can be quantized."""
+        return [_cells(row, self.warning_threshold, self.error_threshold) for row in self.rows]
+
+    def records(self) -> list[dict[str, Any]]:
+        """The rows as mappings of equal keys."""
+        return [{**asdict(r), "shape": format_shape(r.shape)} for r in self.rows]
+
     def table(self) -> str:
         """The rows as text, and under them how they were measured."""
-        rows = sensitivity_table(self.rows, self.warning_threshold, self.error_threshold)
-        return f"{rows}\n{self.how_measured}"
+        return f"{super().table()}\n{self.how_measured}"
+
+    def __str__(self) -> str:
+        return self.table()
 
     @property
     def how_measured(self) -> str:
@@ -97,9 +120,15 @@ class SensitivityReport:
             "flows": [asdict(flow) for flow in self.flows],
         }
 
-    def to_json(self, path: str | Path) -> None:
-        """Write the report as JSON."""
-        write_json(path, self.to_dict())
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "SensitivityReport":
+        """Undo `to_dict`, also after JSON; graph and model are not part of it."""
+        rows = [SensitivityRow.from_dict(row) for row in data["rows"]]
+        flows = [NodeFlow(**flow) for flow in data.get("flows", ())]
+        names = ("method", "metric", "rounding", "samples", "heldout_samples")
+        kept = {name: data[name] for name in names if name in data}
+        output = as_number(data.get("output_sqnr_db"))
+        return cls(rows=rows, flows=flows, output_sqnr_db=output, **kept)
 
     def to_html(self, path: str | Path) -> None:
         """Write one self-contained page: bars, ledger, Pareto curve and graph."""
@@ -107,28 +136,17 @@ class SensitivityReport:
         title = f"Sensitivity ({self.method})"
         write_html(path, ledger_page(title, self.decisions, rows, self.graph, self.pareto))
 
-    def to_csv(self, path: str | Path) -> None:
-        """Write the rows as CSV."""
-        write_csv(path, [{**asdict(r), "shape": format_shape(r.shape)} for r in self.rows])
 
-
-def sensitivity_table(
-    rows: Sequence[SensitivityRow], warning_threshold: float, error_threshold: float
-) -> str:
-    """Rows as a text table."""
-    cells = [
-        (
-            row.module,
-            row.kind,
-            format_shape(row.shape),
-            row.params,
-            row.bits,
-            format_db(row.weight_sqnr_db),
-            format_db(row.introduced_sqnr_db),
-            format_db(row.cumulative_sqnr_db),
-            format_db(row.output_sqnr_db),
-            row.severity(warning_threshold, error_threshold),
-        )
-        for row in rows
-    ]
-    return text_table(HEADERS, cells)
+def _cells(row: SensitivityRow, warning_threshold: float, error_threshold: float) -> Sequence[Any]:
+    return (
+        row.module,
+        row.kind,
+        format_shape(row.shape),
+        row.params,
+        row.bits,
+        format_db(row.weight_sqnr_db),
+        format_db(row.introduced_sqnr_db),
+        format_db(row.cumulative_sqnr_db),
+        format_db(row.output_sqnr_db),
+        row.severity(warning_threshold, error_threshold),
+    )

@@ -1,18 +1,22 @@
 """The record of a quantization: what was decided, what it cost, what to worry about."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch.fx import GraphModule
 
 from fxquant.config.quant_config import QuantConfig
 from fxquant.errors import AccuracyError, OptionError, check_choice
-from fxquant.measure.sensitivity_row import SensitivityRow
+from fxquant.measure.sensitivity_row import SensitivityRow, as_number
 from fxquant.passes.decide import Decision
 from fxquant.passes.scale_channels import FoldedScale
-from fxquant.report.tables import format_db, format_shape, text_table
+from fxquant.report.html import write_html
+from fxquant.report.pages import ledger_page
+from fxquant.report.tables import format_db, format_shape
+from fxquant.report.view import View
 
 INFO_KEY = "fxquant_info"  # gm.meta: the record of the quantization, as plain data
 LOOSE = ("bits", "group_size", "symmetric", "observer", "activation_bits")  # without a config
@@ -28,8 +32,8 @@ class AccuracyWarning(UserWarning):
     """The quantized model may be less accurate than wanted."""
 
 
-@dataclass
-class QuantizationInfo:
+@dataclass(repr=False)
+class QuantizationInfo(View):
     """What a quantization did.
 
     Attributes:
@@ -80,12 +84,38 @@ class QuantizationInfo:
         """Bytes before divided by bytes after."""
         return self.original_size_mb / self.quantized_size_mb if self.quantized_size_mb else 1.0
 
-    def table(self) -> str:
-        """The ledger as text: one line for each node with parameters."""
-        measured = {row.module: row for row in self.rows}
-        return text_table(
-            HEADERS, [_cells(d, measured.get(d.module), self) for d in self.decisions]
+    def headline(self) -> str:
+        """Layers, size and accuracy in one line."""
+        accuracy = "not measured" if self.sqnr_db is None else f"{self.sqnr_db:.1f} dB"
+        return (
+            f"{len(self.selected_layers)} of {len(self.decisions)} layers quantized by "
+            f"{self.method}, {self.original_size_mb:.2f} -> {self.quantized_size_mb:.2f} MB, "
+            f"output SQNR {accuracy}, {len(self.warnings)} warnings"
         )
+
+    def columns(self) -> Sequence[str]:
+        """The columns of the table of decisions."""
+        return HEADERS
+
+    def cells(self) -> list[Sequence[Any]]:
+        """One row for each node with parameters."""
+        measured = {row.module: row for row in self.rows}
+        return [_cells(d, measured.get(d.module), self) for d in self.decisions]
+
+    def records(self) -> list[dict[str, Any]]:
+        """The decisions with what each layer cost, as mappings of equal keys."""
+        measured = {row.module: row for row in self.rows}
+        return [_record(decision, measured.get(decision.module)) for decision in self.decisions]
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one self-contained page: bars and decisions."""
+        rows = [asdict(row) for row in self.rows]
+        page = ledger_page("Quantization", [asdict(d) for d in self.decisions], rows)
+        write_html(path, replace(page, summary=f"{self.headline()}."))
+
+    def __str__(self) -> str:
+        warnings = "".join(f"\nwarning: {text}" for text in self.warnings)
+        return f"{super().__str__()}{warnings}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -95,14 +125,17 @@ class QuantizationInfo:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "QuantizationInfo":
         """Undo `to_dict`, also after JSON, which has neither tuples nor infinite numbers."""
-        values = {key: _number(value) for key, value in data.items() if key != "compression_ratio"}
+        values = {key: as_number(value) for key, value in data.items()}
+        values.pop("compression_ratio", None)
         older = {key: values.pop(key) for key in LOOSE if key in values}
         values["config"] = QuantConfig.from_dict(_finite(data.get("config", older)))
-        values["decisions"] = [Decision(**_shaped(row)) for row in data["decisions"]]
-        values["rows"] = [SensitivityRow(**_shaped(row)) for row in data.get("rows", ())]
+        values["decisions"] = [
+            Decision(**{**row, "shape": tuple(row["shape"])}) for row in data["decisions"]
+        ]
+        values["rows"] = [SensitivityRow.from_dict(row) for row in data.get("rows", ())]
         values["folded_scales"] = [
             FoldedScale(tuple(f["producers"]), tuple(f["readers"]), f["kind"],
-                        _number(f["power"]), _number(f["gain_db"]))
+                        as_number(f["power"]), as_number(f["gain_db"]))
             for f in data.get("folded_scales", ())
         ]  # fmt: skip
         return cls(**values)
@@ -129,25 +162,16 @@ def info(model: GraphModule) -> QuantizationInfo:
     return QuantizationInfo.from_dict(record)
 
 
-def _number(value: Any) -> Any:
-    """JSON has no infinite numbers and no NaN; they are saved as text."""
-    return float(value) if value in ("inf", "-inf", "nan") else value
-
-
 def _finite(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: _number(value) if isinstance(value, str) else value for key, value in config.items()
+        key: as_number(value) if isinstance(value, str) else value for key, value in config.items()
     }
 
 
-def _shaped(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a row, with a tuple as its shape and whole numbers as keys."""
-    values = {key: _number(value) for key, value in row.items()}
-    values["shape"] = tuple(row["shape"])
-    if "output_errors" in row:
-        errors = row["output_errors"].items()
-        values["output_errors"] = {int(bits): _number(error) for bits, error in errors}
-    return values
+def _record(decision: Decision, row: SensitivityRow | None) -> dict[str, Any]:
+    names = ("weight_sqnr_db", "introduced_sqnr_db", "cumulative_sqnr_db")
+    costs = {name: None if row is None else getattr(row, name) for name in names}
+    return {**asdict(decision), "shape": format_shape(decision.shape), **costs}
 
 
 def _cells(

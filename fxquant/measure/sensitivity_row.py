@@ -1,6 +1,8 @@
 """What quantizing one layer costs: a row of the tables of records and reports."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,17 @@ class SensitivityRow:
         if not worst >= error_threshold:  # NaN is critical
             return "critical"
         return "" if worst >= warning_threshold else "low"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "SensitivityRow":
+        """The row of plain data, also after JSON."""
+        values = {key: as_number(value) for key, value in data.items()}
+        values["shape"] = tuple(data["shape"])
+        errors = data.get("output_errors", {}).items()
+        values["output_errors"] = {int(bits): as_number(error) for bits, error in errors}
+        return cls(**values)
+
+
+def as_number(value: Any) -> Any:
+    """Undo JSON, which has no infinite numbers and no NaN: they are saved as text."""
+    return float(value) if value in ("inf", "-inf", "nan") else value

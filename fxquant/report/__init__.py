@@ -3,6 +3,7 @@
 | file | does |
 |---|---|
 | `tables.py` | text tables, CSV and JSON files |
+| `view.py` | how results show themselves: a line, a text, a table in notebooks, files |
 | `html.py`, `pages.py` | self-contained pages |
 | `drawing.py`, `layout.py`, `folding.py` | a graph as a drawing: shapes, places, repeated blocks |
 """

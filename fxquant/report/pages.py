@@ -1,4 +1,4 @@
-"""The pages of ledgers and reports, from plain data."""
+"""The pages of records and reports, from plain data."""
 
 import math
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ def ledger_page(
     graph: Any = None,
     pareto: Sequence[tuple[float, float]] = (),
 ) -> Page:
-    """A page of the ledger, with what each layer cost."""
+    """A page of the decisions, with what each layer cost."""
     costs = {row["module"]: row for row in rows}
     extra = {d["module"]: _facts(d, costs.get(d["module"], {})) for d in decisions}
     return Page(
         title=title,
         summary=_summary(decisions),
-        table_title="The ledger",
+        table_title="Decisions",
         heads=LEDGER_HEADS,
         rows=[_ledger_row(d, costs.get(d["module"], {})) for d in decisions],
         bars=damage_bars(rows),

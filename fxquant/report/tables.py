@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 from tabulate import tabulate
 
 SPACING = 2  # between columns
+FIGURE = re.compile(r"-?(\d+\.\d+|inf|nan)")
 NARROWEST = 12  # no column is wrapped to less
 
 
@@ -25,23 +27,49 @@ def format_shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
+def format_cell(value: Any) -> str:
+    """A cell of a table as text: a number as it is, nothing for None."""
+    return "" if value is None else str(value)
+
+
 def text_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A text table; columns whose cells are numbers are aligned on the right.
+
+    Cells are printed as they are: text that looks like a number ("34.0", or a module called "1e5")
+    is not read as one.
 
     On a terminal it fits its width: the widest columns of text are wrapped. Elsewhere it does not
     wrap, so that every row is one line.
     """
-    options: dict[str, Any] = {"headers": headers, "tablefmt": "simple"}
+    texts = [[format_cell(cell) for cell in row] for row in rows]
+    options: dict[str, Any] = {
+        "headers": headers,
+        "tablefmt": "simple",
+        "disable_numparse": True,
+        "colalign": [_alignment([row[i] for row in rows]) for i in range(len(headers))],
+    }
+    if not rows:
+        del options["colalign"]
     columns = terminal_columns()
     widths = [
-        max([len(str(row[i])) for row in rows] + [len(line) for line in head.split("\n")])
+        max([len(row[i]) for row in texts] + [len(line) for line in head.split("\n")])
         for i, head in enumerate(headers)
     ]
     if columns is None or sum(widths) + SPACING * len(widths) <= columns:
-        return tabulate(rows, **options)
+        return tabulate(texts, **options)
     while sum(widths) + SPACING * len(widths) > columns and max(widths) > NARROWEST:
         widths[widths.index(max(widths))] -= 1
-    return tabulate(rows, maxcolwidths=widths, **options)
+    return tabulate(texts, maxcolwidths=widths, **options)
+
+
+def _alignment(cells: Sequence[Any]) -> str:
+    """On the right for numbers, and for figures that were formatted as text such as "34.0"."""
+    shown = [cell for cell in cells if cell not in (None, "")]
+    return "right" if shown and all(map(_is_figure, shown)) else "left"
+
+
+def _is_figure(cell: Any) -> bool:
+    return isinstance(cell, int | float) or FIGURE.fullmatch(str(cell)) is not None
 
 
 def terminal_columns() -> int | None:

@@ -1,12 +1,13 @@
 """Which way a model was traced, what is opaque and why, and how much weight is in the graph."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tabulate import tabulate
 from torch.fx import GraphModule
 
 from fxquant.errors import OptionError
+from fxquant.report.view import View
 
 REPORT_KEY = "fxquant_trace_report"
 
@@ -29,8 +30,8 @@ class OpaqueModule:
     classes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class TraceReport:
+@dataclass(frozen=True, repr=False)
+class TraceReport(View):
     """What tracing did.
 
     Attributes:
@@ -78,24 +79,39 @@ class TraceReport:
         ]
         return cls(**values, opaque=opaque)
 
-    def __str__(self) -> str:
+    def headline(self) -> str:
+        """The way, whether it was verified, and how much of the weight the graph can see."""
         checked = (
             f"compared with the model on {self.verified} calls"
             if self.verified
             else "not verified against the model: pass example inputs"
         )
-        lines = [
-            f"traced by: {self.way}, {checked}",
-            f"product weights that the graph can see: {self.coverage:.1%}",
-        ]
+        return (
+            f"traced by: {self.way}, {checked}; product weights that the graph can see: "
+            f"{self.coverage:.1%}"
+        )
+
+    def columns(self) -> Sequence[str]:
+        """The columns of the table of opaque modules."""
+        return ("opaque module", "type", "reason")
+
+    def cells(self) -> list[Sequence[Any]]:
+        """One row for each opaque module."""
+        return [(o.module, o.type, o.reason) for o in self.opaque]
+
+    def records(self) -> list[dict[str, Any]]:
+        """The opaque modules as mappings of equal keys."""
+        return [{**asdict(o), "classes": " ".join(o.classes)} for o in self.opaque]
+
+    def __str__(self) -> str:
+        lines = [self.headline().replace("; ", "\n", 1)]
         lines += [f"not taken: {line}" for line in self.attempts]
         lines += [f"refuses: {line}" for line in self.refused]
         lines += [f"output: {line}" for line in self.left_out]
         if self.unreached:
             lines.append("never called: " + ", ".join(self.unreached))
         if self.opaque:
-            rows = [(o.module, o.type, o.reason) for o in self.opaque]
-            lines.append(tabulate(rows, headers=("opaque module", "type", "reason")))
+            lines.append(self.table())
             classes = sorted({name for o in self.opaque for name in o.classes})
             lines.append(
                 "Opaque modules keep their Python code: their inner ops are not analysed, and "

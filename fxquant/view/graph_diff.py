@@ -1,6 +1,6 @@
 """What changed between two graphs of a model, node by node."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from torch.fx import GraphModule, Node
 from fxquant.config.skip_rules import type_name
 from fxquant.graph.layers import sites, user_name
 from fxquant.measure.quantization_info import INFO_KEY
+from fxquant.measure.sensitivity_row import as_number
 from fxquant.measure.sizes import model_bytes
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.numerics.metrics import sqnr_db
 from fxquant.report.html import Page, write_html
-from fxquant.report.tables import format_db, text_table
+from fxquant.report.tables import format_db
+from fxquant.report.view import View
 from fxquant.view.graph_view import measured_rows
 
 STATUSES = ("unchanged", "rewritten", "added", "removed")
@@ -51,8 +53,8 @@ class NodeChange:
     introduced_sqnr_db: float | None = None
 
 
-@dataclass(frozen=True)
-class GraphDiff:
+@dataclass(frozen=True, repr=False)
+class GraphDiff(View):
     """All nodes of two graphs with what happened to them."""
 
     changes: Sequence[NodeChange]
@@ -75,27 +77,41 @@ class GraphDiff:
              c.weight_sqnr_db, c.introduced_sqnr_db, c.rule)
             for c in self.changes
         ]  # fmt: skip
-        summary = ", ".join(f"{count} {status}" for status, count in self.counts.items())
-        write_html(path, Page("What changed", summary, "Nodes", heads, rows))
+        write_html(path, Page("What changed", self.headline(), "Nodes", heads, rows))
 
-    def __str__(self) -> str:
-        rows = [
+    def headline(self) -> str:
+        """How many nodes have each status."""
+        return ", ".join(f"{count} {status}" for status, count in self.counts.items())
+
+    def columns(self) -> Sequence[str]:
+        """The columns of the table."""
+        return ("status", "node", "before", "after", "bytes", "bytes after", "weight dB", "rule")
+
+    def cells(self) -> list[Sequence[Any]]:
+        """One row for each node that changed."""
+        return [
             (
                 c.status,
                 c.module or c.node,
-                c.before or "",
-                c.after or "",
-                c.bytes_before or "",
-                c.bytes_after or "",
+                c.before,
+                c.after,
+                c.bytes_before or None,
+                c.bytes_after or None,
                 format_db(c.weight_sqnr_db),
-                c.rule or "",
+                c.rule,
             )
             for c in self.changes
             if c.status != "unchanged"
         ]
-        head = ", ".join(f"{count} {status}" for status, count in self.counts.items())
-        headers = ("status", "node", "before", "after", "bytes", "bytes after", "weight dB", "rule")
-        return f"{head}\n{text_table(headers, rows)}" if rows else head
+
+    def records(self) -> list[dict[str, Any]]:
+        """All nodes as mappings of equal keys."""
+        return [asdict(change) for change in self.changes]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "GraphDiff":
+        """Undo `to_dict`, also after JSON."""
+        return cls([NodeChange(**{k: as_number(v) for k, v in c.items()}) for c in data["changes"]])
 
 
 def diff(before: GraphModule, after: GraphModule) -> GraphDiff:

@@ -134,3 +134,21 @@ def test_a_diff_is_searched(browser, tmp_path):
     opened(browser, tmp_path / "d.html")
     browser.find_element(By.ID, "search").send_keys("rewritten")
     assert cells(browser, 2) == ["first", "second"]
+
+
+def test_a_bar_a_row_and_a_node_find_one_another(browser, page):
+    opened(browser, page)
+    bar = browser.find_element(By.CSS_SELECTOR, ".bar .link")
+    name = bar.text
+    bar.click()
+    assert browser.find_element(By.CSS_SELECTOR, "tr.chosen td").text == name
+    folded = browser.find_elements(By.CSS_SELECTOR, "g[data-node][aria-pressed=true]")
+    link = browser.find_elements(By.CSS_SELECTOR, "#rows .link")[-1]
+    other = link.text
+    link.click()
+    assert browser.find_element(By.CSS_SELECTOR, "tr.chosen td").text == other
+    assert f"module\n{other}" in browser.find_element(By.ID, "details").text
+    assert len(folded) <= 1
+    node = browser.find_element(By.CSS_SELECTOR, "g[data-node]")
+    node.send_keys(Keys.ENTER)
+    assert node.get_attribute("aria-pressed") == "true"
