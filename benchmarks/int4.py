@@ -140,7 +140,7 @@ def overhead_rows(rounds: int) -> list[dict[str, Any]]:
     layer = fxquant.QuantizedLinearInt4.from_float(linear, 64)
     backend = BACKENDS[layer.backend]
     spec = LinearSpec(64, 64, 64, True)
-    packed = backend.pack(layer.int4_weight, spec)
+    packed = backend.pack(layer.quantized_weight, spec)
     with torch.inference_mode():
         x = torch.randn(1, 64)
         calls: dict[str, Callable[[], Any]] = {

@@ -29,7 +29,7 @@ from fxquant.demo.language_model import calibration_tokens, load_language_model
 from fxquant.kernels import rounding as cpp
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.numerics.grouping import expand_groups
-from fxquant.numerics.weights import Int4Weight
+from fxquant.numerics.quantized_weight import QuantizedWeight
 from fxquant.observers.moments import LayerMoments, damped
 
 WIDTH = 4096
@@ -64,7 +64,7 @@ def stack() -> Rows:
     ]
 
 
-def in_torch(weight: Tensor) -> Int4Weight:
+def in_torch(weight: Tensor) -> QuantizedWeight:
     """As where the extension was not built."""
     with mock.patch.object(cpp, "FAULT", "left out"):
         return round_to_nearest(weight)

@@ -10,8 +10,8 @@ from torch import Tensor
 from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.algorithms.sweep import sweep
 from fxquant.numerics.grouping import expand_groups
-from fxquant.numerics.integers import UINT4, dequantize_affine, quantize_affine
-from fxquant.numerics.weights import Int4Weight
+from fxquant.numerics.integers import dequantize_affine, quantize_affine
+from fxquant.numerics.quantized_weight import QuantizedWeight
 from fxquant.observers.moments import LayerMoments, damped
 
 DAMPING = 0.05  # of the mean second moment, at first: calibration data are few
@@ -22,17 +22,19 @@ def gptq(
     weight: Tensor,
     moments: LayerMoments,
     *,
+    bits: int = 4,
     group_size: int = 128,
     symmetric: bool = True,
     damping: float = DAMPING,
-) -> Int4Weight:
-    """Quantize a weight to INT4 for the inputs it will see.
+) -> QuantizedWeight:
+    """Quantize a weight for the inputs it will see.
 
     Args:
         weight: floating point [out, in].
         moments: of the layer.
-        group_size: columns a group; the last group may be short.
-        symmetric: one fixed zero point (8), or one for each group.
+        bits: of an integer.
+        group_size: columns a group; the last group may be short. -1: one group a row.
+        symmetric: one fixed zero point, or one for each group.
         damping: what is added to the diagonal of the second moments, in units of its mean; more is
             taken where they have no inverse.
 
@@ -42,13 +44,15 @@ def gptq(
 
     Raises:
         WeightError: the weight is not a finite matrix.
+        OptionError: `group_size` or `bits` is not usable.
     """
     fixed = round_to_nearest(
-        weight, group_size=group_size, symmetric=symmetric, importance=moments.importance
-    )
+        weight, bits=bits, group_size=group_size, symmetric=symmetric,
+        importance=moments.importance,
+    )  # fmt: skip
     if not moments.tokens:
         return fixed
-    columns = weight.shape[1]
+    columns, group_size, integer = weight.shape[1], fixed.group_size, fixed.integer
     second = moments.second
     order = second.diagonal().argsort(descending=True)
     factor = _inverse_factor(second[order][:, order], damping)
@@ -59,18 +63,19 @@ def gptq(
     diagonal = factor.diagonal().tolist()
 
     def step(i: int, column: Tensor) -> Tensor:
-        q[i] = quantize_affine(column, scales[i], zeros[i], UINT4)
+        q[i] = quantize_affine(column, scales[i], zeros[i], integer)
         return (dequantize_affine(q[i], scales[i], zeros[i]) - column).div_(diagonal[i])
 
     sweep(rest, factor, step)
     integers = torch.empty_like(q)
     integers[order] = q
-    return Int4Weight.from_integers(
+    return QuantizedWeight.from_integers(
         integers.T.to(torch.uint8).contiguous(),
         fixed.scales,
         fixed.zero_points,
-        group_size,
-        symmetric,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
     )
 
 

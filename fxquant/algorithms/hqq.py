@@ -10,15 +10,22 @@ import torch
 from torch import Tensor
 
 from fxquant.numerics.grouping import from_groups, group_mask, to_groups
-from fxquant.numerics.integers import UINT4, dequantize_affine, quantize_affine, safe_scale
-from fxquant.numerics.weights import (
-    SCALE_DTYPE,
-    SYMMETRIC_ZERO_POINT,
-    ZERO_POINT_DTYPE,
-    Int4Weight,
-    calculate_scale_zp_groupwise,
-    rows_of_block,
+from fxquant.numerics.integers import (
+    IntegerType,
+    dequantize_affine,
+    quantize_affine,
+    safe_scale,
+    unsigned,
 )
+from fxquant.numerics.quantized_weight import (
+    SCALE_DTYPE,
+    ZERO_POINT_DTYPE,
+    QuantizedWeight,
+    resolved_group_size,
+    rows_of_block,
+    symmetric_zero_point,
+)
+from fxquant.numerics.weights import calculate_scale_zp_groupwise
 
 NORM = 0.7  # p
 STRENGTH = 10.0  # of the first shrinkage; a multiple of the inverse group magnitude
@@ -27,38 +34,49 @@ ITERATIONS = 20
 BLOCK_ELEMENTS = 1 << 19  # of a block of rows: its temporaries stay in the cache
 
 
-def half_quadratic(weight: Tensor, *, group_size: int = 128, symmetric: bool = True) -> Int4Weight:
-    """Quantize a weight to INT4, robustly against outliers.
+def half_quadratic(
+    weight: Tensor, *, bits: int = 4, group_size: int = 128, symmetric: bool = True
+) -> QuantizedWeight:
+    """Quantize a weight robustly against outliers.
 
     Args:
         weight: floating point [out, in].
-        group_size: columns a group; the last group may be short. Without groups (one for a whole
-            row) the method is known to fail on models: use smaller ones.
-        symmetric: one fixed zero point (8), or one for each group.
+        bits: of an integer.
+        group_size: columns a group; the last group may be short. Without groups (-1, one for a
+            whole row) the method is known to fail on models: use smaller ones.
+        symmetric: one fixed zero point, or one for each group.
 
     Returns:
         The integers with their scales and zero points.
 
     Raises:
         WeightError: the weight is not a finite matrix.
-        OptionError: `group_size` is not positive.
+        OptionError: `group_size` or `bits` is not usable.
     """
-    scales, zero_points = calculate_scale_zp_groupwise(weight, group_size, symmetric)
+    scales, zero_points = calculate_scale_zp_groupwise(weight, group_size, symmetric, bits=bits)
+    group_size, integer = resolved_group_size(group_size, weight.shape[1]), unsigned(bits)
     rows = rows_of_block(weight.shape[1], BLOCK_ELEMENTS)
     counts = group_mask(weight.shape[1], group_size)
     parts = [
-        _solve(to_groups(block.float(), group_size), counts, scale, zero, symmetric)
+        _solve(to_groups(block.float(), group_size), counts, scale, zero, symmetric, integer)
         for block, scale, zero in zip(
             weight.detach().split(rows), scales.split(rows), zero_points.split(rows), strict=True
         )
     ]
     q, scales, zero_points = (torch.cat(part) for part in zip(*parts, strict=True))
     integers = from_groups(q, weight.shape[1]).to(torch.uint8)
-    return Int4Weight.from_integers(integers, scales, zero_points, group_size, symmetric)
+    return QuantizedWeight.from_integers(
+        integers, scales, zero_points, bits=bits, group_size=group_size, symmetric=symmetric
+    )
 
 
 def _solve(
-    groups: Tensor, counts: Tensor, scale: Tensor, zero_point: Tensor, symmetric: bool
+    groups: Tensor,
+    counts: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    symmetric: bool,
+    integer: IntegerType,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Integers [rows, groups, size] and the grid [rows, groups] of a block of rows.
 
@@ -70,7 +88,7 @@ def _solve(
     best_scale, best_zero = scale, zero_point
     strength = STRENGTH
     for _ in range(ITERATIONS):
-        q = quantize_affine(groups, scale[..., None], zero_point[..., None], UINT4)
+        q = quantize_affine(groups, scale[..., None], zero_point[..., None], integer)
         residual = (groups - dequantize_affine(q, scale[..., None], zero_point[..., None])) / unit
         error = (residual.abs().pow(NORM) * counts).sum(-1)
         better = error < best_error
@@ -79,7 +97,7 @@ def _solve(
         best_zero = torch.where(better, zero_point, best_zero)
         rest = groups - _shrink(residual, strength) * unit  # without the few that are far off
         if symmetric:
-            levels = q - SYMMETRIC_ZERO_POINT
+            levels = q - symmetric_zero_point(integer.bits)
             levels = levels * counts
             fitted = (levels * rest).sum(-1) / levels.square().sum(-1)
             fitted = torch.where(torch.isfinite(fitted), fitted, scale)
@@ -88,7 +106,7 @@ def _solve(
             fitted = ((q - rest / scale[..., None]) * counts).sum(-1) / counts.sum(-1)
             zero_point = fitted.to(ZERO_POINT_DTYPE).float()
         strength *= GROWTH
-    q = quantize_affine(groups, best_scale[..., None], best_zero[..., None], UINT4)
+    q = quantize_affine(groups, best_scale[..., None], best_zero[..., None], integer)
     return q, best_scale, best_zero
 
 

@@ -11,13 +11,11 @@ from torch import Tensor
 from fxquant.algorithms.gptq import DAMPING
 from fxquant.algorithms.sweep import sweep
 from fxquant.numerics.grouping import expand_groups, group_count, to_groups
-from fxquant.numerics.integers import UINT4
-from fxquant.numerics.packing import unpack_nibbles
-from fxquant.numerics.weights import (
+from fxquant.numerics.quantized_weight import (
     SCALE_DTYPE,
-    SYMMETRIC_ZERO_POINT,
     ZERO_POINT_DTYPE,
-    Int4Weight,
+    QuantizedWeight,
+    symmetric_zero_point,
 )
 from fxquant.observers.moments import LayerMoments, damped
 
@@ -29,8 +27,8 @@ FARTHEST = 1024.0  # zero point
 
 
 def refine(
-    target: Tensor, quantized: Int4Weight, moments: LayerMoments, *, damping: float = DAMPING
-) -> Int4Weight:
+    target: Tensor, quantized: QuantizedWeight, moments: LayerMoments, *, damping: float = DAMPING
+) -> QuantizedWeight:
     """Lower the layer's squared error further.
 
     Args:
@@ -64,10 +62,11 @@ class _Search:
         zero_points: [out, groups].
     """
 
-    def __init__(self, target: Tensor, start: Int4Weight, second: Tensor) -> None:
+    def __init__(self, target: Tensor, start: QuantizedWeight, second: Tensor) -> None:
         self.target, self.second, self.start = target.T.contiguous(), second, start
         self.columns, self.group_size = start.in_features, start.group_size
-        self.q = unpack_nibbles(start.packed, self.columns).float().T.contiguous()
+        self.integer = start.integer
+        self.q = start.integers().float().T.contiguous()
         self.scales, self.zero_points = start.scales, start.zero_points
 
     def descend(self) -> None:
@@ -75,9 +74,10 @@ class _Search:
         scales, zeros = self._by_column(self.scales), self._by_column(self.zero_points)
         gradient = self.second @ ((self.q - zeros).mul_(scales).sub_(self.target))
         reach = (scales * self.second.diagonal()[:, None]).reciprocal_()
+        lowest, highest = self.integer.quant_min, self.integer.quant_max
 
         def step(i: int, slope: Tensor) -> Tensor:
-            best = (self.q[i] - slope * reach[i]).round_().clamp_(UINT4.quant_min, UINT4.quant_max)
+            best = (self.q[i] - slope * reach[i]).round_().clamp_(lowest, highest)
             change = (best - self.q[i]).mul_(scales[i])
             self.q[i] = best
             return change
@@ -92,12 +92,13 @@ class _Search:
         self.scales = torch.where(better, scales, self.scales)
         self.zero_points = torch.where(better, zero_points, self.zero_points)
 
-    def result(self) -> Int4Weight:
+    def result(self) -> QuantizedWeight:
         """What was found."""
         q = self.q.T.to(torch.uint8).contiguous()
-        return Int4Weight.from_integers(
-            q, self.scales, self.zero_points, self.group_size, self.start.symmetric
-        )
+        return QuantizedWeight.from_integers(
+            q, self.scales, self.zero_points, bits=self.integer.bits,
+            group_size=self.group_size, symmetric=self.start.symmetric,
+        )  # fmt: skip
 
     def _errors(self, scales: Tensor, zero_points: Tensor) -> Tensor:
         """The squared error of each row, [out]."""
@@ -107,7 +108,10 @@ class _Search:
     def _least_squares(self) -> tuple[Tensor, Tensor]:
         """Scales and zero points from the normal equations of each row, rounded as stored."""
         symmetric = self.start.symmetric
-        basis = [self.q - SYMMETRIC_ZERO_POINT] if symmetric else [self.q, torch.ones_like(self.q)]
+        if symmetric:
+            basis = [self.q - symmetric_zero_point(self.integer.bits)]
+        else:
+            basis = [self.q, torch.ones_like(self.q)]
         groups = group_count(self.columns, self.group_size)
         aim = self.second @ self.target  # [in, out]
         normal = torch.cat([self._products(b, basis) for b in basis], 1).double()

@@ -10,25 +10,27 @@ Where the C++ extension was built, it does this, in the same steps and many time
 import torch
 from torch import Tensor
 
-from fxquant.errors import OptionError, check_positive_int
+from fxquant.errors import OptionError
 from fxquant.kernels import rounding
 from fxquant.numerics.grouping import from_groups, group_mask, to_groups
-from fxquant.numerics.integers import UINT4, quantize_affine, safe_scale
-from fxquant.numerics.packing import pack_nibbles
-from fxquant.numerics.weights import (
+from fxquant.numerics.integers import IntegerType, quantize_affine, safe_scale
+from fxquant.numerics.quantized_weight import (
     SCALE_DTYPE,
-    SYMMETRIC_ZERO_POINT,
     ZERO_POINT_DTYPE,
-    Int4Weight,
-    check_weight,
-    empty_int4,
+    QuantizedWeight,
     rows_of_block,
-    scales_from_extreme,
-    scales_from_range,
+    symmetric_zero_point,
 )
+from fxquant.numerics.weights import check_weight, scales_from_extreme, scales_from_range
 
-# Of the full range. Widening helps small symmetric groups, whose other end has a level to spare.
-SHRINKS = (1.0, 1.06, 0.95, 0.9, 0.85, 0.8, 0.72, 0.64)
+# Of the full range. A ratio above 1 serves symmetric groups: their positive end has a level less,
+# so it clips unless the steps grow. The fewer the levels, the more of the range is worth clipping.
+_RATIOS = (1.0, 1.06, 0.95, 0.9, 0.85, 0.8, 0.72, 0.64)
+CLIP_RATIOS = {
+    2: (*_RATIOS, 1.3, 1.6, 0.56, 0.5, 0.44, 0.38),
+    3: (*_RATIOS, 1.15, 1.3, 0.56, 0.5),
+    **dict.fromkeys((4, 5, 6, 8), _RATIOS),
+}
 REFITS = 8  # nearly always fewer are needed
 BLOCK_ELEMENTS = 1 << 19  # of a block of rows: its temporaries stay in the cache
 
@@ -36,16 +38,18 @@ BLOCK_ELEMENTS = 1 << 19  # of a block of rows: its temporaries stay in the cach
 def round_to_nearest(
     weight: Tensor,
     *,
+    bits: int = 4,
     group_size: int = 128,
     symmetric: bool = True,
     importance: Tensor | None = None,
-) -> Int4Weight:
-    """Quantize a weight to INT4 by rounding, with the best range for each group.
+) -> QuantizedWeight:
+    """Quantize a weight by rounding, with the best range for each group.
 
     Args:
         weight: floating point [out, in].
-        group_size: columns a group; the last group may be short.
-        symmetric: one fixed zero point (8), or one for each group.
+        bits: of an integer.
+        group_size: columns a group; the last group may be short. -1: one group a row.
+        symmetric: one fixed zero point, or one for each group.
         importance: [in], how much a column's squared error counts: the mean square of the layer's
             input. All columns count alike without it.
 
@@ -54,18 +58,17 @@ def round_to_nearest(
 
     Raises:
         WeightError: the weight is not a finite matrix.
-        OptionError: `group_size` is not positive, or `importance` has another length.
+        OptionError: `group_size` or `bits` is not usable, or `importance` has another length.
     """
-    check_positive_int("group_size", group_size)
     check_weight(weight)
     importance = _checked_importance(importance, weight)
+    made = QuantizedWeight.empty(weight, bits=bits, group_size=group_size, symmetric=symmetric)
     if rounding.unsupported(weight) is None:
-        result = rounding.round_groups(
-            weight, group_size, symmetric, shrinks=SHRINKS, refits=REFITS, importance=importance
-        )
+        ratios = CLIP_RATIOS[bits]
+        rounding.round_groups(weight, made, shrinks=ratios, refits=REFITS, importance=importance)
     else:
-        result = _round_in_torch(weight.detach(), group_size, symmetric, importance)
-    return Int4Weight(*result, group_size, weight.shape[1], symmetric)
+        _round_in_torch(weight.detach(), made, importance)
+    return made
 
 
 def _checked_importance(importance: Tensor | None, weight: Tensor) -> Tensor | None:
@@ -81,41 +84,35 @@ def _checked_importance(importance: Tensor | None, weight: Tensor) -> Tensor | N
     return importance.detach().to(weight.device, torch.float32)
 
 
-def _round_in_torch(
-    weight: Tensor, group_size: int, symmetric: bool, importance: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    result = empty_int4(weight, group_size)
+def _round_in_torch(weight: Tensor, made: QuantizedWeight, importance: Tensor | None) -> None:
+    """Fill the memory of `made`."""
     rows = rows_of_block(weight.shape[1], BLOCK_ELEMENTS)
-    for block, *parts in zip(weight.split(rows), *(t.split(rows) for t in result), strict=True):
-        q, *grid = _round_block(block.float(), group_size, symmetric, importance)
-        for part, values in zip(parts, (pack_nibbles(q), *grid), strict=True):
-            part.copy_(values)
-    return result
+    for block, part in zip(weight.split(rows), made.split(rows), strict=True):
+        _round_block(block.float(), part, importance)
 
 
-def _round_block(
-    block: Tensor, group_size: int, symmetric: bool, importance: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups = to_groups(block, group_size)  # [rows, groups, group_size]
-    weights = _column_weights(block, group_size, importance)  # [1, groups, group_size]
-    fit = _Fit(groups, weights)
+def _round_block(block: Tensor, made: QuantizedWeight, importance: Tensor | None) -> None:
+    groups = to_groups(block, made.group_size)  # [rows, groups, group_size]
+    weights = _column_weights(block, made.group_size, importance)  # [1, groups, group_size]
+    fit = _Fit(groups, weights, made.integer)
     low, high = groups.amin(-1), groups.amax(-1)
-    for shrink in SHRINKS:
-        if symmetric:
-            fit.offer(*scales_from_extreme(torch.where(high > -low, high, low) * shrink))
+    for ratio in CLIP_RATIOS[made.bits]:
+        if made.symmetric:
+            extreme = torch.where(high > -low, high, low) * ratio
+            fit.offer(*scales_from_extreme(extreme, made.integer))
         else:
-            fit.offer(*scales_from_range(low * shrink, high * shrink))
+            fit.offer(*scales_from_range(low * ratio, high * ratio, made.integer))
     for _ in range(REFITS):
-        if not fit.offer(*_refit(groups, fit.integers(), weights, fit.scale, symmetric)):
+        if not fit.offer(*_refit(fit, made.symmetric)):
             break
-    return from_groups(fit.integers(), block.shape[1]).to(torch.uint8), fit.scale, fit.zero_point
+    made.fill(from_groups(fit.integers(), block.shape[1]), fit.scale, fit.zero_point)
 
 
 class _Fit:
     """The best grid so far for each group."""
 
-    def __init__(self, groups: Tensor, weights: Tensor) -> None:
-        self.groups = groups
+    def __init__(self, groups: Tensor, weights: Tensor, integer: IntegerType) -> None:
+        self.groups, self.weights, self.integer = groups, weights, integer
         self.root = None if bool((weights == 1).all()) else weights.sqrt()
         self.exact, self.q = torch.empty_like(groups), torch.empty_like(groups)
         self.error = groups.new_full(groups.shape[:2], torch.inf)
@@ -126,7 +123,7 @@ class _Fit:
         # In steps of the grid: the distance to the nearest level is found before it is scaled.
         reciprocal = scale.reciprocal()[..., None]
         torch.mul(self.groups, reciprocal, out=self.exact).add_(zero_point[..., None])
-        torch.round(self.exact, out=self.q).clamp_(UINT4.quant_min, UINT4.quant_max)
+        torch.round(self.exact, out=self.q).clamp_(self.integer.quant_min, self.integer.quant_max)
         distance = self.q.sub_(self.exact)
         if self.root is not None:
             distance.mul_(self.root)
@@ -143,20 +140,20 @@ class _Fit:
     def integers(self) -> Tensor:
         """The nearest integers on the best grid, as floats [rows, groups, group_size]."""
         return quantize_affine(
-            self.groups, self.scale[..., None], self.zero_point[..., None], UINT4
+            self.groups, self.scale[..., None], self.zero_point[..., None], self.integer
         )
 
 
-def _refit(
-    groups: Tensor, q: Tensor, weights: Tensor, scale: Tensor, symmetric: bool
-) -> tuple[Tensor, Tensor]:
-    """The least-squares scale and zero point for given integers; `scale` where it is undefined."""
+def _refit(fit: _Fit, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The least-squares scale and zero point for the integers; the scale stays if undefined."""
+    groups, weights, scale, q = fit.groups, fit.weights, fit.scale, fit.integers()
     if symmetric:
-        levels = q - SYMMETRIC_ZERO_POINT
+        zero_point = symmetric_zero_point(fit.integer.bits)
+        levels = q - zero_point
         fitted = (weights * levels * groups).sum(-1) / (weights * levels * levels).sum(-1)
         fitted = torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, scale)
         fitted = safe_scale(fitted.to(SCALE_DTYPE).float())
-        return fitted, torch.full_like(fitted, SYMMETRIC_ZERO_POINT)
+        return fitted, torch.full_like(fitted, zero_point)
     total = weights.sum(-1)
     mean_q = (weights * q).sum(-1) / total
     mean_x = (weights * groups).sum(-1) / total
@@ -164,8 +161,8 @@ def _refit(
     fitted = (centred * groups).sum(-1) / (centred * q).sum(-1)
     fitted = torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, scale)
     fitted = safe_scale(fitted.to(SCALE_DTYPE).float())
-    zero_point = (mean_q - mean_x / fitted).clamp(-1024, 1024)
-    return fitted, zero_point.to(ZERO_POINT_DTYPE).float()
+    zeros = (mean_q - mean_x / fitted).clamp(-1024, 1024)
+    return fitted, zeros.to(ZERO_POINT_DTYPE).float()
 
 
 def _column_weights(block: Tensor, group_size: int, importance: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from fxquant.analysis.gradient import measure_gradient
 from fxquant.analysis.memory_plan import plan_exact
 from fxquant.analysis.sensitivity_report import SensitivityReport
 from fxquant.analysis.shipped_layers import ROUNDINGS, ShippedLayers, shipped_layers
-from fxquant.config.quant_config import QuantConfig
+from fxquant.config.quant_config import FLOAT_BITS, QuantConfig
 from fxquant.errors import check_choice, check_positive_int
 from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_sharing_tensors
@@ -30,7 +30,7 @@ from fxquant.measure.paired_run import output_sqnr
 from fxquant.measure.sensitivity_row import SensitivityRow
 from fxquant.passes.calibration_data import calls, check_batches
 from fxquant.passes.check_weights import check_weights
-from fxquant.passes.decide import Decision, decide
+from fxquant.passes.decide import ACTIONS, Decision, decide
 from fxquant.passes.rewrite import rewrite
 from fxquant.tracing.prepare import unwrap
 from fxquant.tracing.trace import graph_of
@@ -224,9 +224,8 @@ class _Evaluation:
     @torch.no_grad()
     def __call__(self, bits: dict[str, int]) -> float:
         """Output SQNR with the layers of `bits` at these widths and all others float."""
-        actions = {4: "int4", 8: "int8"}
         planned = [
-            replace(d, action=actions.get(bits.get(d.module, 16), "float")) for d in self.decisions
+            replace(d, action=ACTIONS[bits.get(d.module, FLOAT_BITS)]) for d in self.decisions
         ]
         qmodel = rewrite(self.gm, planned, self.layers.quantize)
         return output_sqnr(self.gm, qmodel, self.layers.held_out, self.select).db

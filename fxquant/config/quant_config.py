@@ -18,8 +18,9 @@ from fxquant.errors import (
     check_positive_int,
     near_misses,
 )
+from fxquant.numerics.integers import WIDTHS
+from fxquant.numerics.quantized_weight import check_group_size
 
-BITS = (4, 8)
 FLOAT_BITS = 16  # how a mapping of bits says "leave it float"
 DYNAMIC = "dynamic"  # instead of an observer: ranges are found while the model runs
 OBSERVER_NAMES = ("minmax", "movingaverage", "ema", "histogram", "kl", "auto", DYNAMIC)
@@ -55,8 +56,10 @@ class QuantConfig:
     """How to quantize a model: a value that can be compared, saved and used again.
 
     Attributes:
-        bits: 4, 8, or a mapping from module name (or name rule) to bits; 16 leaves it float.
-        group_size: weights along `in_features` that share a scale.
+        bits: 2, 3, 4, 5, 6, 8, or a mapping from module name (or name rule) to bits; 16 leaves it
+            float. 8 has one scale a row, whatever `group_size` says.
+        group_size: weights along `in_features` that share a scale; -1: all of a row. A layer with
+            fewer inputs gets 8 bits.
         symmetric: one fixed zero point, or one for each group.
         method: how to choose the integers: `"rtn"` (rounding to nearest, with a clip search
             weighted by the data), `"hqq"` (half-quadratic, without data), `"gptq"` (fitted to the
@@ -114,7 +117,7 @@ class QuantConfig:
         for name in ("layer_types", "skip_layer_types"):
             self._set(name, _types(name, getattr(self, name)))
         _check_bits(self.bits)
-        check_positive_int("group_size", self.group_size)
+        check_group_size(self.group_size)
         check_positive_int("num_calibration_samples", self.num_calibration_samples)
         _check_flag("symmetric", self.symmetric)
         parse_method(self.method, has_data=True)
@@ -290,13 +293,13 @@ def _types(argument: str, given: Sequence[TypeRule] | None) -> tuple[str, ...] |
 
 def _check_bits(bits: int | Mapping[str, int]) -> None:
     is_mapping = isinstance(bits, Mapping)
-    allowed = (*BITS, FLOAT_BITS) if is_mapping else BITS
+    allowed = (*WIDTHS, FLOAT_BITS) if is_mapping else WIDTHS
     for name, value in bits.items() if isinstance(bits, Mapping) else [("", bits)]:
-        if isinstance(value, bool) or value not in allowed:
+        if isinstance(value, bool | float) or value not in allowed:
             raise OptionError(
                 f"bits[{name!r}]" if is_mapping else "bits",
                 found=repr(value),
-                needed=" or ".join(map(str, allowed)),
+                needed=f"one of {', '.join(map(str, allowed))}",
                 remedy="Choose one of these widths (in a mapping, 16 leaves a module float).",
             )
 

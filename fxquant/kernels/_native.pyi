@@ -21,6 +21,7 @@ def round_groups(
     rows: int,
     columns: int,
     group_size: int,
+    bits: int,
     symmetric: bool,
     importance: int,
     shrinks: tuple[float, ...],

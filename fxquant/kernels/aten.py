@@ -13,11 +13,16 @@ from torch import Tensor
 from fxquant.kernels.gradient import multiply_with_gradient, needs_gradient
 from fxquant.kernels.interface import LinearSpec, check_input
 from fxquant.numerics.grouping import group_count
-from fxquant.numerics.packing import unpack_nibbles
-from fxquant.numerics.weights import SYMMETRIC_ZERO_POINT, ZERO_POINT_DTYPE, Int4Weight
+from fxquant.numerics.quantized_weight import (
+    ZERO_POINT_DTYPE,
+    QuantizedWeight,
+    symmetric_zero_point,
+)
 
 GROUP_SIZES = (32, 64, 128, 256)
 ROWS = 16  # the op takes multiples of this
+BITS = 4
+ZERO_POINT = symmetric_zero_point(BITS)
 
 
 class AtenBackend:
@@ -29,13 +34,15 @@ class AtenBackend:
         """The op is for CPUs, a few group sizes and float activations."""
         if device.type != "cpu":
             return f"it runs on CPUs, not on {device.type}"
+        if spec.bits != BITS:
+            return f"the weight has {spec.bits} bits, not {BITS}"
         if spec.group_size not in GROUP_SIZES:
             return f"group_size is {spec.group_size}, not one of {GROUP_SIZES}"
         if spec.activation != "float":
             return "it takes float activations only"
         return None
 
-    def pack(self, weight: Int4Weight, spec: LinearSpec) -> tuple[Tensor, ...]:
+    def pack(self, weight: QuantizedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
         """The op's own layout: packed integers, then the grid [groups, rows, (scale, zero)].
 
         Asymmetric weights add the rounded-off zeros, bfloat16 [out, groups], and the zero points,
@@ -43,11 +50,11 @@ class AtenBackend:
         """
         rows = _padded_rows(spec) - spec.out_features
         columns = _padded_columns(spec) - spec.in_features
-        q = unpack_nibbles(weight.packed, spec.in_features)
+        q = weight.integers()
         q = F.pad(q, (0, columns, 0, rows)).to(torch.int32)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
         scales = weight.scales.float()
-        zero = (SYMMETRIC_ZERO_POINT - weight.zero_points.float()) * scales
+        zero = (ZERO_POINT - weight.zero_points.float()) * scales
         grid = F.pad(torch.stack((scales, zero), dim=-1), (0, 0, 0, 0, 0, rows))
         grid = grid.bfloat16().transpose(0, 1).contiguous()
         if spec.symmetric:
@@ -55,11 +62,11 @@ class AtenBackend:
         rest = (zero - zero.bfloat16().float()).bfloat16()
         return packed, grid, rest, weight.zero_points.to(ZERO_POINT_DTYPE)
 
-    def unpack(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> Int4Weight:
+    def unpack(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> QuantizedWeight:
         """Read the integers back through the op itself, whose layout depends on the CPU."""
         packed, grid, *asymmetric = tensors
         identity = torch.zeros_like(grid)
-        identity[..., 0], identity[..., 1] = 1, SYMMETRIC_ZERO_POINT  # the op's w is q itself
+        identity[..., 0], identity[..., 1] = 1, ZERO_POINT  # the op's w is q itself
         columns = torch.arange(_padded_columns(spec))
         pairs = torch.zeros(len(columns) // 2, len(columns), dtype=torch.bfloat16)
         pairs[columns // 2, columns] = torch.tensor([1.0, 16.0], dtype=torch.bfloat16).repeat(
@@ -70,16 +77,17 @@ class AtenBackend:
         )
         data = product[: -(-spec.in_features // 2), : spec.out_features].T.to(torch.uint8)
         scales = grid[:, : spec.out_features, 0].T.float()
-        zero_points = torch.full_like(scales, SYMMETRIC_ZERO_POINT)
+        zero_points = torch.full_like(scales, ZERO_POINT)
         if asymmetric:
             zero_points = asymmetric[1].float()
-        return Int4Weight(
+        return QuantizedWeight(
             data.contiguous(),
             scales.contiguous(),
             zero_points,
             spec.group_size,
             spec.in_features,
             spec.symmetric,
+            BITS,
         )
 
     def matmul(
@@ -90,7 +98,7 @@ class AtenBackend:
         bias: Tensor | None = None,
     ) -> Tensor:
         """Multiply through bfloat16 activations; a gradient does not change the bits."""
-        check_input(x, spec.in_features, 4)
+        check_input(x, spec.in_features, BITS)
         if needs_gradient(x, bias):
             return multiply_with_gradient(self, x, tensors, spec, bias)
         return self.product(x, tensors, spec, bias)

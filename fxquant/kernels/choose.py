@@ -6,17 +6,17 @@ import torch
 
 from fxquant.errors import OptionError, check_choice
 from fxquant.kernels.aten import AtenBackend
-from fxquant.kernels.interface import Int4Backend, LinearSpec
+from fxquant.kernels.interface import LinearBackend, LinearSpec
 from fxquant.kernels.native import NATIVE
 from fxquant.kernels.reference import REFERENCE
 
-BACKENDS: dict[str, Int4Backend] = {b.name: b for b in (NATIVE, AtenBackend(), REFERENCE)}
+BACKENDS: dict[str, LinearBackend] = {b.name: b for b in (NATIVE, AtenBackend(), REFERENCE)}
 FORCE = "FXQUANT_BACKEND"  # the environment variable that forces one
 
 
 def choose_backend(
     spec: LinearSpec, device: torch.device
-) -> tuple[Int4Backend, dict[str, str | None]]:
+) -> tuple[LinearBackend, dict[str, str | None]]:
     """The first backend that serves a layer, and for each backend why it does not (or None).
 
     Raises:

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from fxquant.kernels.interface import LinearSpec
-from fxquant.numerics.weights import Int4Weight
+from fxquant.numerics.quantized_weight import QuantizedWeight
 
 
 class Product(Protocol):
     """What is needed of a backend."""
 
-    def unpack(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> Int4Weight:
+    def unpack(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> QuantizedWeight:
         """The weight."""
 
     def product(

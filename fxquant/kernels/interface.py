@@ -1,4 +1,4 @@
-"""The one interface of the INT4 matrix product: what every backend offers."""
+"""The one interface of the product with a quantized weight: what every backend offers."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import OptionError
-from fxquant.numerics.weights import Int4Weight
+from fxquant.numerics.quantized_weight import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,9 @@ class LinearSpec:
         out_features: rows of the weight.
         in_features: columns of the weight.
         group_size: columns a group; the last group may be short.
-        symmetric: whether every zero point is 8.
+        symmetric: whether every zero point is 2 ** (bits - 1).
         activation: `"float"`, or `"int8"` for activations quantized on the fly.
+        bits: of an integer of the weight.
     """
 
     out_features: int
@@ -27,6 +28,7 @@ class LinearSpec:
     group_size: int
     symmetric: bool
     activation: str = "float"
+    bits: int = 4
 
 
 def check_input(x: Tensor, in_features: int, bits: int) -> None:
@@ -44,7 +46,7 @@ def check_input(x: Tensor, in_features: int, bits: int) -> None:
         )
 
 
-class Int4Backend(Protocol):
+class LinearBackend(Protocol):
     """A way to compute x · weightᵀ + bias.
 
     The same inputs and number of threads give the same bits at each call, and `pack` derives the
@@ -56,10 +58,10 @@ class Int4Backend(Protocol):
     def unsupported(self, spec: LinearSpec, device: torch.device) -> str | None:
         """Why this backend cannot serve the layer, or None."""
 
-    def pack(self, weight: Int4Weight, spec: LinearSpec) -> tuple[Tensor, ...]:
+    def pack(self, weight: QuantizedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
         """The backend's own layout of a weight."""
 
-    def unpack(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> Int4Weight:
+    def unpack(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> QuantizedWeight:
         """Undo `pack`, exactly."""
 
     def matmul(

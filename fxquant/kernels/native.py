@@ -14,9 +14,10 @@ from fxquant.kernels.eager import is_plain
 from fxquant.kernels.extension import FLOAT_TYPES, NOT_BUILT, _native
 from fxquant.kernels.gradient import gradients_of_linear, needs_gradient
 from fxquant.kernels.interface import LinearSpec
-from fxquant.kernels.native_layout import from_blocks, spec_of_blocks, to_blocks
+from fxquant.kernels.native_layout import BITS, from_blocks, spec_of_blocks, to_blocks
 from fxquant.kernels.reference import REFERENCE
-from fxquant.numerics.weights import Int4Weight, quantize_weight_int4
+from fxquant.numerics.quantized_weight import QuantizedWeight
+from fxquant.numerics.weights import quantize_weight
 
 LARGEST_GROUP = 256
 
@@ -142,17 +143,19 @@ class NativeBackend:
         """It is for CPUs and groups that fill 32-bit lanes, and must have passed its check."""
         if device.type != "cpu":
             return f"it runs on CPUs, not on {device.type}"
+        if spec.bits != BITS:
+            return f"the weight has {spec.bits} bits, not {BITS}"
         if spec.group_size % 8 or spec.group_size > LARGEST_GROUP:
             return f"group_size is {spec.group_size}, not a multiple of 8 up to {LARGEST_GROUP}"
         if FAULT is None and spec.activation == "float" and not IS_VECTORIZED:
             return "it has nothing for this CPU, which torch's own op may know"
         return FAULT
 
-    def pack(self, weight: Int4Weight, spec: LinearSpec) -> tuple[Tensor, ...]:
+    def pack(self, weight: QuantizedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
         """One tensor with everything: see `native_layout`."""
         return (to_blocks(weight),)
 
-    def unpack(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> Int4Weight:
+    def unpack(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> QuantizedWeight:
         """Rearrange the tensor back."""
         return from_blocks(tensors[0], spec)
 
@@ -181,8 +184,7 @@ def find_fault() -> str | None:
     for symmetric in (True, False):
         for activation in ("float", "int8"):
             spec = LinearSpec(70, 72, 32, symmetric, activation)
-            packed = quantize_weight_int4(wave.view(70, 72), spec.group_size, symmetric)
-            weight = Int4Weight(*packed, spec.group_size, spec.in_features, symmetric)
+            weight = quantize_weight(wave.view(70, 72), spec.bits, spec.group_size, symmetric)
             x = wave[: 9 * 72].view(9, 72).bfloat16().float()
             expected = REFERENCE.matmul(x, REFERENCE.pack(weight, spec), spec)
             y = NATIVE.matmul(x, NATIVE.pack(weight, spec), spec)

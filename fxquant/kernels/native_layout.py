@@ -10,19 +10,20 @@ from torch import Tensor
 
 from fxquant.kernels.interface import LinearSpec
 from fxquant.numerics.grouping import group_count
-from fxquant.numerics.weights import (
+from fxquant.numerics.quantized_weight import (
     SCALE_DTYPE,
-    SYMMETRIC_ZERO_POINT,
     ZERO_POINT_DTYPE,
-    Int4Weight,
+    QuantizedWeight,
     rows_of_block,
+    symmetric_zero_point,
 )
 
 BLOCK = 64  # outputs
+BITS = 4  # of an integer
 BLOCKS_ELEMENTS = 1 << 22  # of blocks that are rearranged together
 
 
-def to_blocks(weight: Int4Weight) -> Tensor:
+def to_blocks(weight: QuantizedWeight) -> Tensor:
     """Rearrange a weight: uint8 [blocks, groups, bytes of a group], 4.125 or 4.25 bits a weight."""
     groups = group_count(weight.in_features, weight.group_size)
     grid_bytes = 2 * BLOCK * (1 if weight.symmetric else 2)
@@ -35,13 +36,15 @@ def to_blocks(weight: Int4Weight) -> Tensor:
     return blocks
 
 
-def from_blocks(blocks: Tensor, spec: LinearSpec) -> Int4Weight:
+def from_blocks(blocks: Tensor, spec: LinearSpec) -> QuantizedWeight:
     """Undo `to_blocks`."""
     size, groups = spec.in_features, blocks.shape[1]
     packed = blocks.new_empty(spec.out_features, -(-size // 2))
     scales = blocks.new_empty(spec.out_features, groups, dtype=torch.float32)
-    zero_points = torch.full_like(scales, SYMMETRIC_ZERO_POINT)
-    weight = Int4Weight(packed, scales, zero_points, spec.group_size, size, spec.symmetric)
+    zero_points = torch.full_like(scales, symmetric_zero_point(BITS))
+    weight = QuantizedWeight(
+        packed, scales, zero_points, spec.group_size, size, spec.symmetric, BITS
+    )
     count = _blocks_at_once(groups * spec.group_size)
     for part, some in zip(blocks.split(count), weight.split(count * BLOCK), strict=True):
         _read_blocks(part, some)
@@ -53,7 +56,7 @@ def _blocks_at_once(columns: int) -> int:
     return rows_of_block(BLOCK * columns, BLOCKS_ELEMENTS)
 
 
-def _write_blocks(blocks: Tensor, weight: Int4Weight) -> None:
+def _write_blocks(blocks: Tensor, weight: QuantizedWeight) -> None:
     count, groups, _ = blocks.shape
     rows = count * BLOCK - len(weight.packed)
     _write_grid(blocks[..., : 2 * BLOCK], weight.scales, SCALE_DTYPE, rows)
@@ -67,7 +70,7 @@ def _write_blocks(blocks: Tensor, weight: Int4Weight) -> None:
     codes.copy_(_interleave(lanes).view(count, BLOCK, groups, -1).permute(0, 2, 3, 1))
 
 
-def _read_blocks(blocks: Tensor, weight: Int4Weight) -> None:
+def _read_blocks(blocks: Tensor, weight: QuantizedWeight) -> None:
     _read_grid(weight.scales, blocks[..., : 2 * BLOCK], SCALE_DTYPE)
     start = 2 * BLOCK
     if not weight.symmetric:

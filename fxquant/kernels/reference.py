@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fxquant.kernels.interface import LinearSpec, check_input
 from fxquant.numerics.integers import INT8
-from fxquant.numerics.weights import Int4Weight, dequantize_weight_int4
+from fxquant.numerics.quantized_weight import QuantizedWeight
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # a smaller one has no finite reciprocal
 
@@ -20,20 +20,21 @@ class ReferenceBackend:
         """Nothing is unsupported."""
         return None
 
-    def pack(self, weight: Int4Weight, spec: LinearSpec) -> tuple[Tensor, ...]:
+    def pack(self, weight: QuantizedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
         """The saved layout itself."""
         return weight.to_saved()
 
-    def unpack(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> Int4Weight:
+    def unpack(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> QuantizedWeight:
         """The saved layout itself."""
         packed, scales, zero_points = tensors
-        return Int4Weight(
+        return QuantizedWeight(
             packed,
             scales.float(),
             zero_points.float(),
             spec.group_size,
             spec.in_features,
             spec.symmetric,
+            spec.bits,
         )
 
     def matmul(
@@ -44,11 +45,8 @@ class ReferenceBackend:
         bias: Tensor | None = None,
     ) -> Tensor:
         """Multiply in float32 with the dequantized weight; gradients flow to `x`."""
-        check_input(x, spec.in_features, 4)
-        packed, scales, zero_points = tensors
-        weight = dequantize_weight_int4(
-            packed, scales, zero_points, spec.group_size, spec.in_features
-        )
+        check_input(x, spec.in_features, spec.bits)
+        weight = self.unpack(tensors, spec).dequantize()
         values = x.float()
         if spec.activation == "int8":
             values = quantize_tokens(values, spec.group_size)

@@ -1,4 +1,4 @@
-"""Rounding to INT4 in C++, group by group: see csrc/rounding.h.
+"""Rounding weights in C++, group by group: see csrc/rounding.h.
 
 In torch each step of the search is a pass over memory; here a group stays in the nearest cache
 until its range is found. `fxquant.algorithms.rtn` is the same algorithm in torch, and explains it.
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.kernels.extension import FLOAT_TYPES, NOT_BUILT, _native
-from fxquant.numerics.weights import dequantize_weight_int4, empty_int4, quantize_weight_int4
+from fxquant.numerics.quantized_weight import QuantizedWeight
+from fxquant.numerics.weights import quantize_weight
 
 
 def unsupported(weight: Tensor) -> str | None:
@@ -28,30 +29,25 @@ def unsupported(weight: Tensor) -> str | None:
 
 def round_groups(
     weight: Tensor,
-    group_size: int,
-    symmetric: bool,
+    made: QuantizedWeight,
     *,
     shrinks: Sequence[float],
     refits: int,
     importance: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> None:
     """Round a weight with the best range that is tried for each group.
+
+    The result does not depend on the number of threads, nor on the CPU's instructions.
 
     Args:
         weight: finite, [out, in], of a type for which `unsupported` is None.
-        group_size: columns a group; the last group may be short.
-        symmetric: one fixed zero point (8), or one for each group.
+        made: contiguous memory for the result, which says its form; see `QuantizedWeight.empty`.
         shrinks: of each group's full range, at most 64.
         refits: at most so many refits by least squares.
         importance: float32 [in] on the CPU, how much a column's squared error counts.
-
-    Returns:
-        `(packed, scales, zero_points)` as `quantize_weight_int4` returns them. They do not depend
-        on the number of threads, nor on the CPU's instructions.
     """
     weight = weight.detach().contiguous()
     rows, columns = weight.shape
-    packed, scales, zero_points = empty_int4(weight, group_size)
     if importance is not None:
         importance = importance.contiguous()
     _native.round_groups(
@@ -59,17 +55,17 @@ def round_groups(
         FLOAT_TYPES[weight.dtype],
         rows,
         columns,
-        min(group_size, columns),
-        symmetric,
+        min(made.group_size, columns),
+        made.bits,
+        made.symmetric,
         0 if importance is None else importance.data_ptr(),
         tuple(shrinks),
         refits,
-        packed.data_ptr(),
-        scales.data_ptr(),
-        zero_points.data_ptr(),
+        made.packed.data_ptr(),
+        made.scales.data_ptr(),
+        made.zero_points.data_ptr(),
         torch.get_num_threads(),
     )
-    return packed, scales, zero_points
 
 
 def find_fault() -> str | None:
@@ -77,12 +73,14 @@ def find_fault() -> str | None:
     if NOT_BUILT is not None:
         return NOT_BUILT
     weight = torch.arange(5 * 70, dtype=torch.float32, device="cpu").sin().view(5, 70)
-    for symmetric in (True, False):
-        plain = quantize_weight_int4(weight, 32, symmetric)
-        found = round_groups(weight, 32, symmetric, shrinks=(1.0, 0.9), refits=1)
-        full, best = (dequantize_weight_int4(*p, 32, 70) - weight for p in (plain, found))
-        if not best.norm() <= full.norm() * 1.0001:
-            return f"it rounds wrongly on this CPU ({_native.instruction_sets()[0]})"
+    for bits in (3, 4):
+        for symmetric in (True, False):
+            plain = quantize_weight(weight, bits, 32, symmetric)
+            found = QuantizedWeight.empty(weight, bits=bits, group_size=32, symmetric=symmetric)
+            round_groups(weight, found, shrinks=(1.0, 0.9), refits=1)
+            full, best = (made.dequantize() - weight for made in (plain, found))
+            if not best.norm() <= full.norm() * 1.0001:
+                return f"it rounds wrongly on this CPU ({_native.instruction_sets()[0]})"
     return None
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fxquant.modules.linear_int4 import QuantizedLinearInt4
+from fxquant.modules.linear_intn import QuantizedLinearIntN
 
 MEGABYTE = 1_000_000
 
@@ -10,19 +10,19 @@ MEGABYTE = 1_000_000
 def model_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers that a saved model needs; tied tensors count once.
 
-    INT4 weights count as they are saved; `_kernel_*` buffers hold them as a kernel reads them.
+    Packed weights count as they are saved; `_kernel_*` buffers hold them as a kernel reads them.
     """
     counted: dict[tuple[int, int], int] = {}
-    int4 = 0
+    packed = 0
     for module in model.modules():
-        if isinstance(module, QuantizedLinearInt4):
-            int4 += module.saved_bytes
+        if isinstance(module, QuantizedLinearIntN):
+            packed += module.saved_bytes
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and not name.startswith("_kernel_"):
                 counted[tensor.data_ptr(), stored_elements(tensor)] = (
                     stored_elements(tensor) * tensor.element_size()
                 )
-    return int4 + sum(counted.values())
+    return packed + sum(counted.values())
 
 
 def stored_elements(tensor: Tensor) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fxquant.errors import OptionError, WeightError, check_choice
 from fxquant.modules.lazy_weight import LazyWeight
-from fxquant.numerics.weights import SCALE_DTYPE
+from fxquant.numerics.quantized_weight import SCALE_DTYPE, QuantizedWeight
 
 ACTIVATIONS = ("float", "int8")
 LARGEST_ZERO_POINT = 4096.0  # one beyond would leave scale · zero point without precision
@@ -53,9 +53,14 @@ class QuantizedLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         return LazyWeight(self.dequantize, shape, self._weight_dtype, self._device)
 
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """The integers with their scales and zero points."""
+        raise NotImplementedError(type(self).__name__)
+
     def dequantize(self) -> Tensor:
         """The values of the weight, float32 [out, in]."""
-        raise TypeError(f"{type(self).__name__} has no weight")
+        return self.quantized_weight.dequantize()
 
     @property
     def _device(self) -> torch.device:
@@ -63,7 +68,7 @@ class QuantizedLinear(nn.Module):
 
     def weight_parts(self) -> Iterator[Tensor]:
         """The rows of the float32 weight in order, some at a time: memory stays small."""
-        yield self.dequantize()
+        yield from self.quantized_weight.parts()
 
     @property
     def activation(self) -> str:

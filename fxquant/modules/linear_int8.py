@@ -1,11 +1,11 @@
 """A Linear layer with per-channel INT8 weights: the wider choice, and the one for narrow layers."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxquant.errors import OptionError
 from fxquant.kernels.int8 import COLUMNS, matmul_int8, pad_int8
 from fxquant.kernels.interface import check_input
 from fxquant.kernels.reference import quantize_tokens
@@ -19,10 +19,11 @@ from fxquant.modules.linear import (
     check_saved,
     detached,
 )
-from fxquant.numerics.int8_weight import Int8Weight, quantize_weight_int8
-from fxquant.numerics.weights import SCALE_DTYPE, rows_of_block
+from fxquant.numerics.quantized_weight import SCALE_DTYPE, QuantizedWeight, symmetric_zero_point
+from fxquant.numerics.weights import quantize_weight_int8
 
 ACTIVATION_GROUP = 128  # inputs of a token that share a scale, if activations are quantized
+_TOP_BIT = 0x80  # flips 0..255 to -128..127
 
 
 class QuantizedLinearInt8(QuantizedLinear):
@@ -39,14 +40,24 @@ class QuantizedLinearInt8(QuantizedLinear):
 
     def __init__(
         self,
-        weight: Int8Weight,
+        weight: QuantizedWeight,
         bias: Tensor | None,
         activation: str = "float",
         weight_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(weight.q.shape[1], weight.q.shape[0], bias, activation, weight_dtype)
-        self.register_buffer("_weight_int8", weight.q.contiguous())
-        self.register_buffer("_scales", detached(weight.scales, SCALE_DTYPE))
+        out_features, in_features = weight.shape
+        form = weight.bits, weight.symmetric, weight.scales.shape[1]
+        if form != (self.bits, True, 1):
+            raise OptionError(
+                "QuantizedLinearInt8",
+                found=f"a weight of {weight.bits} bits with {weight.scales.shape[1]} groups a row",
+                needed="a symmetric one of 8 bits with one group a row",
+                remedy="Use QuantizedLinearIntN for other weights.",
+            )
+        super().__init__(in_features, out_features, bias, activation, weight_dtype)
+        q = (weight.packed ^ _TOP_BIT).view(torch.int8)
+        self.register_buffer("_weight_int8", q.contiguous())
+        self.register_buffer("_scales", detached(weight.scales[:, 0], SCALE_DTYPE))
         self._padded: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -73,15 +84,10 @@ class QuantizedLinearInt8(QuantizedLinear):
         weight = quantize_weight_int8(linear.weight.detach())
         return cls(weight, linear.bias, weight_dtype=linear.weight.dtype)
 
-    def dequantize(self) -> Tensor:
-        """The values of the weight, float32 [out, in]."""
-        return Int8Weight(self._weight_int8, self._scales).dequantize()
-
-    def weight_parts(self) -> Iterator[Tensor]:
-        """The rows of `weight` in order, some at a time."""
-        rows = rows_of_block(self.in_features)
-        for q, scales in zip(self._weight_int8.split(rows), self._scales.split(rows), strict=True):
-            yield Int8Weight(q, scales).dequantize()
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """The integers, plus 128, with a scale for each row."""
+        return _as_weight(self._weight_int8, self._scales)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `input` [..., in], of any floating dtype, to [..., out] of the same dtype.
@@ -132,5 +138,13 @@ class QuantizedLinearInt8(QuantizedLinear):
         dtype = description["dtype"]
         check_saved(where, dtype in FLOAT_DTYPES, f"the dtype {dtype!r:.40}", "a floating dtype")
         activation = description["activation"]
-        weight = Int8Weight(q, scales.float())
-        return cls(weight, tensors.get("bias"), activation, FLOAT_DTYPES[dtype])
+        return cls(_as_weight(q, scales), tensors.get("bias"), activation, FLOAT_DTYPES[dtype])
+
+
+def _as_weight(q: Tensor, scales: Tensor) -> QuantizedWeight:
+    """The weight of integers int8 [out, in] and scales [out]."""
+    grid = scales.float()[:, None]
+    middle = torch.full_like(grid, symmetric_zero_point(QuantizedLinearInt8.bits))
+    packed = q.view(torch.uint8) ^ _TOP_BIT
+    in_features = q.shape[1]
+    return QuantizedWeight(packed, grid, middle, in_features, in_features, True, 8)

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxquant.errors import OptionError
+
+WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a weight's integers
+
 
 @dataclass(frozen=True)
 class IntegerType:
@@ -21,9 +25,25 @@ class IntegerType:
         return self.quant_max - self.quant_min + 1
 
 
-UINT4 = IntegerType("uint4", 4, 0, 15)
+_UNSIGNED = {bits: IntegerType(f"uint{bits}", bits, 0, (1 << bits) - 1) for bits in WIDTHS}
+UINT4, UINT8 = _UNSIGNED[4], _UNSIGNED[8]
 INT8 = IntegerType("int8", 8, -128, 127)
-UINT8 = IntegerType("uint8", 8, 0, 255)
+
+
+def unsigned(bits: int) -> IntegerType:
+    """The integers 0 .. 2 ** bits - 1, as weights have them.
+
+    Raises:
+        OptionError: `bits` is none of `WIDTHS`.
+    """
+    if isinstance(bits, bool | float) or bits not in WIDTHS:
+        raise OptionError(
+            "bits",
+            found=repr(bits),
+            needed=f"one of {', '.join(map(str, WIDTHS))}",
+            remedy="Choose one of these widths.",
+        )
+    return _UNSIGNED[bits]
 
 
 def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, integer: IntegerType) -> Tensor:

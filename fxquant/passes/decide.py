@@ -8,7 +8,7 @@ The first rule of this list that applies decides:
 4. `bits`, where it is a mapping
 5. a weight tied to a layer that stays float (by default only)
 6. `skip_param_threshold`
-7. fewer inputs than `group_size`: INT8 instead of INT4
+7. fewer inputs than `group_size`: INT8, whatever width was asked for
 8. all others are quantized
 """
 
@@ -29,8 +29,11 @@ from fxquant.config.skip_rules import (
 )
 from fxquant.graph.layers import is_plain_linear
 from fxquant.graph.parameters import ParameterNode, memory_of, parameter_nodes
+from fxquant.numerics.integers import INT8, WIDTHS
+from fxquant.numerics.quantized_weight import is_per_channel
 
-ACTIONS = {4: "int4", 8: "int8", FLOAT_BITS: "float"}
+ACTIONS = {**{bits: f"int{bits}" for bits in WIDTHS}, FLOAT_BITS: "float"}
+BITS_OF = {action: bits for bits, action in ACTIONS.items() if bits != FLOAT_BITS}
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Decision:
         kind: the module's class or the op.
         shape: of the weight, [out, in] for a linear layer.
         parameters: elements of all parameters of the node.
-        action: `"int4"`, `"int8"` or `"float"`.
+        action: `"int4"`, for example (2, 3, 4, 5, 6 or 8 bits), or `"float"`.
         rule: which rule decided.
         reason: why, in words.
         product: the kind of product that the weight is a factor of, or None.
@@ -61,8 +64,8 @@ class Decision:
 
     @property
     def bits(self) -> int | None:
-        """4 or 8; None for float."""
-        return {"int4": 4, "int8": 8}.get(self.action)
+        """Of an integer of the weight; None for float."""
+        return BITS_OF.get(self.action)
 
 
 def decide(gm: GraphModule, config: QuantConfig) -> list[Decision]:
@@ -167,7 +170,7 @@ def _by_size(
     if node.parameter_count < threshold and not isinstance(config.bits, Mapping):
         why = f"{node.parameter_count} parameters are fewer than {threshold}"
         return "float", origin, why
-    if bits == 4 and node.shape[-1] < config.group_size:
+    if bits < INT8.bits and is_per_channel(bits, config.group_size, node.shape[-1]):
         why = f"{node.shape[-1]} inputs are fewer than a group of {config.group_size}"
         return "int8", "group_size", f"{why}: INT8 per channel instead"
     return ACTIONS[bits], rule, reason

@@ -11,9 +11,9 @@ from fxquant.algorithms.refine import refine
 from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.algorithms.target import float_target
 from fxquant.modules.linear import QuantizedLinear
-from fxquant.modules.linear_int4 import QuantizedLinearInt4
+from fxquant.modules.linear_int4 import linear_of
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
-from fxquant.numerics.weights import Int4Weight
+from fxquant.numerics.quantized_weight import QuantizedWeight, is_per_channel
 from fxquant.observers.moments import LayerMoments
 from fxquant.passes.decide import Decision, add_notes
 
@@ -22,7 +22,7 @@ class FittedLayers:
     """Makes quantized layers from weights and the moments of their inputs.
 
     Args:
-        group_size: weights that share a scale; narrower layers get INT8 instead of INT4.
+        group_size: weights that share a scale, -1: all of a row; layers with fewer inputs get INT8.
         symmetric: one fixed zero point, or one for each group.
         refined: whether integers and scales are then refined in turns.
     """
@@ -39,15 +39,17 @@ class FittedLayers:
         """The layer called `name` in `bits` bits."""
         if not moments.tokens:
             self.unreached.add(name)
-        if bits == QuantizedLinearInt8.bits or linear.in_features < self.group_size:
+        if is_per_channel(bits, self.group_size, linear.in_features):
             return QuantizedLinearInt8.from_float(linear)
         target = float_target(linear.weight, moments)
-        weight = gptq(target, moments, group_size=self.group_size, symmetric=self.symmetric)
+        weight = gptq(
+            target, moments, bits=bits, group_size=self.group_size, symmetric=self.symmetric
+        )
         if self.refined:
             weight = refine(target, weight, moments)
         fitted = weight, corrected_bias(linear.weight, weight.dequantize(), linear.bias, moments)
         if moments.held_tokens and moments.tokens:
-            plain = self._rounded(linear, moments)
+            plain = self._rounded(linear, bits, moments)
             if _held_error(linear, *plain, moments) < _held_error(linear, *fitted, moments):
                 self.rounded.add(name)
                 fitted = plain
@@ -56,12 +58,14 @@ class FittedLayers:
                     f"{moments.tokens} tokens for {linear.in_features} inputs; still better than "
                     f"rounding on {moments.held_tokens} tokens held out"
                 )
-        return QuantizedLinearInt4(*fitted)
+        return linear_of(*fitted)
 
-    def _rounded(self, linear: nn.Linear, moments: LayerMoments) -> tuple[Int4Weight, Any]:
+    def _rounded(
+        self, linear: nn.Linear, bits: int, moments: LayerMoments
+    ) -> tuple[QuantizedWeight, Any]:
         """The layer as `rtn` makes it, which learns less from the data."""
         weight = round_to_nearest(
-            linear.weight, group_size=self.group_size, symmetric=self.symmetric,
+            linear.weight, bits=bits, group_size=self.group_size, symmetric=self.symmetric,
             importance=moments.importance,
         )  # fmt: skip
         lost = (linear.weight.detach().double() - weight.dequantize().double()) @ (
@@ -78,7 +82,7 @@ class FittedLayers:
 
 
 def _held_error(
-    linear: nn.Linear, weight: Int4Weight, bias: Tensor | None, moments: LayerMoments
+    linear: nn.Linear, weight: QuantizedWeight, bias: Tensor | None, moments: LayerMoments
 ) -> float:
     base = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
     offset = torch.zeros_like(base) if bias is None else bias - base

@@ -1,7 +1,7 @@
 """Rewrite: carry the ledger's decisions out.
 
 before: `fc = self.fc(x)` with `fc` an `nn.Linear`
-after:  `fc = self.fc(x)` with `fc` a `QuantizedLinearInt4` or `QuantizedLinearInt8`
+after:  `fc = self.fc(x)` with `fc` a `QuantizedLinearInt4`, `...Int8` or `...IntN`
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -1,6 +1,7 @@
 """Layers quantized without looking at other layers, made once and kept."""
 
 from collections.abc import Iterable, Mapping
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -8,18 +9,29 @@ from torch import Tensor, nn
 from fxquant.algorithms.hqq import half_quadratic
 from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.modules.linear import QuantizedLinear
-from fxquant.modules.linear_int4 import QuantizedLinearInt4
+from fxquant.modules.linear_int4 import linear_of
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
-from fxquant.numerics.weights import Int4Weight, rows_of_block
+from fxquant.numerics.quantized_weight import (
+    ONE_GROUP,
+    QuantizedWeight,
+    is_per_channel,
+    rows_of_block,
+)
 from fxquant.observers.input_statistics import InputStatistics
 from fxquant.passes.decide import Decision, add_notes
+
+
+class _Form(TypedDict):
+    bits: int
+    group_size: int
+    symmetric: bool
 
 
 class RoundedLayers:
     """Makes quantized layers; the same layer and width give the same object.
 
     Args:
-        group_size: weights that share a scale; narrower layers get INT8 instead of INT4.
+        group_size: weights that share a scale, -1: all of a row; layers with fewer inputs get INT8.
         symmetric: one fixed zero point, or one for each group.
         rounding: `"rtn"` or `"hqq"`.
         statistics: of the layers' inputs, by name, where they are known: the mean square weighs
@@ -50,22 +62,22 @@ class RoundedLayers:
         return add_notes(decisions, dict.fromkeys(self.without_groups, why))
 
     def _quantize(self, name: str, linear: nn.Linear, bits: int) -> QuantizedLinear:
-        if bits == QuantizedLinearInt8.bits or linear.in_features < self.group_size:
+        if is_per_channel(bits, self.group_size, linear.in_features):
             return QuantizedLinearInt8.from_float(linear)
-        weight = self._round(name, linear.weight.detach())
-        return QuantizedLinearInt4(weight, self._bias(name, linear, weight))
+        weight = self._round(name, linear.weight.detach(), bits)
+        return linear_of(weight, self._bias(name, linear, weight))
 
-    def _round(self, name: str, weight: Tensor) -> Int4Weight:
-        size, symmetric = self.group_size, self.symmetric
+    def _round(self, name: str, weight: Tensor, bits: int) -> QuantizedWeight:
+        form: _Form = {"bits": bits, "group_size": self.group_size, "symmetric": self.symmetric}
         if self.rounding == "hqq":
-            if weight.shape[1] > self.group_size:
-                return half_quadratic(weight, group_size=size, symmetric=symmetric)
+            if self.group_size not in (ONE_GROUP, weight.shape[1]):
+                return half_quadratic(weight, **form)
             self.without_groups.add(name)
         statistics = self.statistics.get(name)
         importance = None if statistics is None else statistics.mean_square
-        return round_to_nearest(weight, group_size=size, symmetric=symmetric, importance=importance)
+        return round_to_nearest(weight, **form, importance=importance)
 
-    def _bias(self, name: str, linear: nn.Linear, weight: Int4Weight) -> Tensor | None:
+    def _bias(self, name: str, linear: nn.Linear, weight: QuantizedWeight) -> Tensor | None:
         """The bias with which the mean output is the float layer's."""
         statistics = self.statistics.get(name)
         if statistics is None:

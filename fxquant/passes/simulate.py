@@ -10,8 +10,8 @@ from fxquant.modules.activation import (
     finer_by,
     quantize_activation,
 )
-from fxquant.numerics.int8_weight import quantize_weight_int8
-from fxquant.numerics.weights import dequantize_weight_int4, quantize_weight_int4
+from fxquant.numerics.quantized_weight import is_per_channel, resolved_group_size
+from fxquant.numerics.weights import quantize_weight, quantize_weight_int8
 from fxquant.observers import create_observer
 
 
@@ -19,7 +19,7 @@ class SimulatedWeights:
     """Rounds weights to nearest over the full range: quick, and near what other methods give.
 
     Args:
-        group_size: weights that share a scale; narrower ones get INT8 instead of INT4.
+        group_size: weights that share a scale; -1: all of a row.
         symmetric: one fixed zero point, or one for each group.
     """
 
@@ -28,11 +28,9 @@ class SimulatedWeights:
 
     def __call__(self, weight: Tensor, bits: int) -> Tensor:
         """The rounded weight, float32 [out, in]."""
-        columns = weight.shape[1]
-        if bits == 8 or columns < self.group_size:
+        if is_per_channel(bits, self.group_size, weight.shape[1]):
             return quantize_weight_int8(weight).dequantize()
-        parts = quantize_weight_int4(weight, self.group_size, self.symmetric)
-        return dequantize_weight_int4(*parts, self.group_size, columns)
+        return quantize_weight(weight, bits, self.group_size, self.symmetric).dequantize()
 
 
 class SimulatedActivations:
@@ -40,7 +38,7 @@ class SimulatedActivations:
 
     Args:
         observer: a name that `create_observer` knows, or `"dynamic"`.
-        group_size: of dynamic ranges.
+        group_size: of dynamic ranges; -1: one for each token.
     """
 
     def __init__(self, observer: str, group_size: int) -> None:
@@ -49,7 +47,7 @@ class SimulatedActivations:
     def __call__(self, x: Tensor) -> Tensor:
         """The rounded input, the shape of `x`."""
         if self.observer == DYNAMIC:
-            return quantize_tokens(x, self.group_size)
+            return quantize_tokens(x, resolved_group_size(self.group_size, x.shape[-1]))
         observer = create_observer(self.observer)
         observer(x)
         ends = x.amin(0), x.amax(0)

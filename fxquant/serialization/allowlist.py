@@ -25,6 +25,7 @@ from fxquant.graph.structures import (
 from fxquant.modules.activation import dequantize_activation, quantize_activation
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
+from fxquant.modules.linear_intn import QuantizedLinearIntN
 from fxquant.serialization.layers import class_name, known_classes
 from fxquant.tracing.replacements import merge_attention_masks
 
@@ -41,7 +42,7 @@ FXQUANT_FUNCTIONS: tuple[Callable[..., Any], ...] = (
 )
 # They describe themselves.
 DESCRIBED: dict[str, Any] = {
-    class_name(cls): cls for cls in (QuantizedLinearInt4, QuantizedLinearInt8)
+    class_name(cls): cls for cls in (QuantizedLinearInt4, QuantizedLinearInt8, QuantizedLinearIntN)
 }
 NEEDED = "functions on tensors of torch, operator, math or fxquant"
 

@@ -4,17 +4,12 @@ import torch
 from fxquant.algorithms.hqq import NORM, half_quadratic
 from fxquant.errors import OptionError, WeightError
 from fxquant.numerics.metrics import sqnr_db
-from fxquant.numerics.weights import (
-    SCALE_DTYPE,
-    ZERO_POINT_DTYPE,
-    Int4Weight,
-    quantize_weight_int4,
-)
+from fxquant.numerics.quantized_weight import SCALE_DTYPE, ZERO_POINT_DTYPE
+from fxquant.numerics.weights import quantize_weight
 
 
 def plain(weight, group_size, symmetric):
-    parts = quantize_weight_int4(weight, group_size, symmetric)
-    return Int4Weight(*parts, group_size, weight.shape[1], symmetric)
+    return quantize_weight(weight, 4, group_size, symmetric)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

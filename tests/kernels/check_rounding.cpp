@@ -35,7 +35,7 @@ struct Result {
 bool round_with(const InstructionSet& set, Rounding call, const std::vector<float>& shrinks,
                 Result* result) {
   const size_t groups = call.rows * call.groups();
-  result->packed.resize(call.rows * ((call.columns + 1) / 2));
+  result->packed.resize(call.rows * call.row_bytes());
   result->scales.resize(groups), result->zero_points.resize(groups);
   call.shrinks = shrinks.data(), call.shrink_count = static_cast<int>(shrinks.size());
   call.packed = result->packed.data();
@@ -49,8 +49,11 @@ std::vector<double> errors(const Rounding& call, const Result& result) {
   for (int64_t row = 0; row < call.rows; ++row) {
     for (int64_t k = 0; k < call.columns; ++k) {
       const int64_t group = row * call.groups() + k / call.group_size;
-      const uint8_t byte = result.packed[row * ((call.columns + 1) / 2) + k / 2];
-      const int code = k % 2 ? byte >> 4 : byte & 15;
+      int code = 0;
+      for (int bit = 0; bit < call.bits; ++bit) {
+        const int64_t at = k * call.bits + bit;
+        code |= (result.packed[row * call.row_bytes() + at / 8] >> (at % 8) & 1) << bit;
+      }
       float x;
       load_floats(call.weight, call.type, row * call.columns + k, 1, &x);
       const double value = result.scales[group] * (code - double(result.zero_points[group]));
@@ -65,7 +68,7 @@ bool is_right() {
   Rounding call{};
   call.rows = pick(1, 20), call.columns = pick(1, 400);
   call.group_size = std::min<int64_t>(sizes[pick(0, 8)], call.columns);
-  call.symmetric = pick(0, 1), call.refits = pick(0, 8);
+  call.bits = pick(2, 8), call.symmetric = pick(0, 1), call.refits = pick(0, 8);
   call.type = static_cast<Float>(pick(0, 2));
   const size_t count = call.rows * call.columns;
   std::vector<uint8_t> weight(count * (call.type == Float::f32 ? 4 : 2));

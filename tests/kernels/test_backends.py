@@ -9,7 +9,6 @@ from fxquant.kernels.choose import BACKENDS
 from fxquant.kernels.interface import LinearSpec
 from fxquant.kernels.reference import REFERENCE, quantize_tokens
 from fxquant.numerics.metrics import sqnr_db
-from fxquant.numerics.packing import unpack_nibbles
 
 CPU = torch.device("cpu")
 every_backend = pytest.mark.parametrize("name", BACKENDS)
@@ -136,7 +135,7 @@ def test_a_backend_exports_with_a_dynamic_number_of_rows(name, symmetric):
 
 def naive_int8(x, weight, group_size):
     """One token [in] at a time, in integers, as the interface defines it."""
-    q = unpack_nibbles(weight.packed, len(x)).double()
+    q = torch.stack((weight.packed & 15, weight.packed >> 4), -1).flatten(1)[:, : len(x)].double()
     y = torch.zeros(len(q), dtype=torch.float64)
     for number, start in enumerate(range(0, len(x), group_size)):
         part = x[start : start + group_size]

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxquant.algorithms import rtn
-from fxquant.algorithms.rtn import REFITS, SHRINKS, round_to_nearest
+from fxquant.algorithms.rtn import CLIP_RATIOS, REFITS, round_to_nearest
 from fxquant.errors import OptionError
 from fxquant.kernels import rounding
 from fxquant.kernels.extension import NOT_BUILT, _native
 from fxquant.kernels.rounding import find_fault, round_groups, unsupported
-from fxquant.numerics.weights import dequantize_weight_int4
+from fxquant.numerics.integers import WIDTHS
+from fxquant.numerics.quantized_weight import QuantizedWeight
 
 SETS = _native.instruction_sets() if NOT_BUILT is None else []
 built = pytest.mark.skipif(not SETS, reason="the extension was not built: no compiler")
@@ -27,20 +28,31 @@ def _fastest_set_afterwards():
         _native.use(name)
 
 
-def in_cpp(weight, group_size=32, symmetric=True, importance=None):
-    return round_groups(
-        weight, group_size, symmetric, shrinks=SHRINKS, refits=REFITS, importance=importance
-    )
+def in_cpp(weight, group_size=32, symmetric=True, importance=None, bits=4):
+    made = QuantizedWeight.empty(weight, bits=bits, group_size=group_size, symmetric=symmetric)
+    ratios = CLIP_RATIOS[bits]
+    round_groups(weight, made, shrinks=ratios, refits=REFITS, importance=importance)
+    return made
+
+
+def in_torch(weight, group_size, symmetric, importance=None, bits=4):
+    made = QuantizedWeight.empty(weight, bits=bits, group_size=group_size, symmetric=symmetric)
+    rtn._round_in_torch(weight, made, importance)
+    return made
+
+
+def tensors(made):
+    return made.packed, made.scales, made.zero_points
 
 
 def same_bits(one, other):
     """Also where 0.0 and -0.0 are equal."""
-    pairs = zip(one, other, strict=True)
+    pairs = zip(tensors(one), tensors(other), strict=True)
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
-def error(result, weight, group_size, importance=None):
-    difference = dequantize_weight_int4(*result, group_size, weight.shape[1]) - weight.float()
+def error(result, weight, importance=None):
+    difference = result.dequantize() - weight.float()
     weights = torch.ones(weight.shape[1]) if importance is None else importance
     return float((difference.double().square() * weights).sum())
 
@@ -55,23 +67,24 @@ def error(result, weight, group_size, importance=None):
     size=st.sampled_from([1e-3, 1.0, 50.0]),
     shift=st.sampled_from([0.0, 3.0]),
     weighted=st.booleans(),
+    bits=st.sampled_from(WIDTHS),
 )
 @settings(max_examples=300, deadline=None)
 def test_every_instruction_set_finds_the_bits_and_torch_the_error(
-    o, i, group_size, symmetric, dtype, size, shift, weighted
+    o, i, group_size, symmetric, dtype, size, shift, weighted, bits
 ):
     weight = ((torch.randn(o, i) + shift) * size).to(dtype)
     importance = torch.rand(i) * (torch.rand(i) > 0.3) if weighted else None
     results = []
     for name in SETS:
         _native.use(name)
-        results.append(in_cpp(weight, group_size, symmetric, importance))
+        results.append(in_cpp(weight, group_size, symmetric, importance, bits))
     assert all(same_bits(results[0], other) for other in results[1:])
-    expected = rtn._round_in_torch(weight, group_size, symmetric, importance)
-    found, allowed = (error(r, weight, group_size, importance) for r in (results[0], expected))
+    expected = in_torch(weight, group_size, symmetric, importance, bits)
+    found, allowed = (error(r, weight, importance) for r in (results[0], expected))
     # Where two grids are as good, sums in another order may go on from the other one.
     assert found == pytest.approx(allowed, rel=0.02, abs=1e-9 * size**2)
-    assert (results[0][0] == expected[0]).float().mean() > 0.9
+    assert (results[0].integers() == expected.integers()).float().mean() > 0.9
 
 
 @built
@@ -93,11 +106,10 @@ def test_the_result_does_not_depend_on_threads(symmetric):
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 1e-38, 1e-42, 3e38, -3e38])
 def test_groups_of_one_value_and_the_ends_of_float32_stay_sound(value, symmetric):
     weight = torch.full((3, 70), value)
-    packed = in_cpp(weight, 32, symmetric)
-    again = dequantize_weight_int4(*packed, 32, 70)
+    again = in_cpp(weight, 32, symmetric).dequantize()
     torch.testing.assert_close(again, weight, rtol=0.01, atol=1e-39)
     mixed = weight * torch.randn(3, 70).clamp(-1, 1)
-    found = dequantize_weight_int4(*in_cpp(mixed, 32, symmetric), 32, 70)
+    found = in_cpp(mixed, 32, symmetric).dequantize()
     assert torch.isfinite(found).all()
     assert ((found - mixed).abs() <= mixed.abs().max() * 0.15 + 1e-39).all()
 
@@ -124,7 +136,7 @@ def test_zeros_of_both_signs_give_the_same_bits():
         _native.use(name)
         results.append(in_cpp(weight, 64, False))
     assert all(same_bits(results[0], other) for other in results[1:])
-    assert not torch.signbit(results[0][2]).any()
+    assert not torch.signbit(results[0].zero_points).any()
 
 
 class Wrapped(torch.Tensor):
@@ -153,9 +165,9 @@ def test_an_extension_that_rounds_wrongly_is_not_used(monkeypatch):
     assert find_fault() is None
     right = rounding.round_groups
 
-    def wrong(*args, **options):
-        packed, scales, zero_points = right(*args, **options)
-        return packed, scales * 1.5, zero_points
+    def wrong(weight, made, **options):
+        right(weight, made, **options)
+        made.scales.mul_(1.5)
 
     monkeypatch.setattr(rounding, "round_groups", wrong)
     assert "rounds wrongly on this CPU" in find_fault()
@@ -165,8 +177,8 @@ def test_without_the_extension_torch_rounds(monkeypatch):
     monkeypatch.setattr(rounding, "FAULT", "it was not built when fxquant was installed")
     weight = torch.randn(8, 64)
     assert "not built" in unsupported(weight)
-    expected = rtn._round_in_torch(weight, 32, False, None)
-    assert torch.equal(round_to_nearest(weight, group_size=32, symmetric=False).packed, expected[0])
+    found = round_to_nearest(weight, group_size=32, symmetric=False)
+    assert same_bits(found, in_torch(weight, 32, False))
 
 
 ALONE = """

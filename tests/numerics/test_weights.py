@@ -4,13 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxquant.errors import OptionError, WeightError
-from fxquant.numerics.int8_weight import quantize_weight_int8
 from fxquant.numerics.metrics import sqnr_db
-from fxquant.numerics.packing import pack_nibbles, unpack_nibbles
 from fxquant.numerics.weights import (
     calculate_scale_zp_groupwise,
     dequantize_weight_int4,
     quantize_weight_int4,
+    quantize_weight_int8,
 )
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 70), st.sampled_from([1, 3, 16, 32, 128]))
@@ -59,16 +58,6 @@ def test_dequantizing_agrees_with_a_naive_loop(shape, symmetric):
     assert torch.allclose(found, naive_dequantize(*tensors, group_size, columns), rtol=1e-6)
 
 
-@given(st.integers(1, 9), st.integers(1, 33))
-def test_unpacking_undoes_packing(rows, columns):
-    q = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
-    packed = pack_nibbles(q)
-    assert packed.shape == (rows, -(-columns // 2))
-    assert torch.equal(unpack_nibbles(packed, columns), q)
-    across = packed.T.contiguous().T  # column by column in memory
-    assert torch.equal(unpack_nibbles(across, columns), q)
-
-
 @pytest.mark.parametrize(("symmetric", "floor"), [(True, 19.6), (False, 19.9)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gaussian_weights_reach_the_floor_at_group_128(symmetric, floor, dtype):
@@ -88,7 +77,8 @@ def test_the_scale_of_a_weight_does_not_change_its_accuracy(scale):
 
 def test_symmetric_uses_all_sixteen_levels_and_one_zero_point():
     packed, _, zero_points = quantize_weight_int4(weight_of((64, 512)), 128)
-    assert set(unpack_nibbles(packed, 512).unique().tolist()) == set(range(16))
+    assert set((packed & 15).unique().tolist()) == set((packed >> 4).unique().tolist())
+    assert set((packed & 15).unique().tolist()) == set(range(16))
     assert (zero_points == 8).all()
 
 
@@ -127,7 +117,7 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_count(bad):
         quantize_weight_int4(weight)
 
 
-@pytest.mark.parametrize("group_size", [0, -1, 2.5, True])
+@pytest.mark.parametrize("group_size", [0, -2, -1.0, 2.5, True])
 def test_a_group_size_that_is_not_positive_is_refused(group_size):
     with pytest.raises(OptionError, match="group_size.*at least 1"):
         quantize_weight_int4(weight_of((4, 32)), group_size)
@@ -144,5 +134,5 @@ def test_int8_rows_are_off_by_half_a_step_at_most():
     quantized = quantize_weight_int8(weight)
     assert sqnr_db(weight, quantized.dequantize()) > 40
     error = (quantized.dequantize() - weight).abs().amax(1)
-    assert (error <= quantized.scales * (0.5 + 127 * 2**-8)).all()
+    assert (error <= quantized.scales[:, 0] * (0.5 + 127 * 2**-8)).all()
     assert torch.equal(quantize_weight_int8(torch.zeros(2, 4)).dequantize(), torch.zeros(2, 4))

@@ -116,8 +116,8 @@ def test_a_rule_that_matches_nothing_lists_near_misses(options, near):
     [
         ({"group_size": 0}, "group_size.*at least 1"),
         ({"group_size": -4}, "group_size.*at least 1"),
-        ({"bits": 3}, "bits.*4 or 8"),
-        ({"bits": {"narrow": 5}}, r"bits\['narrow'\].*4 or 8 or 16"),
+        ({"bits": 7}, "bits.*one of 2, 3, 4, 5, 6, 8"),
+        ({"bits": {"narrow": 7}}, r"bits\['narrow'\].*5, 6, 8, 16"),
         ({"skip_param_threshold": -1}, "Pass 0"),
         ({"skip_layer_names": "lm_head"}, r"skip_layer_names=\['lm_head'\]"),
         ({"skip_layer_names": ["re:("]}, "does not compile"),

@@ -114,7 +114,7 @@ def test_what_activations_are_rounded_to_is_what_the_graph_rounds_them_to():
     fitted = hold_out([Call((X[0],))])[0][0].args[0]
     simulated = SimulatedActivations("minmax", 32)(fitted.flatten(0, 1)).view_as(fitted)
     layer = q.get_submodule("0")
-    weights_only = fxquant.QuantizedLinearInt4(layer.int4_weight, layer.bias)
+    weights_only = fxquant.QuantizedLinearInt4(layer.quantized_weight, layer.bias)
     assert torch.allclose(q(fitted), weights_only(simulated), atol=1e-5)
 
 

@@ -143,18 +143,18 @@ bool read_floats(PyObject* tuple, std::vector<float>* values) {
   return !PyErr_Occurred();
 }
 
-// round_groups(weight, type, rows, columns, group_size, symmetric, importance, shrinks, refits,
+// round_groups(weight, type, rows, columns, group_size, bits, symmetric, importance, shrinks, refits,
 // packed, scales, zero_points, threads), with addresses and types as for `linear`; importance is
 // float32 or 0, scales and zero points are float32.
 PyObject* round_groups(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  constexpr Py_ssize_t kCount = 13;
+  constexpr Py_ssize_t kCount = 14;
   if (count != kCount) {
-    PyErr_SetString(PyExc_TypeError, "round_groups takes 13 arguments");
+    PyErr_SetString(PyExc_TypeError, "round_groups takes 14 arguments");
     return nullptr;
   }
   const Arguments given{arguments};
   std::vector<float> shrinks;
-  if (!read_floats(arguments[7], &shrinks)) return nullptr;
+  if (!read_floats(arguments[8], &shrinks)) return nullptr;
 
   fxquant::Rounding call{};
   call.weight = given.address(0);
@@ -162,19 +162,20 @@ PyObject* round_groups(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   call.rows = given.number(2);
   call.columns = given.number(3);
   call.group_size = std::min<int64_t>(given.number(4), call.columns);
-  call.symmetric = given.number(5) != 0;
-  call.importance = static_cast<const float*>(given.address(6));
+  call.bits = static_cast<int>(given.number(5));
+  call.symmetric = given.number(6) != 0;
+  call.importance = static_cast<const float*>(given.address(7));
   call.shrinks = shrinks.data();
   call.shrink_count = static_cast<int>(shrinks.size());
-  call.refits = static_cast<int>(given.number(8));
-  call.packed = static_cast<uint8_t*>(given.address(9));
-  call.scales = static_cast<float*>(given.address(10));
-  call.zero_points = static_cast<float*>(given.address(11));
-  const int threads = static_cast<int>(given.number(12));
+  call.refits = static_cast<int>(given.number(9));
+  call.packed = static_cast<uint8_t*>(given.address(10));
+  call.scales = static_cast<float*>(given.address(11));
+  call.zero_points = static_cast<float*>(given.address(12));
+  const int threads = static_cast<int>(given.number(13));
   if (PyErr_Occurred()) return nullptr;
-  if (call.rows < 1 || call.columns < 1 || call.group_size < 1 || shrinks.empty() ||
+  if (call.rows < 1 || call.columns < 1 || call.group_size < 1 || call.bits < 1 || call.bits > 8 || shrinks.empty() ||
       shrinks.size() > fxquant::kMostRanges) {
-    PyErr_SetString(PyExc_ValueError, "nothing to round, no range to try, or too many ranges");
+    PyErr_SetString(PyExc_ValueError, "nothing to round, no such width, or no range or too many to try");
     return nullptr;
   }
 
@@ -198,12 +199,12 @@ PyMethodDef methods[] = {
     {"use", use, METH_O, "Multiply and round with the instruction set of this name from now on."},
     {"linear", fast(linear), METH_FASTCALL, "Compute a product into memory the caller owns."},
     {"round_groups", fast(round_groups), METH_FASTCALL,
-     "Round a weight to INT4 with the best range for each group."},
+     "Round a weight with the best range for each group."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           "_native",
-                          "The INT4 matrix product, and rounding to INT4, in C++.",
+                          "The INT4 matrix product, and rounding weights, in C++.",
                           -1,
                           methods,
                           nullptr,

@@ -1,4 +1,4 @@
-// Rounding a weight to INT4 with the best range for each group: what is asked for.
+// Rounding a weight to 2 to 8 bits with the best range for each group: what is asked for.
 #pragma once
 
 #include "linear.h"
@@ -15,15 +15,19 @@ struct Rounding {
   int64_t rows;
   int64_t columns;
   int64_t group_size;       // up to `columns`; the last group may be short
-  bool symmetric;           // whether every zero point is 8
+  int bits;                 // of an integer
+  bool symmetric;           // whether every zero point is `half()`
   const float* importance;  // [columns], or null where all count alike
   const float* shrinks;     // of the full range, tried in this order
   int shrink_count;
   int refits;         // at most so many, by least squares
-  uint8_t* packed;    // [rows][(columns + 1) / 2], low nibble first
+  uint8_t* packed;    // [rows][row_bytes()], lowest bit first
   float* scales;      // [rows][groups], representable in bfloat16
   float* zero_points; // [rows][groups], representable in float16
 
+  float highest() const { return static_cast<float>((1 << bits) - 1); }
+  float half() const { return static_cast<float>(1 << (bits - 1)); }
+  int64_t row_bytes() const { return (columns * bits + 7) / 8; }
   int64_t groups() const { return (columns + group_size - 1) / group_size; }
 };
 

@@ -35,6 +35,7 @@ struct RoundedGroup {
   const Vector* weights;
   Vector* q;
   int64_t vectors;  // a multiple of kParts
+  float highest;    // level
 };
 
 // Sums in sixteen lanes.
@@ -59,22 +60,22 @@ inline float to_scale(float scale) {
 
 inline float to_zero_point(float zero_point) { return from_f16(to_f16(zero_point)); }
 
-inline Grid grid_of_range(float low, float high, bool symmetric) {
-  if (symmetric) return {to_scale((high > -low ? high : low) / -8.0f), 8.0f};
+inline Grid grid_of_range(const Rounding& call, float low, float high) {
+  if (call.symmetric) return {to_scale((high > -low ? high : low) / -call.half()), call.half()};
   // As `scales_from_range` of numerics/weights.py: no overflow, no zero point too far for float16.
   const float farther = std::fabs(low) > std::fabs(high) ? std::fabs(low) : std::fabs(high);
   if (farther > (high / 2 - low / 2) * 8.0f) {
     low = low < 0 ? low : 0;
     high = high > 0 ? high : 0;
   }
-  const float scale = to_scale((high / 2 - low / 2) / 7.5f);
+  const float scale = to_scale((high / 2 - low / 2) / (call.highest() / 2));
   return {scale, to_zero_point(0.0f - low / scale)};  // never -0.0
 }
 
 // The nearest level to a place on a grid.
-inline Vector level_at(Vector place) {
+inline Vector level_at(Vector place, float highest) {
   place = place > 0.0f ? place : Vector{};
-  place = place < 15.0f ? place : Vector{} + 15.0f;
+  place = place < highest ? place : Vector{} + highest;
   return (place + 0x1.8p23f) - 0x1.8p23f;  // rounds half to even
 }
 
@@ -89,7 +90,7 @@ void measure(const RoundedGroup& group, const Grid* grids, float* errors) {
       const Vector x = group.x[i + part], weights = group.weights[i + part];
       unrolled<Count>([&](auto c) {
         const Vector place = x * reciprocals[c] + grids[c].zero_point;
-        const Vector distance = level_at(place) - place;
+        const Vector distance = level_at(place, group.highest) - place;
         sums[c].parts[part] += distance * distance * weights;
       });
     });
@@ -102,7 +103,7 @@ void measure(const RoundedGroup& group, const Grid* grids, float* errors) {
 // As `quantize_affine`: dividing rounds differently from a product with the reciprocal.
 inline void set_levels(const RoundedGroup& group, const Grid& grid) {
   for (int64_t i = 0; i < group.vectors; ++i) {
-    group.q[i] = level_at(group.x[i] / grid.scale + grid.zero_point);
+    group.q[i] = level_at(group.x[i] / grid.scale + grid.zero_point, group.highest);
   }
 }
 
@@ -143,7 +144,7 @@ Grid best_grid(const Rounding& call, const RoundedGroup& group, float low, float
   float errors[kMostRanges] = {};
   int best = 0;
   for (int i = 0; i < call.shrink_count; ++i) {
-    grids[i] = grid_of_range(low * call.shrinks[i], high * call.shrinks[i], call.symmetric);
+    grids[i] = grid_of_range(call, low * call.shrinks[i], high * call.shrinks[i]);
   }
   int done = 0;
   for (; done + kAtOnce <= call.shrink_count; done += kAtOnce) {
@@ -190,13 +191,25 @@ float extreme_of(const RoundedGroup& group, const Better& better) {
   return result;
 }
 
+// Packs the levels of a row without gaps, lowest bit first; the bits behind the last are 0.
+inline void pack_row(const uint8_t* levels, int64_t columns, int bits, uint8_t* packed) {
+  constexpr int kChunk = 8;  // levels fill whole bytes in every width
+  for (int64_t k = 0; k < columns; k += kChunk) {
+    const int64_t rest = columns - k, count = rest < kChunk ? rest : kChunk;
+    uint64_t word = 0;
+    for (int64_t i = 0; i < count; ++i) word |= uint64_t{levels[k + i]} << (i * bits);
+    const int64_t bytes = (count * bits + 7) / 8;
+    for (int64_t i = 0; i < bytes; ++i) *packed++ = static_cast<uint8_t>(word >> (8 * i));
+  }
+}
+
 void round_rows(const Rounding& call, int64_t first, int64_t last, uint8_t* scratch) {
   const int64_t room = (call.group_size + kSumLanes - 1) / kSumLanes * kSumLanes;
   auto* x = reinterpret_cast<float*>(scratch);
   float* weights = x + room;
   float* q = weights + room;
   auto* levels = reinterpret_cast<uint8_t*>(q + room);  // of a row
-  const int64_t groups = call.groups(), bytes = (call.columns + 1) / 2;
+  const int64_t groups = call.groups(), bytes = call.row_bytes();
   int64_t weights_of = -1;  // the size of the group whose weights are loaded, if all are alike
   for (int64_t row = first; row < last; ++row) {
     for (int64_t g = 0; g < groups; ++g) {
@@ -212,7 +225,8 @@ void round_rows(const Rounding& call, int64_t first, int64_t last, uint8_t* scra
         weights_of = count;
       }
       const auto vectors = [](float* from) { return reinterpret_cast<Vector*>(from); };
-      const RoundedGroup group{vectors(x), vectors(weights), vectors(q), padded / kWidth};
+      const RoundedGroup group{vectors(x), vectors(weights), vectors(q), padded / kWidth,
+                               call.highest()};
       const float low = extreme_of(group, [](auto one, auto other) { return one < other; });
       const float high = extreme_of(group, [](auto one, auto other) { return one > other; });
       const Grid grid = best_grid(call, group, low, high);
@@ -222,11 +236,7 @@ void round_rows(const Rounding& call, int64_t first, int64_t last, uint8_t* scra
         levels[start + k] = static_cast<uint8_t>(static_cast<int>(q[k]));
       }
     }
-    levels[call.columns] = 0;  // the high nibble of an odd last column
-    uint8_t* packed = call.packed + row * bytes;
-    for (int64_t i = 0; i < bytes; ++i) {
-      packed[i] = static_cast<uint8_t>(levels[2 * i] | levels[2 * i + 1] << 4);
-    }
+    pack_row(levels, call.columns, call.bits, call.packed + row * bytes);
   }
 }
 

@@ -1,0 +1,332 @@
+"""A Linear layer with packed group-wise weights of 2 to 8 bits."""
+
+import copy
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.kernels.choose import choose_backend, explain_backend
+from fxquant.kernels.interface import LinearSpec
+from fxquant.modules.linear import (
+    FLOAT_DTYPES,
+    QuantizedLinear,
+    check_grid,
+    check_linear,
+    check_names,
+    check_saved,
+    moved_only,
+)
+from fxquant.numerics.integers import WIDTHS
+from fxquant.numerics.quantized_weight import QuantizedWeight, saved_bytes, symmetric_zero_point
+from fxquant.numerics.weights import quantize_weight
+
+SAVED = ("_packed_weight", "_scales", "_zero_points")  # in a state_dict
+LARGEST_SIZE = 1 << 31
+_PICKLED = "_saved_weight"
+FORM = ("in_features", "group_size", "symmetric")
+
+
+class QuantizedLinearIntN(QuantizedLinear):
+    """`nn.Linear` with weights x ≈ scale · (q − zero_point), q of 2 to 8 bits, one scale a group.
+
+    Only the layout of the layer's kernel is in memory, about 4.2 bits a weight at 4 bits. The
+    layout that files and `state_dict` hold is derived from it, exactly, whenever one of these is
+    read:
+
+    - `_packed_weight`: uint8 [out, ceil(in · bits / 8)], lowest bit first (see `numerics/packing`).
+    - `_scales`: bfloat16 [out, groups].
+    - `_zero_points`: float16 [out, groups]; symmetric weights share one element, 2 ** (bits - 1).
+
+    Attributes:
+        bits: of an integer: 2, 3, 4, 5, 6 or 8.
+        group_size: columns a group; the last group may be short.
+        symmetric: whether every zero point is 2 ** (bits - 1).
+    """
+
+    _options: tuple[str, ...] = ("bits", *FORM, "activation", "dtype")
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        activation: str = "float",
+        weight_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        out_features, in_features = weight.shape
+        super().__init__(in_features, out_features, bias, activation, weight_dtype)
+        self.bits = weight.bits
+        self.group_size, self.symmetric = weight.group_size, weight.symmetric
+        self._kernel_names: tuple[str, ...] = ()
+        self._hold(weight)
+
+    @classmethod
+    def rounded(
+        cls, linear: nn.Linear, bits: int, group_size: int = 128, symmetric: bool = True
+    ) -> Self:
+        """Round the weights of `linear` to nearest, over the full range of each group.
+
+        Args:
+            linear: a float Linear; it is not changed.
+            bits: of an integer: 2, 3, 4, 5, 6 or 8.
+            group_size: columns a group; the last group may be short. -1: one group a row.
+            symmetric: one fixed zero point, or one for each group.
+
+        Raises:
+            WeightError: `linear` is no Linear, or its weight is not finite.
+            OptionError: `group_size` or `bits` is not usable.
+        """
+        linear = check_linear(linear)
+        weight = quantize_weight(linear.weight.detach(), bits, group_size, symmetric)
+        return cls(weight, linear.bias, weight_dtype=linear.weight.dtype)
+
+    def _prepare(self) -> None:
+        """Go on with the kernel for the present kind of activation."""
+        backend, _ = choose_backend(self._current_spec(), self._device)
+        if backend.name == self.backend:
+            self._spec = self._current_spec()  # every kind of activation reads one layout
+        else:
+            self._hold(self.quantized_weight)
+
+    @property
+    def backend(self) -> str:
+        """The name of the kernel this layer uses."""
+        return self._backend.name
+
+    def explain_backend(self) -> dict[str, str]:
+        """For each backend, in order of preference, why this layer uses it or does not.
+
+        Raises:
+            OptionError: the environment variable FXQUANT_BACKEND names no backend that serves it.
+        """
+        return explain_backend(self._spec, self._device)
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """The integers with their scales and zero points, derived from the kernel's layout."""
+        return self._backend.unpack(self._kernel_tensors(), self._spec)
+
+    @property
+    def _packed_weight(self) -> Tensor:
+        return self.quantized_weight.to_saved()[0]
+
+    @property
+    def _scales(self) -> Tensor:
+        return self.quantized_weight.to_saved()[1]
+
+    @property
+    def _zero_points(self) -> Tensor:
+        return self.quantized_weight.to_saved()[2]
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of the weight in a file."""
+        shape = (self.out_features, self.in_features)
+        return saved_bytes(shape, self.bits, self.group_size, self.symmetric)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `input` [..., in], of any floating dtype, to [..., out] of the same dtype.
+
+        float64 is computed in float32: the weight has no more precision than that.
+        """
+        if input.dtype is torch.float64:
+            return self.forward(input.float()).double()
+        return self._backend.matmul(
+            input, self._kernel_tensors(), self._spec, self._buffers["bias"]
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds: the saved layout, not that of this CPU's kernel."""
+        state = dict(vars(self))
+        kept = {k: v for k, v in self._buffers.items() if k not in self._kernel_names}
+        left_out = set(self._kernel_names)
+        state["_buffers"] = kept
+        state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - left_out
+        state["_kernel_names"] = ()
+        for name in ("_backend", "_spec"):
+            del state[name]
+        packed, scales, zero_points = self.quantized_weight.to_saved()
+        state[_PICKLED] = (packed, scales, zero_points.contiguous())
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        packed, scales, zero_points = state.pop(_PICKLED)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._hold(self._described(packed, scales, zero_points))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedLinearIntN":
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        memo[id(self._backend)] = self._backend
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
+    @property
+    def _device(self) -> torch.device:
+        return self._kernel_tensors()[0].device
+
+    def _kernel_tensors(self) -> tuple[Tensor, ...]:
+        buffers: dict[str, Any] = self._buffers  # sooner read than attributes of a module
+        return tuple(map(buffers.__getitem__, self._kernel_names))
+
+    def _current_spec(self) -> LinearSpec:
+        return LinearSpec(
+            out_features=self.out_features,
+            in_features=self.in_features,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            activation=self._activation,
+            bits=self.bits,
+        )
+
+    def _described(self, packed: Tensor, scales: Tensor, zero_points: Tensor) -> QuantizedWeight:
+        """A weight of this layer's form."""
+        return QuantizedWeight(
+            packed, scales.float(), zero_points.float(),
+            self.group_size, self.in_features, self.symmetric, self.bits,
+        )  # fmt: skip
+
+    def _hold(self, weight: QuantizedWeight) -> None:
+        """Choose a kernel and keep `weight` in its layout."""
+        self._spec = self._current_spec()
+        self._backend, _ = choose_backend(self._spec, weight.packed.device)
+        for name in self._kernel_names:
+            del self._buffers[name]
+        layout = self._backend.pack(weight, self._spec)
+        self._kernel_names = tuple(f"_kernel_{i}" for i in range(len(layout)))
+        for name, tensor in zip(self._kernel_names, layout, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinearIntN":
+        is_moved = fn(torch.empty(0, dtype=torch.uint8, device=self._device)).device != self._device
+        if not is_moved:
+            super()._apply(fn, recurse)
+            return self
+        # Another device may have another kernel, and only this one can unpack its layout.
+        weight = self.quantized_weight
+        packed = moved_only(fn, weight.packed)
+        grid = moved_only(fn, weight.scales), moved_only(fn, weight.zero_points)
+        super()._apply(fn, recurse)
+        self._hold(self._described(packed, *grid))
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        saved = self.quantized_weight.to_saved()
+        # Each a tensor of its own: other libraries refuse to save elements that share memory.
+        named = zip(SAVED, saved, strict=True)
+        destination.update({prefix + name: t.contiguous() for name, t in named})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = [prefix + name for name in SAVED]
+        rest = {key: value for key, value in state_dict.items() if key not in names}
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        missing = [name for name in names if name not in state_dict]
+        missing_keys += missing if strict else []
+        if len(missing) == len(names):
+            return
+        old = self.quantized_weight.to_saved()
+        new = [state_dict.get(name, tensor) for name, tensor in zip(names, old, strict=True)]
+        for name, one, other in zip(names, old, new, strict=True):
+            if one.shape != other.shape or one.dtype != other.dtype:
+                error_msgs.append(
+                    f"{name} is {other.dtype} {list(other.shape)}; this layer, with group_size "
+                    f"{self.group_size}, needs {one.dtype} {list(one.shape)}."
+                )
+                return
+        middle = symmetric_zero_point(self.bits)
+        if self.symmetric and not other.is_meta and (other != middle).any():
+            error_msgs.append(f"{name} is not {middle:g} everywhere; this layer is.")
+            return
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        self._hold(self._described(*(t if assign else t.to(self._device) for t in new)))
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data from which `rebuild` makes the layer again, with `saved_tensors`."""
+        values = {
+            "bits": self.bits,
+            "in_features": self.in_features,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "activation": self._activation,
+            "dtype": str(self._weight_dtype).removeprefix("torch."),
+        }
+        return {name: values[name] for name in self._options}
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """The tensors to save."""
+        packed, scales, zero_points = self.quantized_weight.to_saved()
+        tensors = {"packed_weight": packed, "scales": scales}
+        if not self.symmetric:
+            tensors["zero_points"] = zero_points
+        if self.bias is not None:
+            tensors["bias"] = self.bias
+        return tensors
+
+    @classmethod
+    def rebuild(
+        cls, description: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> "QuantizedLinearIntN":
+        """Make a saved layer again.
+
+        Raises:
+            OptionError: the tensors do not fit the description.
+        """
+        where = cls.__name__
+        check_names(where, description, set(cls._options), set())
+        check_names(where, tensors, {"packed_weight", "scales"}, {"zero_points", "bias"})
+        weight = cls._saved_weight(description, tensors)
+        check_grid(where, tensors.get("bias"), weight.scales, weight.zero_points)
+        middle = symmetric_zero_point(weight.bits)
+        is_middle = not weight.symmetric or bool((weight.zero_points == middle).all())
+        check_saved(where, is_middle, "other zero points", f"{middle:g} everywhere")
+        weight = replace(
+            weight, scales=weight.scales.float(), zero_points=weight.zero_points.float()
+        )
+        dtype = FLOAT_DTYPES[description["dtype"]]
+        return cls(weight, tensors.get("bias"), description["activation"], dtype)
+
+    @classmethod
+    def _saved_weight(
+        cls, description: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> QuantizedWeight:
+        """The weight as saved, whose shapes belong together."""
+        where = cls.__name__
+        bits = description["bits"] if "bits" in cls._options else cls.bits
+        in_features, group_size, symmetric = (description[n] for n in FORM)
+        sizes = all(type(n) is int and 0 < n <= LARGEST_SIZE for n in (in_features, group_size))
+        is_usable = sizes and type(bits) is int and bits in WIDTHS and type(symmetric) is bool
+        is_usable = is_usable and description["dtype"] in FLOAT_DTYPES
+        is_usable = is_usable and symmetric is ("zero_points" not in tensors)
+        check_saved(where, is_usable, f"the description {description!r:.200}", "sizes and options")
+        packed: Any = tensors["packed_weight"]
+        scales: Any = tensors["scales"]
+        fits = isinstance(packed, Tensor) and isinstance(scales, Tensor) and packed.ndim == 2
+        check_saved(where, fits, "no packed weight and scales", "both, as matrices")
+        zero_points: Any = tensors.get("zero_points")
+        if zero_points is None:
+            zero_points = torch.full_like(scales, symmetric_zero_point(bits))
+        weight = QuantizedWeight(
+            packed, scales, zero_points, group_size, in_features, symmetric, bits
+        )
+        check_saved(where, packed.dtype == torch.uint8, f"a {packed.dtype} weight", "torch.uint8")
+        weight.check_shapes()
+        return weight
+
+    def extra_repr(self) -> str:
+        """The shape and format, for printing a model."""
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        shape = f"{super().extra_repr()}, bits={self.bits}"
+        return f"{shape}, group_size={self.group_size}, {kind}, {self.backend}"
