@@ -28,6 +28,7 @@ from .measure.quantization_info import (
 from .measure.sensitivity_row import SensitivityRow
 from .modules.linear_int4 import QuantizedLinearInt4
 from .modules.linear_int8 import QuantizedLinearInt8
+from .modules.linear_intn import QuantizedLinearIntN
 from .numerics.metrics import sqnr_db
 from .numerics.weights import (
     calculate_scale_zp_groupwise,
@@ -77,6 +78,7 @@ __all__ = [
     "QuantizationInfo",
     "QuantizedLinearInt4",
     "QuantizedLinearInt8",
+    "QuantizedLinearIntN",
     "RuleError",
     "SaveError",
     "SensitivityReport",

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from fxquant.config.quant_config import QuantConfig, as_config
+from fxquant.numerics.integers import WIDTHS
 
 MODEL_HELP = """
 MODEL is one of
@@ -24,10 +25,15 @@ or, for a folder, a text file, which its tokenizer reads."""
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 data_option = click.option("--data", metavar="SOURCE", help=DATA_HELP)
 bits_option = click.option(
-    "--bits", type=click.Choice(["4", "8"]), help="Bits of a weight.  [default: 4]"
+    "--bits",
+    type=click.Choice([str(bits) for bits in WIDTHS]),
+    help="Bits of a weight.  [default: 4]",
 )
 group_option = click.option(
-    "--group-size", type=int, metavar="N", help="Weights that share a scale.  [default: 128]"
+    "--group-size",
+    type=int,
+    metavar="N",
+    help="Weights that share a scale; -1: all of a row.  [default: 128]",
 )
 
 _RULES = (

@@ -52,7 +52,7 @@ def test_a_mapping_of_bits_cannot_be_changed_from_outside():
     ("options", "found", "remedy"),
     [
         ({"bits": 7}, "7", "Choose one of these widths"),
-        ({"bits": {"a": 3}}, r"bits\['a'\]", "16 leaves a module float"),
+        ({"bits": {"a": 7}}, r"bits\['a'\]", "16 leaves a module float"),
         ({"bits": True}, "True", "Choose one of these widths"),
         ({"group_size": 0}, "0", "positive int"),
         ({"symmetric": "no"}, "'no'", "True or False"),
