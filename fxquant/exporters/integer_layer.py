@@ -2,15 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fxquant.modules.linear import QuantizedLinear
-from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
-from fxquant.numerics.packing import unpack_nibbles
-
-INT8_ZERO_POINT = 128.0
+from fxquant.modules.linear_intn import QuantizedLinearIntN
 
 
 @dataclass(frozen=True)
@@ -48,15 +44,11 @@ class IntegerLayer:
 
 def integer_layer(layer: QuantizedLinear) -> IntegerLayer | None:
     """The integers of `layer`, on the CPU; None for a class of layer that no format knows."""
+    if not isinstance(layer, QuantizedLinearInt8 | QuantizedLinearIntN):
+        return None
     bias = None if layer.bias is None else layer.bias.detach().cpu()
-    if isinstance(layer, QuantizedLinearInt4):
-        weight = layer.int4_weight
-        q = unpack_nibbles(weight.packed.cpu(), weight.in_features)
-        grid = weight.scales.cpu(), weight.zero_points.cpu()
-        return IntegerLayer(q, *grid, weight.group_size, 4, weight.symmetric, bias)
-    if isinstance(layer, QuantizedLinearInt8):
-        q = (layer._weight_int8.cpu().to(torch.int16) + int(INT8_ZERO_POINT)).to(torch.uint8)
-        scales = layer._scales.cpu().float()[:, None]
-        zero_points = torch.full_like(scales, INT8_ZERO_POINT)
-        return IntegerLayer(q, scales, zero_points, q.shape[1], 8, True, bias)
-    return None
+    weight = layer.quantized_weight
+    q, scales = weight.integers().cpu(), weight.scales.cpu()
+    return IntegerLayer(
+        q, scales, weight.zero_points.cpu(), weight.group_size, weight.bits, weight.symmetric, bias
+    )

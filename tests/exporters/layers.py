@@ -6,7 +6,7 @@ from torch import nn
 
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
-from fxquant.numerics.weights import Int4Weight
+from fxquant.numerics.quantized_weight import QuantizedWeight
 
 
 def quantized_layers(model):
@@ -20,7 +20,9 @@ def int4_layer(out_features, in_features, group_size=32, zero_points=None, scale
     signs = torch.randint(0, 2, shape) * 2 - 1
     scales = ((torch.rand(shape) + 0.5) * scale * signs).bfloat16().float()
     zero = torch.full(shape, 8.0) if zero_points is None else zero_points(shape)
-    weight = Int4Weight.from_integers(q, scales, zero, group_size, zero_points is None)
+    weight = QuantizedWeight.from_integers(
+        q, scales, zero, bits=4, group_size=group_size, symmetric=zero_points is None
+    )
     return QuantizedLinearInt4(weight, None)
 
 
