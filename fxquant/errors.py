@@ -13,7 +13,7 @@
     ├── LoadError          a file is not a model that can be loaded
     └── RunError           a node of a loaded graph failed (also a RuntimeError)
 
-Each text says where, what was found, what is needed and what to do.
+Each text says where, what is there or happened, what is expected and what to do.
 """
 
 import difflib
@@ -26,14 +26,20 @@ class FxquantError(Exception):
 
     Args:
         where: the node, argument or file concerned.
-        found: what is there.
-        needed: what is required instead.
+        found: what is there; or, after "that", what happened.
+        needed: what is expected instead.
         remedy: what the caller can do.
+
+    >>> print(FxquantError("bits", found="5", needed="4 or 8", remedy="Choose one of them."))
+    bits: got 5. Expected 4 or 8. Choose one of them.
+    >>> print(FxquantError("x.py:f", found="that it raised", needed="a model", remedy="Mend it."))
+    x.py:f: it raised. Expected a model. Mend it.
     """
 
     def __init__(self, where: str, *, found: str, needed: str, remedy: str) -> None:
         self.where, self.found, self.needed, self.remedy = where, found, needed, remedy
-        super().__init__(f"{where}: found {found}; needed {needed}. {remedy}")
+        problem = found.removeprefix("that ") if found.startswith("that ") else f"got {found}"
+        super().__init__(f"{where}: {problem.removesuffix('.')}. Expected {needed}. {remedy}")
 
     def __reduce__(self) -> tuple[object, ...]:
         parts = {"found": self.found, "needed": self.needed, "remedy": self.remedy}

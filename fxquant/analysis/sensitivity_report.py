@@ -8,7 +8,7 @@ from typing import Any
 from fxquant.analysis.flow import NodeFlow
 from fxquant.measure.sensitivity_row import SensitivityRow, as_number
 from fxquant.report.html import write_html
-from fxquant.report.pages import ledger_page
+from fxquant.report.pages import decisions_page
 from fxquant.report.tables import format_db, format_shape, text_table
 from fxquant.report.view import View
 
@@ -35,7 +35,7 @@ class SensitivityReport(View):
         metric: of the output's error: `"sqnr"`, `"kl"` or `"custom"`.
         flows: how error flows through every node (method `"local"`).
         evaluate: measures the output SQNR of given bits by name; None in a report without model.
-        decisions: the ledger, as plain data.
+        decisions: the decisions, as plain data.
         graph: of the quantized model, for drawing.
         pareto: predicted `(average bits, output SQNR in dB)`, where the output was measured.
         peak_bytes: the most bytes of activations that were held (method `"exact"`).
@@ -131,10 +131,10 @@ class SensitivityReport(View):
         return cls(rows=rows, flows=flows, output_sqnr_db=output, **kept)
 
     def to_html(self, path: str | Path) -> None:
-        """Write one self-contained page: bars, ledger, Pareto curve and graph."""
+        """Write one self-contained page: bars, decisions, Pareto curve and graph."""
         rows = [asdict(row) for row in self.rows]
         title = f"Sensitivity ({self.method})"
-        write_html(path, ledger_page(title, self.decisions, rows, self.graph, self.pareto))
+        write_html(path, decisions_page(title, self.decisions, rows, self.graph, self.pareto))
 
 
 def _cells(row: SensitivityRow, warning_threshold: float, error_threshold: float) -> Sequence[Any]:

@@ -57,7 +57,7 @@ def shipped_layers(
 
     Args:
         gm: the float graph.
-        decisions: the ledger; what it leaves float is not made.
+        decisions: from `decide`; what they leave float is not made.
         batches: calibration data; the last rows are held out.
         rounding: one of `ROUNDINGS`.
         group_size: weights along `in_features` that share a scale.

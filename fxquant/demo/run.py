@@ -53,7 +53,7 @@ def run_demo(out: Writer, output: Path | None = None) -> dict[str, Any]:
         num_calibration_samples=SAMPLES,
         accuracy_warning="ignore",
     )
-    out.title("The ledger: what was decided for each layer, and what it cost")
+    out.title("The decisions: what was decided for each layer, and what it cost")
     out.text(info.table())
     for warning in info.warnings:
         out.text(f"warning: {warning}")

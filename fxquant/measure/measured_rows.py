@@ -28,7 +28,7 @@ def measure_rows(
     Args:
         float_gm: the traced model.
         quantized_gm: its rewritten form.
-        decisions: the ledger.
+        decisions: from `decide`.
         calls: batches; without any, only weights are compared.
         observers: the calibrated observer of each layer's input.
 

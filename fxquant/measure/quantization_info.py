@@ -14,7 +14,7 @@ from fxquant.measure.sensitivity_row import SensitivityRow, as_number
 from fxquant.passes.decide import Decision
 from fxquant.passes.scale_channels import FoldedScale
 from fxquant.report.html import write_html
-from fxquant.report.pages import ledger_page
+from fxquant.report.pages import decisions_page
 from fxquant.report.tables import format_db, format_shape
 from fxquant.report.view import View
 
@@ -37,7 +37,7 @@ class QuantizationInfo(View):
     """What a quantization did.
 
     Attributes:
-        decisions: the ledger: one row for each node with parameters.
+        decisions: the decisions: one row for each node with parameters.
         rows: what each quantized layer costs.
         calibration_samples_used: rows of the first dimension; 0 without data.
         heldout_samples: how many of these rows chose nothing and were only measured on.
@@ -110,7 +110,7 @@ class QuantizationInfo(View):
     def to_html(self, path: str | Path) -> None:
         """Write one self-contained page: bars and decisions."""
         rows = [asdict(row) for row in self.rows]
-        page = ledger_page("Quantization", [asdict(d) for d in self.decisions], rows)
+        page = decisions_page("Quantization", [asdict(d) for d in self.decisions], rows)
         write_html(path, replace(page, summary=f"{self.headline()}."))
 
     def __str__(self) -> str:
@@ -261,7 +261,7 @@ def _layer_warnings(info: QuantizationInfo, severity: str, threshold: float) -> 
 def _general_warnings(info: QuantizationInfo) -> list[str]:
     found = []
     if not info.selected_layers:
-        found.append("nothing was quantized: the ledger tells why for each layer")
+        found.append("nothing was quantized: the decisions tell why for each layer")
     elif not info.skipped_layers:
         found.append("nothing was skipped: no layer with parameters stayed float")
     if info.sqnr_db is not None and info.calibration_samples_used < ENOUGH_SAMPLES:

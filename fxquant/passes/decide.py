@@ -38,7 +38,7 @@ BITS_OF = {action: bits for bits, action in ACTIONS.items() if bits != FLOAT_BIT
 
 @dataclass(frozen=True)
 class Decision:
-    """A row of the ledger.
+    """A row of the table of decisions.
 
     Attributes:
         module: the qualified name in the user's model.
@@ -69,7 +69,7 @@ class Decision:
 
 
 def decide(gm: GraphModule, config: QuantConfig) -> list[Decision]:
-    """Make the ledger of a traced model.
+    """Decide about each layer of a traced model.
 
     Args:
         gm: a graph from `trace`.
@@ -93,7 +93,7 @@ def decide(gm: GraphModule, config: QuantConfig) -> list[Decision]:
 
 
 def add_notes(decisions: Iterable[Decision], notes: Mapping[str, str]) -> list[Decision]:
-    """The ledger with what later passes have to say, by name, at the end of its reasons."""
+    """The decisions with what later passes have to say, by name, at the end of their reasons."""
     return [
         replace(d, reason=f"{d.reason}; {notes[d.module]}") if d.module in notes else d
         for d in decisions
@@ -220,7 +220,7 @@ def _skipped_type(node: ParameterNode, config: QuantConfig) -> Any:
 
 
 def _with_origin(given: Sequence[Any] | None, entry: str) -> tuple[Sequence[Any], str]:
-    """The caller's list, or the default's entry, and how the ledger names the rule."""
+    """The caller's list, or the default's entry, and how a decision names the rule."""
     if given is None:
         return getattr(DEFAULT_INT4_SKIP, entry), f"default: {entry}"
     return given, entry.replace("skip_", "skip_layer_")

@@ -1,4 +1,4 @@
-"""Rewrite: carry the ledger's decisions out.
+"""Rewrite: carry the decisions out.
 
 before: `fc = self.fc(x)` with `fc` an `nn.Linear`
 after:  `fc = self.fc(x)` with `fc` a `QuantizedLinearInt4`, `...Int8` or `...IntN`
@@ -28,11 +28,11 @@ QuantizeLinear = Callable[[str, nn.Linear, int], QuantizedLinear]
 def rewrite(
     gm: GraphModule, decisions: Iterable[Decision], quantize_linear: QuantizeLinear
 ) -> GraphModule:
-    """Swap each Linear that the ledger quantizes.
+    """Swap each Linear that the decisions select.
 
     Args:
         gm: a traced model; it is not changed.
-        decisions: the ledger.
+        decisions: from `decide`.
         quantize_linear: makes a quantized layer from `(name, linear, bits)`.
 
     Returns:

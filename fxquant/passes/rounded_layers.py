@@ -57,7 +57,7 @@ class RoundedLayers:
         return self._made[name, bits]
 
     def explain(self, decisions: Iterable[Decision]) -> list[Decision]:
-        """The ledger, with a word on layers that were rounded in another way than was asked."""
+        """The decisions, with a word on layers that were rounded in another way than was asked."""
         why = "one group a row, where hqq is known to fail: rounded to nearest"
         return add_notes(decisions, dict.fromkeys(self.without_groups, why))
 

@@ -63,7 +63,7 @@ class ScaledGraph:
     Attributes:
         gm: the graph; it computes what it did before.
         folded: the scales in it.
-        notes: a word for the ledger on each quantized layer, by name.
+        notes: a word for the decisions on each quantized layer, by name.
     """
 
     gm: GraphModule
@@ -71,7 +71,7 @@ class ScaledGraph:
     notes: dict[str, str]
 
     def explain(self, decisions: Iterable[Decision]) -> list[Decision]:
-        """The ledger with the notes in its reasons."""
+        """The decisions with the notes in their reasons."""
         return add_notes(decisions, self.notes)
 
 
@@ -88,7 +88,7 @@ def scale_channels(
 
     Args:
         gm: a traced model; it is not changed.
-        decisions: the ledger.
+        decisions: from `decide`.
         calls: batches as `(args, kwargs)`.
         kinds: `"awq"`, `"smoothquant"` or both, in order.
         round_weight: from a weight [out, in] and bits to what the quantized layer will hold.

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: bars, ledger, Pareto curve and graph; no network is needed."""
+"""One self-contained HTML page: bars, decisions, Pareto curve and graph; no network is needed."""
 
 import json
 from collections.abc import Sequence

@@ -7,13 +7,13 @@ from typing import Any
 from fxquant.report.html import Page
 from fxquant.report.tables import format_shape
 
-LEDGER_HEADS = (
+DECISION_HEADS = (
     "module", "type", "shape", "parameters", "action",
     "weight dB", "introduced dB", "cumulative dB", "output dB", "rule", "reason",
 )  # fmt: skip
 
 
-def ledger_page(
+def decisions_page(
     title: str,
     decisions: Sequence[dict[str, Any]],
     rows: Sequence[dict[str, Any]],
@@ -27,8 +27,8 @@ def ledger_page(
         title=title,
         summary=_summary(decisions),
         table_title="Decisions",
-        heads=LEDGER_HEADS,
-        rows=[_ledger_row(d, costs.get(d["module"], {})) for d in decisions],
+        heads=DECISION_HEADS,
+        rows=[_decision_row(d, costs.get(d["module"], {})) for d in decisions],
         bars=damage_bars(rows),
         pareto=pareto,
         graph=graph,
@@ -54,7 +54,7 @@ def damage_bars(rows: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
     return sorted(bars, key=lambda bar: bar[1])
 
 
-def _ledger_row(decision: dict[str, Any], cost: dict[str, Any]) -> list[Any]:
+def _decision_row(decision: dict[str, Any], cost: dict[str, Any]) -> list[Any]:
     figures = ("weight_sqnr_db", "introduced_sqnr_db", "cumulative_sqnr_db", "output_sqnr_db")
     return [
         decision["module"], decision["kind"], format_shape(decision["shape"]),

@@ -9,7 +9,7 @@ from fxquant.measure.quantization_info import INFO_KEY
 from fxquant.report.drawing import to_dot, to_svg
 from fxquant.report.folding import fold_repeats
 from fxquant.report.html import write_html
-from fxquant.report.pages import ledger_page
+from fxquant.report.pages import decisions_page
 from fxquant.view.graph_view import to_networkx
 
 
@@ -34,7 +34,8 @@ def draw(gm: GraphModule, path: str | Path) -> None:
         record = gm.meta.get(INFO_KEY) or {}
         decisions, rows = record.get("decisions", []), record.get("rows", [])
         write_html(
-            path, ledger_page(f"{type(gm).__name__}: graph and ledger", decisions, rows, graph)
+            path,
+            decisions_page(f"{type(gm).__name__}: graph and decisions", decisions, rows, graph),
         )
     else:
         raise OptionError(

@@ -34,7 +34,7 @@ class NodeChange:
         status: `"unchanged"`, `"rewritten"`, `"added"` or `"removed"`.
         before: the kind of op before, or None.
         after: the kind of op after, or None.
-        rule: the ledger's rule, where the second graph carries a record.
+        rule: the rule of the decision, where the second graph carries a record.
         bytes_before: of the module's tensors.
         bytes_after: the same after.
         weight_sqnr_db: of the weights after against before; None where they are equal or absent.

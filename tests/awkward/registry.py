@@ -34,7 +34,7 @@ class Case:
         build: makes it; the caller seeds.
         inputs: the arguments of a call for a batch size and a length.
         sizes: calls that the model takes, as (batch, length); the first is the example.
-        layers: names that must have a row in the ledger; None means each `nn.Linear`.
+        layers: names that must have a row in the decisions; None means each `nn.Linear`.
         int4: of those, names that must be quantized; None means all of them.
         own: each quantized layer is a module of its own in the model, called as a plain Linear
             is, so that a swapped copy computes the same bits. Else what stays float is listed.

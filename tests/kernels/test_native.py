@@ -245,7 +245,7 @@ def test_arguments_that_do_not_fit_say_what_to_give(instructions):
             NATIVE.matmul(torch.randn(2, columns), tensors, spec)
     with pytest.raises(OptionError, match=r"bias \[47\].*" + remedy):
         NATIVE.matmul(torch.randn(2, 96), tensors, spec, torch.randn(47))
-    with pytest.raises(OptionError, match=r"torch.float64 x.*needed a float32, bfloat16 or"):
+    with pytest.raises(OptionError, match=r"torch.float64 x.*Expected a float32, bfloat16 or"):
         NATIVE.matmul(torch.randn(2, 96).double(), tensors, spec)
     with pytest.raises(OptionError, match=r"weight \[3, 1000\]"):
         NATIVE.matmul(torch.randn(2, 96), (torch.zeros(3, 1000, dtype=torch.uint8),), spec)

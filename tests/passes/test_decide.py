@@ -25,18 +25,18 @@ class Network(nn.Module):
         return F.layer_norm(self.lm_head(self.narrow(x)), (200,))
 
 
-def ledger(**options):
+def decisions(**options):
     options = {"group_size": 32, **options}
     decisions = decide(fxquant.trace(Network()), QuantConfig(**options))
     return {d.module: d for d in decisions}
 
 
 def actions(**options):
-    return {name: d.action for name, d in ledger(**options).items()}
+    return {name: d.action for name, d in decisions(**options).items()}
 
 
 def test_every_weighted_node_has_a_row_with_rule_and_reason():
-    rows = ledger()
+    rows = decisions()
     assert list(rows) == [
         "embedding", "encoder.0.first", "encoder.0.norm", "encoder.0.second",
         "encoder.1.first", "encoder.1.norm", "encoder.1.second", "narrow", "lm_head",
@@ -62,7 +62,7 @@ def test_every_weighted_node_has_a_row_with_rule_and_reason():
 )
 @pytest.mark.parametrize("argument", ["modules_to_not_convert", "skip_layer_names"])
 def test_a_name_rule_keeps_exactly_what_it_says(argument, rule, skipped):
-    before, after = actions(), ledger(**{argument: [rule]})
+    before, after = actions(), decisions(**{argument: [rule]})
     for name, decision in after.items():
         if name in skipped:
             assert (decision.action, decision.rule) == ("float", f"{argument}: {rule}")
@@ -73,7 +73,7 @@ def test_a_name_rule_keeps_exactly_what_it_says(argument, rule, skipped):
 
 
 def test_in_features_below_the_group_size_fall_back_to_int8():
-    rows = ledger(group_size=80)
+    rows = decisions(group_size=80)
     assert (rows["encoder.0.first"].action, rows["encoder.0.first"].rule) == ("int8", "group_size")
     assert rows["encoder.0.second"].action == "int4"
     assert "64 inputs are fewer than a group of 80" in rows["encoder.0.first"].reason
@@ -81,15 +81,15 @@ def test_in_features_below_the_group_size_fall_back_to_int8():
 
 def test_types_can_be_skipped_or_chosen():
     assert "int4" not in actions(skip_layer_types=[nn.Linear]).values()
-    assert ledger(skip_layer_types=["Linear"])["narrow"].rule == "skip_layer_types: Linear"
-    assert ledger(skip_layer_types=[])["embedding"].rule == "op table"
+    assert decisions(skip_layer_types=["Linear"])["narrow"].rule == "skip_layer_types: Linear"
+    assert decisions(skip_layer_types=[])["embedding"].rule == "op table"
     assert actions(layer_types=[nn.Linear])["encoder.0.first"] == "int4"
     with pytest.raises(OptionError, match=r"Conv2d.*integer kernel: Linear"):
-        ledger(layer_types=[nn.Conv2d])
+        decisions(layer_types=[nn.Conv2d])
 
 
 def test_a_mapping_of_bits_decides_alone():
-    rows = ledger(bits={"encoder.0": 8, "narrow": 4, "encoder.1.first": 16})
+    rows = decisions(bits={"encoder.0": 8, "narrow": 4, "encoder.1.first": 16})
     assert rows["encoder.0.first"].action == rows["encoder.0.second"].action == "int8"
     assert rows["narrow"].action == "int4"
     assert (rows["encoder.1.first"].action, rows["encoder.1.first"].rule) == ("float", "bits")
@@ -108,7 +108,7 @@ def test_a_mapping_of_bits_decides_alone():
 )
 def test_a_rule_that_matches_nothing_lists_near_misses(options, near):
     with pytest.raises(RuleError, match=near):
-        ledger(**options)
+        decisions(**options)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_rule_that_matches_nothing_lists_near_misses(options, near):
 )
 def test_impossible_options_say_what_is_possible(options, text):
     with pytest.raises(OptionError, match=text):
-        ledger(**options)
+        decisions(**options)
 
 
 def test_the_default_rules_can_be_read_both_ways():

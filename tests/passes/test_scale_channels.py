@@ -38,8 +38,8 @@ CALLS = [Call((x,)) for x in X]
 
 def scaled(model, kinds, activations=None):
     gm = fxquant.trace(model.eval(), X[0])
-    ledger = decide(gm, QuantConfig(group_size=32, skip_param_threshold=0))
-    return gm, scale_channels(gm, ledger, CALLS, kinds, SimulatedWeights(32, True), activations)
+    decisions = decide(gm, QuantConfig(group_size=32, skip_param_threshold=0))
+    return gm, scale_channels(gm, decisions, CALLS, kinds, SimulatedWeights(32, True), activations)
 
 
 @pytest.mark.parametrize("kind", ["awq", "smoothquant"])
@@ -100,10 +100,10 @@ def test_the_rounding_of_activations_takes_part_in_the_search():
     torch.manual_seed(0)
     model, exact = Block().eval(), SimulatedWeights(32, True)
     gm = fxquant.trace(model, X[0])
-    ledger = decide(gm, QuantConfig(bits=8, group_size=32, skip_param_threshold=0))
+    decisions = decide(gm, QuantConfig(bits=8, group_size=32, skip_param_threshold=0))
     gains = []
     for activations in (None, per_tensor):
-        found = scale_channels(gm, ledger, CALLS, ["smoothquant"], exact, activations).folded
+        found = scale_channels(gm, decisions, CALLS, ["smoothquant"], exact, activations).folded
         gains.append(found[0].gain_db if found else 0)
     assert gains[1] > gains[0] + 3
 
