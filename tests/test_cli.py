@@ -106,7 +106,7 @@ def test_check_holds_a_report_against_a_bar_and_a_baseline(tmp_path):
         ("sensitivity", *SOURCE),
         ("inspect", "missing.safetensors"),
         ("check", "missing.json", "--min-sqnr", "3"),
-        ("quantize", *SOURCE, "--bits", "5"),
+        ("quantize", *SOURCE, "--bits", "7"),
         ("nonsense",),
     ],
 )

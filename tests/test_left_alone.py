@@ -202,7 +202,7 @@ def test_a_model_that_raises_on_the_second_batch_is_left_alone(call):
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "nonsense"}, {"bits": 7}, {"group_size": -1}, {"activation_bits": 3},
+        {"method": "nonsense"}, {"bits": 7}, {"group_size": -2}, {"activation_bits": 3},
         {"observer": "nobody"}, {"modules_to_not_convert": ["no.such.layer"]},
         {"accuracy_warning": "shout"}, {"num_calibration_samples": 0},
     ],

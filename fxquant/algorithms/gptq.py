@@ -7,8 +7,8 @@ groups fixed beforehand, so that groups keep their place.
 import torch
 from torch import Tensor
 
+from fxquant.algorithms.lazy_update import lazy_update
 from fxquant.algorithms.rtn import round_to_nearest
-from fxquant.algorithms.sweep import sweep
 from fxquant.numerics.grouping import expand_groups
 from fxquant.numerics.integers import dequantize_affine, quantize_affine
 from fxquant.numerics.quantized_weight import QuantizedWeight
@@ -53,9 +53,9 @@ def gptq(
     if not moments.tokens:
         return fixed
     columns, group_size, integer = weight.shape[1], fixed.group_size, fixed.integer
-    second = moments.second
-    order = second.diagonal().argsort(descending=True)
-    factor = _inverse_factor(second[order][:, order], damping)
+    hessian = moments.hessian
+    order = hessian.diagonal().argsort(descending=True)
+    factor = _inverse_factor(hessian[order][:, order], damping)
     scales = expand_groups(fixed.scales, group_size, columns)[:, order].T.contiguous()
     zeros = expand_groups(fixed.zero_points, group_size, columns)[:, order].T.contiguous()
     rest = weight.detach().float()[:, order].T.contiguous()  # [in, out]
@@ -66,7 +66,7 @@ def gptq(
         q[i] = quantize_affine(column, scales[i], zeros[i], integer)
         return (dequantize_affine(q[i], scales[i], zeros[i]) - column).div_(diagonal[i])
 
-    sweep(rest, factor, step)
+    lazy_update(rest, factor, step)
     integers = torch.empty_like(q)
     integers[order] = q
     return QuantizedWeight.from_integers(
@@ -79,23 +79,23 @@ def gptq(
     )
 
 
-def _inverse_factor(second: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor U of the damped inverse of `second` H [in, in], UᵀU = H⁻¹.
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor U of the damped inverse of `hessian` H [in, in], UᵀU = H⁻¹.
 
     Of H with both axes reversed, L Lᵀ, it is the inverse of L, reversed again: H⁻¹ is never formed.
     """
     while damping <= MOST_DAMPING:
         # float32 first; float64 where it is too coarse; then more damping
         for dtype in (torch.float32, torch.float64):
-            reverse = damped(second, damping).to(dtype).flip(0, 1)
+            reverse = damped(hessian, damping).to(dtype).flip(0, 1)
             lower, failed = torch.linalg.cholesky_ex(reverse)
             if not failed:
-                identity = torch.eye(len(second), dtype=dtype)
+                identity = torch.eye(len(hessian), dtype=dtype)
                 upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
                 if torch.isfinite(upper).all():
                     return upper.float()
         damping *= 10
-    return torch.eye(len(second))  # no structure is left: plain rounding
+    return torch.eye(len(hessian))  # no structure is left: plain rounding
 
 
 def corrected_bias(
@@ -123,5 +123,5 @@ def corrected_bias(
 def quantization_loss(weight: Tensor, quantized: Tensor, moments: LayerMoments) -> float:
     """The mean squared error of the layer's output on its quantized input, over tokens."""
     difference = (quantized - weight.detach().float()).double()
-    total = ((difference @ moments.second.double()) * difference).sum()
+    total = ((difference @ moments.hessian.double()) * difference).sum()
     return float(total / max(moments.tokens, 1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxquant.algorithms.gptq import DAMPING
-from fxquant.algorithms.sweep import sweep
+from fxquant.algorithms.lazy_update import lazy_update
 from fxquant.numerics.grouping import expand_groups, group_count, to_groups
 from fxquant.numerics.quantized_weight import (
     SCALE_DTYPE,
@@ -22,7 +22,7 @@ from fxquant.observers.moments import LayerMoments, damped
 ROUNDS = 3
 SWEEPS = 2  # of coordinate descent in a round
 RIDGE = 1e-4  # of the diagonal: holds scales near what they were where the data say nothing
-WIDEST = 3.0  # times its former size: a scale beyond has no support in the data
+MOST_SCALE_CHANGE = 3.0  # times its former size: a scale beyond has no support in the data
 FARTHEST = 1024.0  # zero point
 
 
@@ -43,9 +43,9 @@ def refine(
     """
     if not moments.tokens:
         return quantized
-    second = damped(moments.second, damping)
-    second /= second.diagonal().mean()  # keeps products inside float32 for tiny and huge inputs
-    search = _Search(target.detach().float(), quantized, second)
+    hessian = damped(moments.hessian, damping)
+    hessian /= hessian.diagonal().mean()  # keeps products inside float32 for tiny and huge inputs
+    search = _Search(target.detach().float(), quantized, hessian)
     for _ in range(ROUNDS):
         search.refit()
         for _ in range(SWEEPS):
@@ -62,8 +62,8 @@ class _Search:
         zero_points: [out, groups].
     """
 
-    def __init__(self, target: Tensor, start: QuantizedWeight, second: Tensor) -> None:
-        self.target, self.second, self.start = target.T.contiguous(), second, start
+    def __init__(self, target: Tensor, start: QuantizedWeight, hessian: Tensor) -> None:
+        self.target, self.hessian, self.start = target.T.contiguous(), hessian, start
         self.columns, self.group_size = start.in_features, start.group_size
         self.integer = start.integer
         self.q = start.integers().float().T.contiguous()
@@ -72,8 +72,8 @@ class _Search:
     def descend(self) -> None:
         """One sweep of coordinate descent over all columns."""
         scales, zeros = self._by_column(self.scales), self._by_column(self.zero_points)
-        gradient = self.second @ ((self.q - zeros).mul_(scales).sub_(self.target))
-        reach = (scales * self.second.diagonal()[:, None]).reciprocal_()
+        gradient = self.hessian @ ((self.q - zeros).mul_(scales).sub_(self.target))
+        reach = (scales * self.hessian.diagonal()[:, None]).reciprocal_()
         lowest, highest = self.integer.quant_min, self.integer.quant_max
 
         def step(i: int, slope: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class _Search:
             self.q[i] = best
             return change
 
-        sweep(gradient, self.second, step)
+        lazy_update(gradient, self.hessian, step)
 
     def refit(self) -> None:
         """The best scales (and zero points) for the integers, where they are better."""
@@ -103,7 +103,7 @@ class _Search:
     def _errors(self, scales: Tensor, zero_points: Tensor) -> Tensor:
         """The squared error of each row, [out]."""
         difference = (self.q - self._by_column(zero_points)) * self._by_column(scales) - self.target
-        return ((self.second @ difference) * difference).sum(0)
+        return ((self.hessian @ difference) * difference).sum(0)
 
     def _least_squares(self) -> tuple[Tensor, Tensor]:
         """Scales and zero points from the normal equations of each row, rounded as stored."""
@@ -113,7 +113,7 @@ class _Search:
         else:
             basis = [self.q, torch.ones_like(self.q)]
         groups = group_count(self.columns, self.group_size)
-        aim = self.second @ self.target  # [in, out]
+        aim = self.hessian @ self.target  # [in, out]
         normal = torch.cat([self._products(b, basis) for b in basis], 1).double()
         right = torch.cat([self._group_sums(b * aim) for b in basis], 1).double()
         former = [self.scales] if symmetric else [self.scales, -self.scales * self.zero_points]
@@ -124,7 +124,9 @@ class _Search:
         scales = found[:, :groups].to(SCALE_DTYPE).float()
         ratio = (scales / self.scales).abs()
         # Written so that NaN is bad.
-        good = (failed == 0)[:, None] & (ratio < WIDEST) & (ratio > 1 / WIDEST)
+        good = (
+            (failed == 0)[:, None] & (ratio < MOST_SCALE_CHANGE) & (ratio > 1 / MOST_SCALE_CHANGE)
+        )
         if symmetric:
             return torch.where(good, scales, self.scales), self.zero_points
         zeros = -found[:, groups:].float() / scales
@@ -137,7 +139,7 @@ class _Search:
         rows = []
         for start in range(0, self.columns, self.group_size):
             part = slice(start, start + self.group_size)
-            spread = self.second[:, part] @ one[part]
+            spread = self.hessian[:, part] @ one[part]
             rows.append(torch.cat([self._group_sums(spread * other) for other in basis], 1))
         return torch.stack(rows, 1)
 

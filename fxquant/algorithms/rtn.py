@@ -65,7 +65,9 @@ def round_to_nearest(
     made = QuantizedWeight.empty(weight, bits=bits, group_size=group_size, symmetric=symmetric)
     if rounding.unsupported(weight) is None:
         ratios = CLIP_RATIOS[bits]
-        rounding.round_groups(weight, made, shrinks=ratios, refits=REFITS, importance=importance)
+        rounding.round_groups(
+            weight, made, clip_ratios=ratios, refits=REFITS, importance=importance
+        )
     else:
         _round_in_torch(weight.detach(), made, importance)
     return made

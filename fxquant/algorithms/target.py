@@ -50,7 +50,7 @@ def float_target(weight: Tensor, moments: LayerMoments) -> Tensor:
     if not gain > 0:
         return weight
     share = 2 * share / (1 + share)
-    return weight + share * _regression(moments.second, moments.crosses.sum(0), ridge)
+    return weight + share * _regression(moments.hessian, moments.crosses.sum(0), ridge)
 
 
 def _try(moments: LayerMoments, crosses: Tensor, ridge: float) -> tuple[float, float, float]:
@@ -60,17 +60,17 @@ def _try(moments: LayerMoments, crosses: Tensor, ridge: float) -> tuple[float, f
     """
     along = size = 0.0
     for seen, unseen in ((0, 1), (1, 0)):
-        step = _regression(moments.seconds[seen], crosses[seen], ridge)
+        step = _regression(moments.hessians[seen], crosses[seen], ridge)
         along += float((step * crosses[unseen]).sum())
-        size += float(((step @ moments.seconds[unseen]) * step).sum())
+        size += float(((step @ moments.hessians[unseen]) * step).sum())
     if not size > 0:
         return 0.0, 0.0, ridge
     share = min(max(along / size, 0.0), 1.0)
     return share * (2 * along - share * size), share, ridge
 
 
-def _regression(second: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    factor, failed = torch.linalg.cholesky_ex(damped(second, ridge))
+def _regression(hessian: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(damped(hessian, ridge))
     if failed:
         return torch.zeros_like(cross)
     return torch.cholesky_solve(cross.T, factor).T

@@ -22,7 +22,7 @@ from fxquant.analysis.batching import (
 from fxquant.analysis.candidates import Candidate
 from fxquant.graph.calls import Call
 from fxquant.graph.ops import has_effects
-from fxquant.graph.stepper import HeldBytes, Stepper, deaths
+from fxquant.graph.stepper import HeldBytes, Stepper, last_used_at
 from fxquant.measure.output_metric import Metric, OutputError
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.passes.calibrate import run_call
@@ -142,7 +142,7 @@ def _run_suffix(
     """Run `rerun` on top of the float values `kept`; the last value and the most bytes held."""
     again = set(rerun)
     values = {node: value for node, value in kept.items() if node not in again}
-    dying = deaths(rerun)
+    dying = last_used_at(rerun)
     held = HeldBytes(kept.values())
     result = None
     for position, node in enumerate(rerun):

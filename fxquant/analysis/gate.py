@@ -1,4 +1,4 @@
-"""An accuracy gate: does a saved model, or a report, hold the bar?"""
+"""An accuracy gate: does a saved model, or a report, meet its thresholds?"""
 
 import json
 import math
@@ -11,7 +11,7 @@ from fxquant.errors import OptionError
 
 @dataclass(frozen=True)
 class Failure:
-    """A figure below the bar."""
+    """A figure below its threshold."""
 
     module: str
     sqnr_db: float
@@ -29,7 +29,7 @@ def check_report(
     max_drop_db: float | None = None,
     baseline: dict[str, Any] | None = None,
 ) -> list[Failure]:
-    """Compare a report's figures with a bar and with an older report.
+    """Compare a report's figures with thresholds and with an older report.
 
     Args:
         report: what `SensitivityReport.to_json` or `QuantizationInfo.to_dict` gives.
@@ -38,19 +38,26 @@ def check_report(
         baseline: an older report.
 
     Returns:
-        What broke the bar; nothing if the report holds it.
+        The figures below their threshold; none if all thresholds are met.
 
     Raises:
-        OptionError: there is no bar, or a report lacks the figures to compare or they are no
+        OptionError: there is no threshold, or a report lacks the figures to compare or they are no
             numbers: a gate that compares nothing would always pass.
     """
-    for name, bar in (("--min-sqnr", min_sqnr_db), ("--max-drop", max_drop_db)):
-        if bar is not None and not math.isfinite(bar):
-            raise _wrong("check", f"{name} {bar}", "a number of decibels", "Pass a finite number.")
+    for name, threshold in (("--min-sqnr", min_sqnr_db), ("--max-drop", max_drop_db)):
+        if threshold is not None and not math.isfinite(threshold):
+            raise _wrong(
+                "check", f"{name} {threshold}", "a number of decibels", "Pass a finite number."
+            )
     if max_drop_db is not None and max_drop_db < 0:
         raise _wrong("check", f"--max-drop {max_drop_db:g}", "0 dB or more", "Drop the sign.")
     if min_sqnr_db is None and max_drop_db is None:
-        raise _wrong("check", "no bar", "a least SQNR or a largest drop", "Pass --min-sqnr.")
+        raise _wrong(
+            "check",
+            "no threshold",
+            "at least one",
+            "Pass --min-sqnr, or --max-drop with --baseline.",
+        )
     if (max_drop_db is None) != (baseline is None):
         raise _wrong(
             "check", "only one of both", "a baseline and a largest drop", "Pass both or neither."

@@ -2,7 +2,7 @@
 
 For a linear layer's input x, x / s times W · s is the same product. The scale s is folded exactly
 if x / s can be had from changed parameters alone: of a norm, a linear layer or an embedding behind
-x, and if everything else that reads x takes part. This is found by following labels (see
+x, and if everything else that reads x takes part. This is found by following channel maps (see
 `scale_rules`) from x to all producers and readers until nothing is left open. There is no table of
 architectures.
 """
@@ -22,7 +22,14 @@ from fxquant.graph.layers import tensor_attribute, user_name
 from fxquant.graph.left_alone import left_alone, process_left_alone
 from fxquant.graph.ops import op_name, op_of
 from fxquant.graph.parameters import memory_of
-from fxquant.graph.scale_rules import CannotScaleError, Values, compress, is_sum, pull, push
+from fxquant.graph.scale_rules import (
+    CannotScaleError,
+    Values,
+    compress,
+    is_sum,
+    propagate_back,
+    propagate_forward,
+)
 from fxquant.graph.shapes import input_values
 from fxquant.graph.structures import tensors_in
 
@@ -37,14 +44,14 @@ class Edit:
     Attributes:
         name: the user's name of the module or parameter.
         parameter: the tensor itself.
-        label: the channel of each element, broadcasting to the parameter; -1 leaves it alone.
+        channel_map: the channel of each element, broadcasting to the parameter; -1 leaves it alone.
         divides: whether the parameter is divided by the scale (a producer's) or multiplied.
         offset: what the graph adds to the parameter before it uses it (1 in some norms).
     """
 
     name: str
     parameter: Tensor
-    label: Tensor
+    channel_map: Tensor
     divides: bool
     offset: float = 0.0
 
@@ -81,7 +88,7 @@ def apply_scale(scaling: Scaling, scale: Tensor) -> None:
         scale: positive, [channels]; equal for tied channels.
     """
     for edit in scaling.edits:
-        factor = torch.where(edit.label >= 0, scale[edit.label.clamp(min=0)], 1.0)
+        factor = torch.where(edit.channel_map >= 0, scale[edit.channel_map.clamp(min=0)], 1.0)
         factor = factor.reciprocal() if edit.divides else factor
         scaled = (edit.parameter.float() + edit.offset) * factor - edit.offset
         edit.parameter.data = scaled.to(edit.parameter.dtype)
@@ -111,16 +118,16 @@ class ScalingFinder:
         channels = self.values.shapes[value][-1]
         search = _ScaleSearch(self, channels)
         rank = len(self.values.shapes[value])
-        search.label(value, torch.arange(channels).reshape((1,) * (rank - 1) + (-1,)))
+        search.propagate(value, torch.arange(channels).reshape((1,) * (rank - 1) + (-1,)))
         return search.result()
 
 
 class _ScaleSearch:
-    """Labels that follow from one label, and the edits they ask for."""
+    """Channel maps that follow from one channel map, and the edits they ask for."""
 
     def __init__(self, finder: ScalingFinder, channels: int) -> None:
         self.finder, self.values, self.channels = finder, finder.values, channels
-        self.labels: dict[Node, Tensor] = {}
+        self.channel_maps: dict[Node, Tensor] = {}
         self.parent = list(range(channels))
         self.edits: list[Edit] = []
         self.readers: list[tuple[str, nn.Linear, Tensor]] = []
@@ -135,27 +142,31 @@ class _ScaleSearch:
             tuple(self.readers),
         )
 
-    def label(
-        self, node: Node, label: Tensor, operand: Node | None = None, reader: Node | None = None
+    def propagate(
+        self,
+        node: Node,
+        channel_map: Tensor,
+        operand: Node | None = None,
+        reader: Node | None = None,
     ) -> None:
-        """Note that `node` carries `label`; it was reached from `operand` or from `reader`."""
-        label = compress(label)
-        if bool((label < 0).all()):
+        """Note that `node` carries `channel_map`, having come from `operand` or from `reader`."""
+        channel_map = compress(channel_map)
+        if bool((channel_map < 0).all()):
             return
-        if node in self.labels:
-            self._tie_or_refuse(node, label)
+        if node in self.channel_maps:
+            self._tie_or_refuse(node, channel_map)
             return
-        self.labels[node] = label
+        self.channel_maps[node] = channel_map
         if operand is None:
-            self._produce(node, label)
+            self._produce(node, channel_map)
         else:
-            self._complete(node, label, operand)
+            self._complete(node, channel_map, operand)
         for user in node.users:
             if user is not reader:
-                self._read(user, node, label)
+                self._read(user, node, channel_map)
 
-    def _tie_or_refuse(self, node: Node, label: Tensor) -> None:
-        one, other = torch.broadcast_tensors(self.labels[node], label)
+    def _tie_or_refuse(self, node: Node, channel_map: Tensor) -> None:
+        one, other = torch.broadcast_tensors(self.channel_maps[node], channel_map)
         if bool(((one < 0) != (other < 0)).any()):
             raise CannotScaleError(f"{node.name} would be scaled in part only")
         self._tie(one, other)
@@ -172,51 +183,51 @@ class _ScaleSearch:
             channel = self.parent[channel]
         return channel
 
-    def _complete(self, node: Node, label: Tensor, operand: Node) -> None:
-        """The other operands of an op one of whose operands is labelled."""
+    def _complete(self, node: Node, channel_map: Tensor, operand: Node) -> None:
+        """The other operands of an op one of whose operands is mapped."""
         others = [n for n in node.all_input_nodes if n is not operand]
         if node.op != "call_module" and is_sum(node):
             if not others:
                 raise CannotScaleError(f"{node.name} adds a constant")
-            self._produce_by_op(node, label)
-        elif any(n in self.labels for n in others):
+            self._produce_by_op(node, channel_map)
+        elif any(n in self.channel_maps for n in others):
             raise CannotScaleError(f"both operands of {node.name} would be scaled")
 
-    def _produce(self, node: Node, label: Tensor) -> None:
+    def _produce(self, node: Node, channel_map: Tensor) -> None:
         match node.op:
             case "placeholder":
                 raise CannotScaleError(f"{node.name} is an input of the model")
             case "get_attr":
-                self._scale_attribute(node, label)
+                self._scale_attribute(node, channel_map)
             case "call_module":
-                self._produce_by_module(node, label)
+                self._produce_by_module(node, channel_map)
             case _:
-                self._produce_by_op(node, label)
+                self._produce_by_op(node, channel_map)
 
-    def _produce_by_op(self, node: Node, label: Tensor) -> None:
+    def _produce_by_op(self, node: Node, channel_map: Tensor) -> None:
         shifted = _shifted_parameter(node)
         if shifted is not None:
-            self._scale_attribute(shifted[0], label, shifted[1])
+            self._scale_attribute(shifted[0], channel_map, shifted[1])
             return
         reasons = []
-        for alternative in pull(node, label, self.values, self._tie):
-            saved = dict(self.labels), list(self.parent), list(self.edits), list(self.readers)
+        for alternative in propagate_back(node, channel_map, self.values, self._tie):
+            saved = dict(self.channel_maps), list(self.parent), list(self.edits), list(self.readers)
             try:
                 for operand, needed in alternative:
-                    self.label(operand, needed, reader=node)
+                    self.propagate(operand, needed, reader=node)
                 return
             except CannotScaleError as error:
                 reasons.append(str(error))
-                self.labels, self.parent, self.edits, self.readers = saved
+                self.channel_maps, self.parent, self.edits, self.readers = saved
         reason = "; ".join(dict.fromkeys(reasons))
         raise CannotScaleError(reason or f"no operand of {node.name} has a place for the scale")
 
-    def _produce_by_module(self, node: Node, label: Tensor) -> None:
+    def _produce_by_module(self, node: Node, channel_map: Tensor) -> None:
         module: Any = self.finder.gm.get_submodule(str(node.target))
         if isinstance(module, PASSING_MODULES) and isinstance(node.args[0], Node):
-            self.label(node.args[0], label, reader=node)
+            self.propagate(node.args[0], channel_map, reader=node)
             return
-        last = _last_axis(label)
+        last = _last_axis(channel_map)
         if isinstance(module, nn.Linear) and last is not None:
             self._scale(node, module.weight, last[:, None], divides=True)
             if module.bias is not None:
@@ -233,25 +244,25 @@ class _ScaleSearch:
             name = user_name(self.finder.gm, str(node.target))
             raise CannotScaleError(f"{kind} {name} has no weight for the scale")
 
-    def _read(self, user: Node, node: Node, label: Tensor) -> None:
+    def _read(self, user: Node, node: Node, channel_map: Tensor) -> None:
         if user.op == "output":
             raise CannotScaleError(f"{node.name} is an output of the model")
         if user.op == "call_module":
-            self._read_by_module(user, node, label)
+            self._read_by_module(user, node, channel_map)
             return
         try:
-            reached = push(user, node, label, self.values)
+            reached = propagate_forward(user, node, channel_map, self.values)
         except KeyError as error:
             raise CannotScaleError(f"{user.name} cannot be followed") from error
         for target, carried in reached:
-            self.label(target, carried, operand=node)
+            self.propagate(target, carried, operand=node)
 
-    def _read_by_module(self, user: Node, node: Node, label: Tensor) -> None:
+    def _read_by_module(self, user: Node, node: Node, channel_map: Tensor) -> None:
         module = self.finder.gm.get_submodule(str(user.target))
         if isinstance(module, PASSING_MODULES):
-            self.label(user, label, operand=node)
+            self.propagate(user, channel_map, operand=node)
             return
-        last = _last_axis(label)
+        last = _last_axis(channel_map)
         if not isinstance(module, nn.Linear) or last is None:
             kind = type(module).__name__
             raise CannotScaleError(
@@ -261,7 +272,7 @@ class _ScaleSearch:
         self._scale(user, module.weight, last[None], divides=False)
         self.readers.append((user_name(self.finder.gm, str(user.target)), module, last))
 
-    def _scale_attribute(self, node: Node, label: Tensor, offset: float = 0.0) -> None:
+    def _scale_attribute(self, node: Node, channel_map: Tensor, offset: float = 0.0) -> None:
         value = tensor_attribute(self.finder.gm, node)
         if not isinstance(value, nn.Parameter):
             raise CannotScaleError(f"{user_name(self.finder.gm, str(node.target))} is no parameter")
@@ -269,15 +280,15 @@ class _ScaleSearch:
             raise CannotScaleError(
                 f"{user_name(self.finder.gm, str(node.target))} is used in several places"
             )
-        while label.ndim > value.ndim:
-            label = label[0]
-        self._scale(node, value, label, divides=True, offset=offset)
+        while channel_map.ndim > value.ndim:
+            channel_map = channel_map[0]
+        self._scale(node, value, channel_map, divides=True, offset=offset)
 
     def _scale(
         self,
         node: Node,
         parameter: Tensor,
-        label: Tensor,
+        channel_map: Tensor,
         *,
         divides: bool,
         offset: float = 0.0,
@@ -285,12 +296,12 @@ class _ScaleSearch:
         name = user_name(self.finder.gm, str(node.target))
         if self.finder.readings[id(parameter)] > 1:
             raise CannotScaleError(f"a parameter of {name} is used in several places")
-        self.edits.append(Edit(name, parameter, label, divides, offset))
+        self.edits.append(Edit(name, parameter, channel_map, divides, offset))
 
 
-def _last_axis(label: Tensor) -> Tensor | None:
-    """The label of the last dimension, if it is the same everywhere else."""
-    return label.flatten() if label.numel() == label.shape[-1] else None
+def _last_axis(channel_map: Tensor) -> Tensor | None:
+    """The channel map of the last dimension, if it is the same everywhere else."""
+    return channel_map.flatten() if channel_map.numel() == channel_map.shape[-1] else None
 
 
 def _is_affine(norm: Any, width: int) -> bool:

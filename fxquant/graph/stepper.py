@@ -71,7 +71,7 @@ def last_uses(nodes: list[Node]) -> dict[Node, int]:
     return {n: max([*uses[n], position[n]]) for n in nodes}
 
 
-def deaths(nodes: list[Node]) -> list[list[Node]]:
+def last_used_at(nodes: list[Node]) -> list[list[Node]]:
     """For each position, the nodes whose last user runs there; the last node never dies."""
     dying: list[list[Node]] = [[] for _ in nodes]
     for node, last in last_uses(nodes).items():

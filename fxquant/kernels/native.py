@@ -176,7 +176,7 @@ class NativeBackend:
 NATIVE = NativeBackend()
 
 
-def find_fault() -> str | None:
+def self_test() -> str | None:
     """Multiply a small known layer: why the extension cannot be trusted here, or None."""
     if NOT_BUILT is not None:
         return NOT_BUILT
@@ -194,4 +194,4 @@ def find_fault() -> str | None:
 
 
 IS_VECTORIZED = NOT_BUILT is None and _native.instruction_sets() != ["portable"]
-FAULT = find_fault()  # once: later calls may run under a fake or meta device
+FAULT = self_test()  # once: later calls may run under a fake or meta device

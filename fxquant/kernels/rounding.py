@@ -31,7 +31,7 @@ def round_groups(
     weight: Tensor,
     made: QuantizedWeight,
     *,
-    shrinks: Sequence[float],
+    clip_ratios: Sequence[float],
     refits: int,
     importance: Tensor | None = None,
 ) -> None:
@@ -42,7 +42,7 @@ def round_groups(
     Args:
         weight: finite, [out, in], of a type for which `unsupported` is None.
         made: contiguous memory for the result, which says its form; see `QuantizedWeight.empty`.
-        shrinks: of each group's full range, at most 64.
+        clip_ratios: of each group's full range, at most 64.
         refits: at most so many refits by least squares.
         importance: float32 [in] on the CPU, how much a column's squared error counts.
     """
@@ -59,7 +59,7 @@ def round_groups(
         made.bits,
         made.symmetric,
         0 if importance is None else importance.data_ptr(),
-        tuple(shrinks),
+        tuple(clip_ratios),
         refits,
         made.packed.data_ptr(),
         made.scales.data_ptr(),
@@ -68,7 +68,7 @@ def round_groups(
     )
 
 
-def find_fault() -> str | None:
+def self_test() -> str | None:
     """Round a small weight: why the extension cannot be trusted here, or None."""
     if NOT_BUILT is not None:
         return NOT_BUILT
@@ -77,11 +77,11 @@ def find_fault() -> str | None:
         for symmetric in (True, False):
             plain = quantize_weight(weight, bits, 32, symmetric)
             found = QuantizedWeight.empty(weight, bits=bits, group_size=32, symmetric=symmetric)
-            round_groups(weight, found, shrinks=(1.0, 0.9), refits=1)
+            round_groups(weight, found, clip_ratios=(1.0, 0.9), refits=1)
             full, best = (made.dequantize() - weight for made in (plain, found))
             if not best.norm() <= full.norm() * 1.0001:
                 return f"it rounds wrongly on this CPU ({_native.instruction_sets()[0]})"
     return None
 
 
-FAULT = find_fault()
+FAULT = self_test()

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fxquant.numerics.integers import UINT8, dequantize_affine, quantize_affine, safe_scale
 
-SMALLEST = 1e-6  # of the widest channel's grid: a channel with a finer one is as good as zero
-FINEST = 1024
+LEAST_SCALE_RATIO = (
+    1e-6  # channels narrower than this part of the widest share its scale: negligible
+)
+MOST_FINER = 1024  # bounds `finer_by`, whose result multiplies a count of levels
 
 
 def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ def dequantize_activation(q: Tensor, scale: Tensor, zero_point: Tensor, like: Te
     return passed + (values - passed).detach()
 
 
-def channel_grid(
+def channel_qparams(
     lowest: Tensor, highest: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A grid for each channel.
@@ -60,7 +62,7 @@ def channel_grid(
     low = torch.minimum(torch.maximum(lowest, low.float()), zero)
     high = torch.maximum(torch.minimum(highest, high.float()), zero)
     scale = (high - low) / (UINT8.levels - 1)
-    scale = torch.where(scale > scale.max() * SMALLEST, scale, scale.max())
+    scale = torch.where(scale > scale.max() * LEAST_SCALE_RATIO, scale, scale.max())
     scale = safe_scale(scale)
     return scale, (-low / scale).round().clamp(UINT8.quant_min, UINT8.quant_max)
 
@@ -70,4 +72,4 @@ def finer_by(lowest: Tensor, highest: Tensor) -> int:
     widths = highest - lowest
     common = highest.max() - lowest.min()
     finer = common / widths.median().clamp(min=torch.finfo(torch.float32).tiny)
-    return int(finer.clamp(1, FINEST))
+    return int(finer.clamp(1, MOST_FINER))

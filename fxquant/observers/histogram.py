@@ -10,7 +10,7 @@ from fxquant.observers.base import Observer
 from fxquant.observers.grid import Grid
 from fxquant.observers.kl import best_range
 
-FINEST = 2.0**-24  # of the largest magnitude: float32 tells no finer bins apart
+LEAST_BIN_RATIO = 2.0**-24  # of the largest magnitude: float32 tells no finer bins apart
 TINY = torch.finfo(torch.float32).tiny
 OUTLIER_RATIO = 10.0  # above it, `AutoObserver` clips
 
@@ -65,7 +65,9 @@ class HistogramObserver(Observer):
     def _grow(self, low: Tensor, high: Tensor) -> None:
         """Widen the bins so that they cover `low`..`high`."""
         ends = torch.stack((low, high)).double()
-        needed = torch.maximum((ends[1] - ends[0]) / (self.bins - 1), ends.abs().amax() * FINEST)
+        needed = torch.maximum(
+            (ends[1] - ends[0]) / (self.bins - 1), ends.abs().amax() * LEAST_BIN_RATIO
+        )
         width = torch.maximum(self.width, needed.clamp(min=TINY).log2().ceil().exp2())
         first = (ends[0] / width).floor()
         moved = self._inside(((self._numbers() * (self.width / width)).floor() - first).long())

@@ -17,11 +17,13 @@ from fxquant.numerics.integers import IntegerType
 from fxquant.observers.grid import Grid
 
 STEPS = 48  # candidates of each search
-SMALLEST = 0.05  # of the bulk's range
+LEAST_CLIP_RATIO = 0.05  # of the bulk's range
 TOLERANCE_DB = 0.5
-FEW = 0.002  # the largest share of values that may be outliers
-MARGIN = 3.0  # times the expected farthest distance is far
-WORTHWHILE = 3.0  # times the bulk's range: outliers inside cost it less than 10 dB and are kept
+MOST_OUTLIERS = 0.002  # the largest share of values that may be outliers
+OUTLIER_DISTANCE = 3.0  # times the expected farthest distance is far
+LEAST_OUTLIER_SPREAD = (
+    3.0  # times the bulk's range: outliers inside cost it less than 10 dB and are kept
+)
 
 
 def best_range(
@@ -48,14 +50,16 @@ def best_range(
     bulk = histogram * ~_is_outlier(histogram, centres)
     bulk_low = torch.maximum(low, centres[bulk > 0].min() - width / 2).clamp(max=0)
     bulk_high = torch.minimum(high, centres[bulk > 0].max() + width / 2).clamp(min=0)
-    if high - low < WORTHWHILE * (bulk_high - bulk_low):
+    if high - low < LEAST_OUTLIER_SPREAD * (bulk_high - bulk_low):
         bulk, bulk_low, bulk_high = histogram, low, high
     search = _ThresholdSearch(histogram, bulk, centres, width, grid)
-    shrinks = torch.linspace(1, SMALLEST, STEPS, dtype=torch.float64, device=centres.device)
-    low, high = search.best(bulk_low * shrinks, bulk_high * shrinks)
+    clip_ratios = torch.linspace(
+        1, LEAST_CLIP_RATIO, STEPS, dtype=torch.float64, device=centres.device
+    )
+    low, high = search.best(bulk_low * clip_ratios, bulk_high * clip_ratios)
     for _ in range(2):  # then each end on its own, twice
-        low, high = search.best(low.expand(STEPS), high * shrinks)
-        low, high = search.best(low * shrinks, high.expand(STEPS))
+        low, high = search.best(low.expand(STEPS), high * clip_ratios)
+        low, high = search.best(low * clip_ratios, high.expand(STEPS))
     return low, high
 
 
@@ -141,11 +145,12 @@ def _is_outlier(histogram: Tensor, centres: Tensor) -> Tensor:
     median = centres[_quantile(histogram, 0.5)]
     distance, order = (centres - median).abs().sort()
     nearer, farther = (
-        distance[_quantile(histogram[order], 1 - share)] for share in (10 * FEW, FEW)
+        distance[_quantile(histogram[order], 1 - share)]
+        for share in (10 * MOST_OUTLIERS, MOST_OUTLIERS)
     )
     growth = (farther / nearer).nan_to_num(1, posinf=1e6)  # per decade of values
-    decades = (count * FEW).log10().clamp(min=0)
-    return (centres - median).abs() > MARGIN * farther * growth**decades
+    decades = (count * MOST_OUTLIERS).log10().clamp(min=0)
+    return (centres - median).abs() > OUTLIER_DISTANCE * farther * growth**decades
 
 
 def _quantile(counts: Tensor, share: float) -> Tensor:

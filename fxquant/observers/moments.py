@@ -31,7 +31,7 @@ class LayerMoments:
 
     def __init__(self, in_features: int, out_features: int) -> None:
         self.tokens = self.held_tokens = 0
-        self.seconds = torch.zeros(2, in_features, in_features, dtype=torch.float32)
+        self.hessians = torch.zeros(2, in_features, in_features, dtype=torch.float32)
         self.crosses = torch.zeros(2, out_features, in_features, dtype=torch.float32)
         self.total = torch.zeros(in_features, dtype=torch.float64)
         self.total_shift = torch.zeros(out_features, dtype=torch.float64)
@@ -51,7 +51,7 @@ class LayerMoments:
         self.tokens += len(x)
         self.total += x.double().sum(0)
         for half, part in enumerate(halves):
-            self.seconds[half].addmm_(x[part].T, x[part])
+            self.hessians[half].addmm_(x[part].T, x[part])
         if shift is None:
             return
         shift = _tokens(shift, mask)
@@ -84,23 +84,23 @@ class LayerMoments:
         return total
 
     @property
-    def second(self) -> Tensor:
+    def hessian(self) -> Tensor:
         """Σ x xᵀ over all tokens, [in, in]."""
-        return self.seconds.sum(0)
+        return self.hessians.sum(0)
 
     @property
     def importance(self) -> Tensor:
         """The mean square of each input, [in]."""
-        return self.seconds.diagonal(dim1=1, dim2=2).sum(0) / max(self.tokens, 1)
+        return self.hessians.diagonal(dim1=1, dim2=2).sum(0) / max(self.tokens, 1)
 
 
-def damped(second: Tensor, damping: float) -> Tensor:
-    """`second` [in, in] with `damping` times its mean diagonal added to the diagonal.
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """`hessian` [in, in] with `damping` times its mean diagonal added to the diagonal.
 
     Inputs that are always zero get the mean besides: they are on their own, and no error spreads
     from them. Where all inputs are zero, the result is a multiple of the identity.
     """
-    result = second.clone()
+    result = hessian.clone()
     diagonal = result.diagonal()
     mean = diagonal.mean()
     mean = torch.where(mean > torch.finfo(torch.float32).tiny, mean, 1.0)

@@ -15,7 +15,7 @@ from fxquant.graph.layers import Site, finish, free_name, sites
 from fxquant.graph.ops import writes_before
 from fxquant.graph.shapes import MODULE_PATH
 from fxquant.modules.activation import (
-    channel_grid,
+    channel_qparams,
     dequantize_activation,
     finer_by,
     quantize_activation,
@@ -80,7 +80,7 @@ def _insert(
     grid = observer.calculate_qparams()
     if statistics is not None and statistics.tokens:
         ends = statistics.lowest, statistics.highest
-        grid = channel_grid(*ends, *observer.clipping_range(finer_by(*ends)))
+        grid = channel_qparams(*ends, *observer.clipping_range(finer_by(*ends)))
     gm, nodes = site.gm, list[Node]()
     for kind, values in zip(("scale", "zero_point"), grid, strict=True):
         name = free_name(gm, f"{source.name}_{kind}")

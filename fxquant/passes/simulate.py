@@ -5,7 +5,7 @@ from torch import Tensor
 from fxquant.config.quant_config import DYNAMIC
 from fxquant.kernels.reference import quantize_tokens
 from fxquant.modules.activation import (
-    channel_grid,
+    channel_qparams,
     dequantize_activation,
     finer_by,
     quantize_activation,
@@ -51,5 +51,5 @@ class SimulatedActivations:
         observer = create_observer(self.observer)
         observer(x)
         ends = x.amin(0), x.amax(0)
-        grid = channel_grid(*ends, *observer.clipping_range(finer_by(*ends)))
+        grid = channel_qparams(*ends, *observer.clipping_range(finer_by(*ends)))
         return dequantize_activation(quantize_activation(x, *grid), *grid, x)

@@ -10,7 +10,7 @@ from fxquant.report.layout import LAYER_HEIGHT, layered_layout
 
 CHARACTER = 6.6  # width of one, in pixels
 BOX_HEIGHT = 26.0
-MARGIN = 20.0
+BORDER = 20.0
 SIDE = 190.0  # how far an edge that passes boxes swings out
 # From good to bad, each with the least SQNR in dB that earns it; readable on light and dark.
 GRADES = ((30.0, "good"), (20.0, "fair"), (10.0, "low"), (float("-inf"), "critical"))
@@ -53,13 +53,13 @@ def to_svg(graph: "nx.MultiDiGraph[str]") -> str:
     labels = {name: label_of(name, data) for name, data in graph.nodes(data=True)}
     widths = {name: max(60.0, len(text) * CHARACTER + 16) for name, text in labels.items()}
     places = layered_layout(graph, widths)
-    left = min((x - widths[n] / 2 for n, (x, _) in places.items()), default=0) - MARGIN
-    right = max((x + widths[n] / 2 for n, (x, _) in places.items()), default=0) + MARGIN + SIDE
-    bottom = max((y for _, y in places.values()), default=0) + BOX_HEIGHT + MARGIN
-    box = f"{left:.0f} {-MARGIN:.0f} {right - left:.0f} {bottom + MARGIN:.0f}"
+    left = min((x - widths[n] / 2 for n, (x, _) in places.items()), default=0) - BORDER
+    right = max((x + widths[n] / 2 for n, (x, _) in places.items()), default=0) + BORDER + SIDE
+    bottom = max((y for _, y in places.values()), default=0) + BOX_HEIGHT + BORDER
+    box = f"{left:.0f} {-BORDER:.0f} {right - left:.0f} {bottom + BORDER:.0f}"
     svg = Xml.Element(
         "svg", xmlns="http://www.w3.org/2000/svg", viewBox=box,
-        width=f"{right - left:.0f}", height=f"{bottom + MARGIN:.0f}",
+        width=f"{right - left:.0f}", height=f"{bottom + BORDER:.0f}",
     )  # fmt: skip
     svg.set("font-family", "ui-monospace, monospace")
     svg.set("font-size", "11")

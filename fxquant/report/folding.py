@@ -9,7 +9,7 @@ from typing import Any
 
 import networkx as nx
 
-FEW = 3  # fewer repetitions than this stay open
+LEAST_REPETITIONS = 3  # of a block, for it to be folded
 
 
 def fold_repeats(graph: "nx.MultiDiGraph[str]") -> "nx.MultiDiGraph[str]":
@@ -32,7 +32,7 @@ def fold_repeats(graph: "nx.MultiDiGraph[str]") -> "nx.MultiDiGraph[str]":
         siblings[block.rpartition(".")[0]].append(block)
     place = {name: name for name in graph}
     for family in siblings.values():
-        if len(family) >= FEW:
+        if len(family) >= LEAST_REPETITIONS:
             for block in family[1:]:
                 place.update(dict.fromkeys(blocks[block], block))
     folded = _quotient(graph, place)

@@ -20,14 +20,16 @@ def moments_of(x, out_features=1, shift=None):
     return moments
 
 
-def naive_gptq(weight, second, scales, zeros):
+def naive_gptq(weight, hessian, scales, zeros):
     """Column by column with an explicit inverse, as in Optimal Brain Quantization."""
     columns = weight.shape[1]
-    order = second.diagonal().argsort(descending=True)
-    second = second[order][:, order].double()
-    second = second + DAMPING * second.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    order = hessian.diagonal().argsort(descending=True)
+    hessian = hessian[order][:, order].double()
+    hessian = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(
+        columns, dtype=torch.float64
+    )
     weight, scales, zeros = (t[:, order].double() for t in (weight, scales, zeros))
-    inverse = torch.linalg.inv(second)
+    inverse = torch.linalg.inv(hessian)
     result = torch.empty_like(weight)
     for i in range(columns):
         q = (weight[:, i] / scales[:, i] + zeros[:, i]).round().clamp(0, 15)
@@ -49,7 +51,7 @@ def test_blocks_give_what_the_naive_column_loop_gives(columns, group_size, symme
     found = gptq(weight, moments, **options)
     scales = expand_groups(found.scales, group_size, columns)
     zeros = expand_groups(found.zero_points, group_size, columns)
-    naive = naive_gptq(weight, moments.second, scales, zeros)
+    naive = naive_gptq(weight, moments.hessian, scales, zeros)
     same = (found.dequantize() - naive).abs() < 1e-4
     assert same.float().mean() > 0.97  # a value between two levels may fall to either side
     loss, naive_loss = (quantization_loss(weight, w, moments) for w in (found.dequantize(), naive))

@@ -20,7 +20,7 @@ def correlated(tokens, width):
 
 def damped_error(weight, quantized, moments):
     difference = quantized.dequantize() - weight.float()
-    return ((difference @ damped(moments.second, DAMPING)) * difference).sum(1)
+    return ((difference @ damped(moments.hessian, DAMPING)) * difference).sum(1)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -57,7 +57,7 @@ def test_coordinate_descent_ends_where_no_single_integer_is_better():
             q = integers.clone()
             q[:, column] = (q[:, column] + change).clamp(0, 15)
             other = (q - 8) * found.scales - weight
-            error = ((other @ damped(moments.second, DAMPING)) * other).sum(1)
+            error = ((other @ damped(moments.hessian, DAMPING)) * other).sum(1)
             assert (error >= best * (1 - 1e-4)).all()
 
 

@@ -1,4 +1,4 @@
-"""The gate fails what is below the bar, and refuses what it cannot compare."""
+"""The gate fails what is below the threshold, and refuses what it cannot compare."""
 
 import math
 
@@ -31,7 +31,7 @@ def test_figures_below_the_bar_are_named():
         (report(math.nan, fc=20.0), {"min_sqnr_db": 20}, "nan as the SQNR of model output"),
         (report("nan", fc=20.0), {"min_sqnr_db": 20}, "'nan' as the SQNR of model output"),
         (report(None), {"min_sqnr_db": 20}, "no output SQNR"),
-        (report(25.0, fc=20.0), {}, "no bar"),
+        (report(25.0, fc=20.0), {}, "no threshold"),
         (report(25.0, fc=20.0), {"min_sqnr_db": math.nan}, "--min-sqnr nan"),
         (report(25.0, fc=20.0), {"max_drop_db": 1, "baseline": report(25.0)}, "no figure of any"),
         (report(25.0), {"max_drop_db": 1, "baseline": report(25.0, fc=1.0)}, "no figure of any"),

@@ -344,8 +344,8 @@ def test_it_says_what_it_does_not_serve():
 
 def test_an_extension_that_is_missing_or_wrong_is_not_used(monkeypatch):
     monkeypatch.setattr(native, "NOT_BUILT", "it was not built when fxquant was installed (x)")
-    assert native.find_fault() == "it was not built when fxquant was installed (x)"
-    monkeypatch.setattr(native, "FAULT", native.find_fault())
+    assert native.self_test() == "it was not built when fxquant was installed (x)"
+    monkeypatch.setattr(native, "FAULT", native.self_test())
     spec = LinearSpec(64, 96, 64, True)
     backend, reasons = choose_backend(spec, CPU)
     assert backend.name == "aten"
@@ -354,6 +354,6 @@ def test_an_extension_that_is_missing_or_wrong_is_not_used(monkeypatch):
 
 @pytest.mark.parametrize("instructions", SETS[:1])
 def test_wrong_results_are_found_when_fxquant_is_imported(instructions, monkeypatch):
-    assert native.find_fault() is None
+    assert native.self_test() is None
     monkeypatch.setattr(native._native, "linear", lambda *arguments: True)
-    assert "wrong results" in native.find_fault()
+    assert "wrong results" in native.self_test()

@@ -13,7 +13,7 @@ from fxquant.algorithms.rtn import CLIP_RATIOS, REFITS, round_to_nearest
 from fxquant.errors import OptionError
 from fxquant.kernels import rounding
 from fxquant.kernels.extension import NOT_BUILT, _native
-from fxquant.kernels.rounding import find_fault, round_groups, unsupported
+from fxquant.kernels.rounding import round_groups, self_test, unsupported
 from fxquant.numerics.integers import WIDTHS
 from fxquant.numerics.quantized_weight import QuantizedWeight
 
@@ -31,7 +31,7 @@ def _fastest_set_afterwards():
 def in_cpp(weight, group_size=32, symmetric=True, importance=None, bits=4):
     made = QuantizedWeight.empty(weight, bits=bits, group_size=group_size, symmetric=symmetric)
     ratios = CLIP_RATIOS[bits]
-    round_groups(weight, made, shrinks=ratios, refits=REFITS, importance=importance)
+    round_groups(weight, made, clip_ratios=ratios, refits=REFITS, importance=importance)
     return made
 
 
@@ -162,7 +162,7 @@ def test_what_the_extension_cannot_take_goes_through_torch():
 
 @built
 def test_an_extension_that_rounds_wrongly_is_not_used(monkeypatch):
-    assert find_fault() is None
+    assert self_test() is None
     right = rounding.round_groups
 
     def wrong(weight, made, **options):
@@ -170,7 +170,7 @@ def test_an_extension_that_rounds_wrongly_is_not_used(monkeypatch):
         made.scales.mul_(1.5)
 
     monkeypatch.setattr(rounding, "round_groups", wrong)
-    assert "rounds wrongly on this CPU" in find_fault()
+    assert "rounds wrongly on this CPU" in self_test()
 
 
 def test_without_the_extension_torch_rounds(monkeypatch):

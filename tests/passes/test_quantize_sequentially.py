@@ -39,7 +39,7 @@ def test_each_layer_sees_what_the_quantized_layers_before_it_produce():
         clean = torch.cat([nn.functional.gelu(gm.norm(gm.first(x))) for x in X]).flatten(0, 1)
     moments = seen["second"]
     assert moments.tokens == 23 * 5
-    assert torch.allclose(moments.second, noisy.T @ noisy, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(moments.hessian, noisy.T @ noisy, rtol=1e-4, atol=1e-3)
     shift = (clean - noisy) @ gm.second.weight.T
     assert torch.allclose(moments.crosses.sum(0), shift.T @ noisy, rtol=1e-3, atol=1e-3)
     assert torch.allclose(moments.total_shift, shift.double().sum(0), atol=1e-3)

@@ -7,7 +7,7 @@ from torch import Tensor
 LEAF = 8  # columns that are updated one by one
 
 
-def sweep(values: Tensor, coupling: Tensor, step: Callable[[int, Tensor], Tensor]) -> Tensor:
+def lazy_update(values: Tensor, coupling: Tensor, step: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Take a step at each column in order.
 
     The step at column i gives a change; every later column j then changes by `coupling[i, j]` times
@@ -23,11 +23,11 @@ def sweep(values: Tensor, coupling: Tensor, step: Callable[[int, Tensor], Tensor
         The changes, [columns, rows].
     """
     changes = values.new_empty(values.shape)
-    _sweep(values, coupling, step, changes, 0, len(values))
+    _lazy_update(values, coupling, step, changes, 0, len(values))
     return changes
 
 
-def _sweep(
+def _lazy_update(
     values: Tensor,
     coupling: Tensor,
     step: Callable[[int, Tensor], Tensor],
@@ -37,9 +37,9 @@ def _sweep(
 ) -> None:
     if stop - start > LEAF:
         middle = (start + stop) // 2
-        _sweep(values, coupling, step, changes, start, middle)
+        _lazy_update(values, coupling, step, changes, start, middle)
         values[middle:stop].addmm_(coupling[start:middle, middle:stop].T, changes[start:middle])
-        _sweep(values, coupling, step, changes, middle, stop)
+        _lazy_update(values, coupling, step, changes, middle, stop)
         return
     for i in range(start, stop):
         changes[i] = step(i, values[i])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fxquant.algorithms.sweep import sweep
+from fxquant.algorithms.lazy_update import lazy_update
 
 
 @pytest.mark.parametrize("columns", [1, 2, 8, 9, 37, 64])
@@ -15,5 +15,5 @@ def test_it_is_the_plain_loop_in_another_order(columns):
     for i in range(columns):
         changes.append(step(i, expected[i]))
         expected[i + 1 :] += coupling[i, i + 1 :, None] * changes[-1]
-    assert torch.allclose(sweep(values, coupling, step), torch.stack(changes))
+    assert torch.allclose(lazy_update(values, coupling, step), torch.stack(changes))
     assert torch.allclose(values, expected)
