@@ -61,6 +61,7 @@ benchmark: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/int4.py
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/quantizing.py
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/sensitivity.py
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/scale.py
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/accuracy.py
 
 # A manylinux wheel in dist/. OpenMP is not copied into it: torch brings the library that both share,

@@ -13,6 +13,7 @@
 | `assemble.py` | from a recorded graph to a `GraphModule` |
 | `canonical.py`, `constants.py`, `einsum.py` | products with a weight become layers by name |
 | `oracle.py`, `variations.py` | the user's own model on the example and on other sizes |
+| `results.py` | what is kept of a result, and how two differ |
 | `needed.py`, `guards.py` | which sizes a graph has to refuse, and the checks that do it |
 | `products.py`, `coverage.py` | which weights are factors of products, and which the graph sees |
 | `product_only.py` | whether a class computes a linear layer and nothing else |
