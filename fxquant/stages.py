@@ -1,7 +1,7 @@
 """The stages of a quantization: trace, decide, calibrate, make layers, rewrite, measure."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.fx import GraphModule
@@ -14,17 +14,16 @@ from fxquant.measure.heldout import hold_out
 from fxquant.measure.measured_rows import measure_rows
 from fxquant.measure.paired_run import output_sqnr
 from fxquant.measure.quantization_info import QuantizationInfo
+from fxquant.measure.row_parts import leading_rows, takes
 from fxquant.measure.sizes import MEGABYTE, model_bytes
 from fxquant.modules.linear import QuantizedLinear
-from fxquant.observers import Observer
 from fxquant.observers.input_statistics import InputStatistics
-from fxquant.passes.calibrate import accepts, calibrate
+from fxquant.passes.calibrate import calibrate
 from fxquant.passes.calibration_data import calls, check_batches
 from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import Decision, decide
 from fxquant.passes.fitted_layers import FittedLayers
-from fxquant.passes.insert_observers import insert_observers, observed_inputs
-from fxquant.passes.observe_inputs import expected_inputs, observe_inputs
+from fxquant.passes.observe_inputs import InputWatcher, expected_inputs
 from fxquant.passes.quantize_activations import quantize_activations
 from fxquant.passes.quantize_sequentially import quantize_sequentially
 from fxquant.passes.rewrite import rewrite
@@ -46,22 +45,27 @@ class _Rewritten:
 
 @dataclass(frozen=True)
 class _Calibrated:
-    """A float graph, perhaps with scales folded into it, and what data told about it."""
+    """A float graph, perhaps with scales folded into it, and what data told about it.
+
+    `watcher` knows what the inputs of layers look like: at once, or, where layers are fitted to
+    their inputs, after that.
+    """
 
     gm: GraphModule
     decisions: list[Decision]
     fitted: list[Call]
     held_out: list[Call]
-    observers: Mapping[str, Observer]
-    statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
+    watcher: InputWatcher
     folded: Sequence[FoldedScale] = ()
-    samples: int = 0
 
     @property
     def steadied(self) -> dict[str, InputStatistics]:
         """The statistics, drawn towards what the graph promises where there were few tokens."""
         expected = expected_inputs(self.gm)
-        return {name: seen.steadied(expected.get(name)) for name, seen in self.statistics.items()}
+        return {
+            name: seen.steadied(expected.get(name))
+            for name, seen in self.watcher.statistics.items()
+        }
 
 
 def run_stages(
@@ -100,7 +104,8 @@ def _quantize_without_data(
     made = _round(gm, decisions, config, recipe.rounding, expected_inputs(gm))
     if config.activation_bits is not None:
         _quantize_activations_dynamically(made.gm)
-    return made.gm, _measured(_Calibrated(gm, decisions, [], [], {}), made, config, recipe)
+    calibrated = _Calibrated(gm, decisions, [], [], InputWatcher(gm, ()))
+    return made.gm, _measured(calibrated, made, config, recipe)
 
 
 def _quantize_with_data(
@@ -136,14 +141,11 @@ def _calibrate(
     config: QuantConfig,
     recipe: Recipe,
 ) -> _Calibrated:
-    """Let the data through: ranges, channel scales, and what the inputs of layers look like."""
+    """Split the data, fold scales, and let the data through where layers are not fitted to it."""
     names = _selected(decisions)
-    # Where nothing will be quantized, the data only has to be accepted.
-    fitted, held_out = hold_out(drawn, lambda call: accepts(gm, call)) if names else (drawn, [])
-    watch = "minmax" if config.observer == DYNAMIC else config.observer
-    observed = insert_observers(gm, watch)
-    used = calibrate(observed, fitted)
     check_batches(drawn)
+    # Where nothing will be quantized, the data only has to be accepted.
+    fitted, held_out = hold_out(drawn, lambda call: takes(gm, call)) if names else (drawn, [])
     folded: Sequence[FoldedScale] = ()
     if recipe.scalings and names:
         weights = SimulatedWeights(config.group_size, config.symmetric)
@@ -152,16 +154,18 @@ def _calibrate(
             activations = SimulatedActivations(config.observer, config.group_size)
         scaled = scale_channels(gm, decisions, fitted, recipe.scalings, weights, activations)
         gm, decisions, folded = scaled.gm, scaled.explain(decisions), scaled.folded
-        if folded:
-            observed = insert_observers(gm, watch)
-            calibrate(observed, fitted, progress=False)
-    statistics: Mapping[str, InputStatistics] = {}
-    needs_statistics = recipe.rounding != "gptq" or config.method == "auto"
-    if names and (needs_statistics or config.activation_bits):
-        statistics = observe_inputs(gm, names, fitted)
-    samples = used + sum(call.row_count for call in held_out)
-    observers = observed_inputs(observed)
-    return _Calibrated(gm, decisions, fitted, held_out, observers, statistics, folded, samples)
+    is_fitted = recipe.rounding == "gptq"
+    watcher = InputWatcher(
+        gm,
+        names,
+        observer="minmax" if config.observer == DYNAMIC else config.observer,
+        has_statistics=not is_fitted or config.method == "auto" or bool(config.activation_bits),
+    )
+    if not names:
+        calibrate(gm, fitted)
+    elif not is_fitted:
+        watcher.run(gm, fitted)
+    return _Calibrated(gm, decisions, fitted, held_out, watcher, folded)
 
 
 def _fit(calibrated: _Calibrated, config: QuantConfig, recipe: Recipe) -> _Rewritten:
@@ -171,7 +175,12 @@ def _fit(calibrated: _Calibrated, config: QuantConfig, recipe: Recipe) -> _Rewri
         return _round(calibrated.gm, decisions, config, recipe.rounding, calibrated.steadied)
     layers = FittedLayers(config.group_size, config.symmetric, refined=recipe.refined)
     gm = quantize_sequentially(
-        calibrated.gm, decisions, calibrated.fitted, layers.quantize, calibrated.held_out
+        calibrated.gm,
+        decisions,
+        calibrated.fitted,
+        layers.quantize,
+        calibrated.held_out,
+        calibrated.watcher,
     )
     return _Rewritten(gm, layers.explain(decisions))
 
@@ -197,8 +206,8 @@ def _with_activations(made: _Rewritten, calibrated: _Calibrated, config: QuantCo
     if config.observer == DYNAMIC:
         _quantize_activations_dynamically(made.gm)
         return made
-    observers, statistics = calibrated.observers, calibrated.statistics
-    return replace(made, gm=quantize_activations(made.gm, observers, statistics))
+    watcher = calibrated.watcher
+    return replace(made, gm=quantize_activations(made.gm, watcher.observers, watcher.statistics))
 
 
 def _quantize_activations_dynamically(qmodel: GraphModule) -> None:
@@ -216,7 +225,7 @@ def _measured(
         made.decisions,
         config=config,
         method=recipe.name,
-        calibration_samples_used=calibrated.samples,
+        calibration_samples_used=sum(call.row_count for call in (*fitted, *held_out)),
         heldout_samples=sum(call.row_count for call in held_out),
         folded_scales=list(calibrated.folded),
         original_size_mb=model_bytes(gm) / MEGABYTE,
@@ -226,11 +235,12 @@ def _measured(
     if not info.selected_layers:
         return info
     info.rows, run = measure_rows(
-        gm, made.gm, made.decisions, held_out or fitted, calibrated.observers
+        gm, made.gm, made.decisions, held_out or fitted, calibrated.watcher.observers
     )
     info.sqnr_db = info.fitted_sqnr_db = run.output.db_or_none
     if held_out:
-        info.fitted_sqnr_db = output_sqnr(gm, made.gm, fitted).db_or_none
+        as_many = leading_rows(fitted, info.heldout_samples)
+        info.fitted_sqnr_db = output_sqnr(gm, made.gm, as_many).db_or_none
     return info
 
 

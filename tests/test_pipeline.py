@@ -20,7 +20,7 @@ def test_the_record_can_be_recomputed_by_hand():
     model = models.Plain().eval()
     q, info = fxquant.static_quantize(model, [X], **QUIET)
     assert info.heldout_samples == 8
-    fitted, held = X[:-8], X[-8:]
+    fitted, held = X[:8], X[-8:]  # as many of either
     with torch.no_grad():
         assert info.sqnr_db == pytest.approx(fxquant.sqnr_db(model(held), q(held)), abs=1e-4)
         by_hand = 10 * math.log10(

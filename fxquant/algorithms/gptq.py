@@ -53,9 +53,9 @@ def gptq(
     if not moments.tokens:
         return fixed
     columns, group_size, integer = weight.shape[1], fixed.group_size, fixed.integer
-    hessian = moments.hessian
-    order = hessian.diagonal().argsort(descending=True)
-    factor = _inverse_factor(hessian[order][:, order], damping)
+    order, factor = moments.input.once(
+        ("gptq", damping), lambda: _ordered_factor(moments.hessian, damping)
+    )
     scales = expand_groups(fixed.scales, group_size, columns)[:, order].T.contiguous()
     zeros = expand_groups(fixed.zero_points, group_size, columns)[:, order].T.contiguous()
     rest = weight.detach().float()[:, order].T.contiguous()  # [in, out]
@@ -77,6 +77,12 @@ def gptq(
         group_size=group_size,
         symmetric=symmetric,
     )
+
+
+def _ordered_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The columns of `hessian` by size, and its inverse factor in that order."""
+    order = hessian.diagonal().argsort(descending=True)
+    return order, _inverse_factor(hessian[order][:, order], damping)
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:

@@ -13,10 +13,12 @@ its regression costs more than all of GPTQ. Ridge and factor are chosen on some 
 which is enough for two numbers, so that trying them costs no more than factoring H.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from fxquant.observers.moments import LayerMoments, damped
+from fxquant.observers.moments import InputMoments, LayerMoments, damped
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean second moment
 OUTPUTS = 256  # on which they are tried
@@ -35,42 +37,70 @@ def float_target(weight: Tensor, moments: LayerMoments) -> Tensor:
         other.
     """
     weight = weight.detach().float()
-    if moments.tokens < weight.shape[1] or not moments.crosses.any():
-        return weight
-    step = max(1, weight.shape[0] // OUTPUTS)
-    tried = [_try(moments, moments.crosses[:, ::step], RIDGES[len(RIDGES) // 2])]
+    shrinkage = best_shrinkage(moments)
+    return weight if shrinkage is None else shrinkage.applied(weight, moments, slice(None))
+
+
+@dataclass(frozen=True, order=True)
+class Shrinkage:
+    """How much of what the moments say about the shift is believed.
+
+    Attributes:
+        gain: by how much the squared error on unseen halves falls, on some of the outputs.
+        share: the factor of the regression.
+        ridge: of the regression, in units of the mean second moment.
+    """
+
+    gain: float
+    share: float
+    ridge: float
+
+    def applied(self, weight: Tensor, moments: LayerMoments, rows: slice) -> Tensor:
+        """Some rows of the target, from the same rows of the float32 weight."""
+        share = 2 * self.share / (1 + self.share)
+        cross = moments.crosses_of(rows).sum(0)
+        return weight + share * _regression(moments.input, None, cross, self.ridge)
+
+
+def best_shrinkage(moments: LayerMoments) -> Shrinkage | None:
+    """What does best from one half of the tokens to the other; None where nothing gains."""
+    if moments.tokens < moments.in_features or not moments.has_shift:
+        return None
+    crosses = moments.crosses_of(slice(None, None, max(1, moments.out_features // OUTPUTS)))
+    tried = [_try(moments.input, crosses, RIDGES[len(RIDGES) // 2])]
     for direction in (-1, 1):  # the gain rises to one peak
         place = len(RIDGES) // 2 + direction
         while 0 <= place < len(RIDGES):
-            tried.append(_try(moments, moments.crosses[:, ::step], RIDGES[place]))
+            tried.append(_try(moments.input, crosses, RIDGES[place]))
             if tried[-1] < max(tried):
                 break
             place += direction
-    gain, share, ridge = max(tried)
-    if not gain > 0:
-        return weight
-    share = 2 * share / (1 + share)
-    return weight + share * _regression(moments.hessian, moments.crosses.sum(0), ridge)
+    best = max(tried)
+    return best if best.gain > 0 else None
 
 
-def _try(moments: LayerMoments, crosses: Tensor, ridge: float) -> tuple[float, float, float]:
-    """By how much the squared error on unseen halves falls, the best factor, and `ridge`.
-
-    `crosses` holds some rows of the moments', by half.
-    """
+def _try(moments: InputMoments, crosses: Tensor, ridge: float) -> Shrinkage:
+    """How well a ridge does on some rows of the moments' crosses [2, rows, in]."""
     along = size = 0.0
     for seen, unseen in ((0, 1), (1, 0)):
-        step = _regression(moments.hessians[seen], crosses[seen], ridge)
+        step = _regression(moments, seen, crosses[seen], ridge)
         along += float((step * crosses[unseen]).sum())
         size += float(((step @ moments.hessians[unseen]) * step).sum())
     if not size > 0:
-        return 0.0, 0.0, ridge
+        return Shrinkage(0.0, 0.0, ridge)
     share = min(max(along / size, 0.0), 1.0)
-    return share * (2 * along - share * size), share, ridge
+    return Shrinkage(share * (2 * along - share * size), share, ridge)
 
 
-def _regression(hessian: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    factor, failed = torch.linalg.cholesky_ex(damped(hessian, ridge))
+def _regression(moments: InputMoments, half: int | None, cross: Tensor, ridge: float) -> Tensor:
+    """The ridge regression `cross` · H⁻¹ on a half of the tokens, or on all of them."""
+
+    def factored() -> tuple[Tensor, Tensor]:
+        hessian = moments.hessian if half is None else moments.hessians[half]
+        factor, failed = torch.linalg.cholesky_ex(damped(hessian, ridge))
+        return factor, failed
+
+    factor, failed = moments.once(("ridge", half, ridge), factored)
     if failed:
         return torch.zeros_like(cross)
     return torch.cholesky_solve(cross.T, factor).T

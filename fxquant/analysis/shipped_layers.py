@@ -10,8 +10,8 @@ from fxquant.graph.calls import Call
 from fxquant.graph.layers import sites
 from fxquant.measure.heldout import hold_out
 from fxquant.measure.paired_run import output_sqnr
+from fxquant.measure.row_parts import takes
 from fxquant.modules.linear import QuantizedLinear
-from fxquant.passes.calibrate import accepts
 from fxquant.passes.decide import Decision
 from fxquant.passes.fitted_layers import FittedLayers
 from fxquant.passes.observe_inputs import expected_inputs, observe_inputs
@@ -63,7 +63,7 @@ def shipped_layers(
         group_size: weights along `in_features` that share a scale.
         symmetric: one fixed zero point, or one for each group.
     """
-    fitted, held_out = hold_out(batches, lambda call: accepts(gm, call))
+    fitted, held_out = hold_out(batches, lambda call: takes(gm, call))
     rows = sum(call.row_count for call in held_out)
     measured = held_out or fitted
     names = [d.module for d in decisions if d.bits is not None]

@@ -30,6 +30,7 @@ class Stepper:
     def __init__(self, gm: GraphModule, call: Call) -> None:
         self.gm, self.call = gm, call
         self.nodes = list(gm.graph.nodes)
+        self.position = {node: i for i, node in enumerate(self.nodes)}
         own = call.clone()  # the graph may write into its inputs
         names = [n.name for n in self.nodes if n.op == "placeholder"]
         self.inputs = dict(zip(names, input_values(gm, own), strict=True))
@@ -57,6 +58,19 @@ class Stepper:
             with left_alone(self.opaque[node]):
                 return self.interpreter.run_node(node)
         return self.interpreter.run_node(node)
+
+    def advance(self, values: dict[Node, Any], start: int, stop: int) -> None:
+        """Compute the nodes from position `start` to before `stop`, and forget what is done with.
+
+        Args:
+            values: of the nodes before `start` that later ones use; changed in place.
+            start: where the run stands.
+            stop: where it goes to.
+        """
+        for position in range(start, stop):
+            node = self.nodes[position]
+            values[node] = self.compute(node, values)
+            self.free(values, position + 1)
 
     def free(self, values: dict[Node, Any], before: int) -> None:
         """Forget values that no node from position `before` on uses."""

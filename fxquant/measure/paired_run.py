@@ -22,6 +22,7 @@ from fxquant.graph.left_alone import graph_left_alone
 from fxquant.graph.ops import is_rearrangement
 from fxquant.graph.stepper import Stepper, is_tensor
 from fxquant.graph.structures import main_output
+from fxquant.measure.row_parts import row_parts
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.numerics.metrics import SqnrMeter
 from fxquant.passes.calibrate import run_call
@@ -57,7 +58,7 @@ def run_paired(
     Args:
         float_gm: the traced model.
         quantized_gm: the same graph with quantized layers; nodes have the same names.
-        calls: the batches.
+        calls: the batches; large ones run in parts.
         select: picks the tensor of the model's output that is compared.
 
     Returns:
@@ -70,7 +71,7 @@ def run_paired(
     shared = {
         site.node: run.layers[site.name].cumulative for site in _lone_sites(quantized_gm, run)
     }
-    for call in calls:
+    for call in row_parts(float_gm, calls):
         results: dict[str, list[Tensor]] = {name: [] for name, _, _ in pairs}
         hooks: list[tuple[nn.Module, Any]] = []
         for name, linear, quantized in pairs:
@@ -182,9 +183,12 @@ def output_sqnr(
     calls: Iterable[Call],
     select: Callable[[Any], Tensor] = main_output,
 ) -> SqnrMeter:
-    """The error of the model's output alone, under the same random state on both sides."""
+    """The error of the model's output alone, under the same random state on both sides.
+
+    Large batches run in parts.
+    """
     meter = SqnrMeter()
-    for index, call in enumerate(calls):
+    for index, call in enumerate(row_parts(float_gm, calls)):
         expected = select(run_call(float_gm, call, index))
         meter.add(expected, select(run_call(quantized_gm, call, index)))
     return meter

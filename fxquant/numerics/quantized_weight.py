@@ -155,6 +155,12 @@ class QuantizedWeight:
         self.scales.copy_(scales)
         self.zero_points.copy_(zero_points)
 
+    def copy_(self, other: "QuantizedWeight") -> None:
+        """Write another weight of the same format into this memory."""
+        self.packed.copy_(other.packed)
+        self.scales.copy_(other.scales)
+        self.zero_points.copy_(other.zero_points)
+
     def split(self, rows: int) -> list["QuantizedWeight"]:
         """The weight in parts of `rows` rows, which share its memory; the last may be shorter."""
         return [

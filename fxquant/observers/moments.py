@@ -1,87 +1,81 @@
-"""What the data say about a layer: moments of its input, and of how far its output must move."""
+"""What the data say about a layer: moments of its input, and of how far its output must move.
+
+Several layers may read one input (the projections to queries, keys and values): `InputMoments` are
+collected once for all of them, and what is factored of them is factored once.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 MOST_HELD = 4096  # tokens of a layer that are kept to compare results on
+BLOCK = 256  # columns of a symmetric product that are computed at once
+COMPARED = 1 << 23  # elements of an output that are compared at once
+
+T = TypeVar("T")
 
 
-class LayerMoments:
-    """Sums over tokens of a layer's input x and of the shift that its output lacks.
-
-    The shift of a token is what has to be added to the float layer's output on the quantized
-    model's input x to get what the float model has there.
+class InputMoments:
+    """Sums over tokens of the input x of layers, and of what it lacks of the float model's input.
 
     All sums of products are kept for two halves of the tokens, so that what is learnt from one half
     can be tried on the other. Tokens that are held out are kept apart: they choose nothing, and
     tell which of several results is best.
 
     Args:
-        in_features: the width of x.
-        out_features: the width of the layer's output.
+        channels: the width of x.
+        readers: how many layers it is collected for; what is computed of it is kept for all.
 
     Attributes:
         tokens: how many tokens were added.
-        seconds: Σ x xᵀ, float32 [2, in, in], by half.
-        crosses: Σ shift xᵀ, float32 [2, out, in], by half.
         total: Σ x, float64 [in].
-        total_shift: Σ shift, float64 [out].
-        held_tokens: how many tokens were held out; those after the first `MOST_HELD` are dropped.
+        lacks: Σ (x_float − x) xᵀ, float32 [2, in, in] by half; None where nothing was lacking.
+        total_lack: Σ (x_float − x), float64 [in].
+        held: the tokens that were held out, at most `MOST_HELD`: x and x_float − x (or None), each
+            [tokens, in], by batch.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        self.tokens = self.held_tokens = 0
-        self.hessians = torch.zeros(2, in_features, in_features, dtype=torch.float32)
-        self.crosses = torch.zeros(2, out_features, in_features, dtype=torch.float32)
-        self.total = torch.zeros(in_features, dtype=torch.float64)
-        self.total_shift = torch.zeros(out_features, dtype=torch.float64)
-        self._held: list[tuple[Tensor, Tensor | None]] = []
+    def __init__(self, channels: int, *, readers: int = 1) -> None:
+        self.tokens = 0
+        self.total, self.total_lack = torch.zeros(2, channels, dtype=torch.float64)
+        self.lacks: Tensor | None = None
+        self.held: list[tuple[Tensor, Tensor | None]] = []
+        self._upper = torch.zeros(2, channels, channels, dtype=torch.float32)
+        self._is_mirrored, self._readers = True, readers
+        self._made: dict[Hashable, Any] = {}
 
-    def add(self, x: Tensor, shift: Tensor | None = None, mask: Tensor | None = None) -> None:
-        """Add a batch.
+    def add(self, x: Tensor, lack: Tensor | None = None) -> None:
+        """Add tokens.
 
         Args:
-            x: [..., in], what the layer sees in the quantized model.
-            shift: [..., out]; None stands for zeros.
-            mask: boolean [...], False for tokens that do not count (padding).
+            x: float32 [tokens, in].
+            lack: x_float − x, [tokens, in]; None stands for zeros.
         """
-        x = _tokens(x, mask)
-        middle = len(x) // 2
-        halves = (slice(0, middle), slice(middle, None))
         self.tokens += len(x)
         self.total += x.double().sum(0)
-        for half, part in enumerate(halves):
-            self.hessians[half].addmm_(x[part].T, x[part])
-        if shift is None:
-            return
-        shift = _tokens(shift, mask)
-        self.total_shift += shift.double().sum(0)
-        for half, part in enumerate(halves):
-            self.crosses[half].addmm_(shift[part].T, x[part])
+        self._made.clear()
+        self._is_mirrored = False
+        for half, part in enumerate(halves(x)):
+            for start in range(0, x.shape[1], BLOCK):  # below the diagonal it is the same
+                rows = self._upper[half, start : start + BLOCK, start:]
+                rows.addmm_(part[:, start : start + BLOCK].T, part[:, start:])
+        if lack is not None:
+            if self.lacks is None:
+                self.lacks = torch.zeros_like(self._upper)
+            self.total_lack += lack.double().sum(0)
+            add_products(self.lacks, lack, x)
 
-    def hold_out(self, x: Tensor, shift: Tensor | None = None, mask: Tensor | None = None) -> None:
-        """Add a batch that choices are measured on; the arguments are those of `add`."""
-        room = MOST_HELD - self.held_tokens
-        x = _tokens(x, mask)[:room].clone()
-        if len(x):
-            self.held_tokens += len(x)
-            kept = None if shift is None else _tokens(shift, mask)[:room].clone()
-            self._held.append((x, kept))
-
-    def held_error(self, weight: Tensor, quantized: Tensor, offset: Tensor) -> float:
-        """How far a quantized layer is from its aim: Σ |(Q − W) x + b − shift|² over held tokens.
-
-        Args:
-            weight: the float weight W [out, in].
-            quantized: Q, dequantized [out, in].
-            offset: b, what is added to the float layer's bias, [out].
-        """
-        change = (quantized.float() - weight.detach().float()).T
-        total = 0.0
-        for x, shift in self._held:
-            error = torch.addmm(offset.float(), x, change)
-            total += float((error if shift is None else error - shift).double().square().sum())
-        return total
+    @property
+    def hessians(self) -> Tensor:
+        """Σ x xᵀ, float32 [2, in, in], by half."""
+        if not self._is_mirrored:
+            for matrix in self._upper:
+                matrix.triu_()
+                matrix += matrix.triu(1).T
+            self._is_mirrored = True
+        return self._upper
 
     @property
     def hessian(self) -> Tensor:
@@ -91,7 +85,168 @@ class LayerMoments:
     @property
     def importance(self) -> Tensor:
         """The mean square of each input, [in]."""
-        return self.hessians.diagonal(dim1=1, dim2=2).sum(0) / max(self.tokens, 1)
+        return self._upper.diagonal(dim1=1, dim2=2).sum(0) / max(self.tokens, 1)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` computes of these moments; computed once for all layers that read them."""
+        if self._readers == 1:
+            return make()
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
+
+    def hold_out(self, x: Tensor, lack: Tensor | None = None) -> int:
+        """Keep tokens that choices are measured on; how many were kept."""
+        room = MOST_HELD - sum(len(kept) for kept, _ in self.held)
+        if len(x) and room > 0:
+            own = None if lack is None else lack[:room].clone()
+            self.held.append((x[:room].clone(), own))
+        return max(min(len(x), room), 0)
+
+
+class LayerMoments:
+    """Moments of a layer's input x, and of the shift that its output lacks.
+
+    The shift of a token is what has to be added to the float layer's output on the quantized
+    model's input x to get what the float model has there: W (x_float − x), and the error of a
+    residual that is added behind the layer.
+
+    Args:
+        in_features: the width of x.
+        out_features: the width of the layer's output.
+        shared: of x, where several layers read it.
+        weight: W [out, in]; needed where `shared` knows what x lacks.
+
+    Attributes:
+        input: the moments of x.
+        held_tokens: how many tokens were held out; those after the first `MOST_HELD` are dropped.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        shared: InputMoments | None = None,
+        weight: Tensor | None = None,
+    ) -> None:
+        self.input = InputMoments(in_features) if shared is None else shared
+        self.in_features, self.out_features = in_features, out_features
+        self._weight = None if weight is None else weight.detach()
+        self._crosses: Tensor | None = None
+        self._total_shift = torch.zeros(out_features, dtype=torch.float64)
+        self._held_shifts: list[Tensor | None] = []
+
+    def add(self, x: Tensor, shift: Tensor | None = None, mask: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            x: [..., in], what the layer sees in the quantized model.
+            shift: [..., out]; None stands for zeros.
+            mask: boolean [...], False for tokens that do not count (padding).
+        """
+        x = tokens_of(x, mask)
+        self.input.add(x)
+        self.add_shift(x, None if shift is None else tokens_of(shift, mask))
+
+    def add_shift(self, x: Tensor, shift: Tensor | None) -> None:
+        """Add the shift [tokens, out] of tokens x [tokens, in] that `input` has been given."""
+        if shift is None:
+            return
+        if self._crosses is None:
+            size = 2, self.out_features, self.in_features
+            self._crosses = torch.zeros(size, dtype=torch.float32)
+        self._total_shift += shift.double().sum(0)
+        add_products(self._crosses, shift, x)
+
+    def hold_out(self, x: Tensor, shift: Tensor | None = None, mask: Tensor | None = None) -> None:
+        """Add a batch that choices are measured on; the arguments are those of `add`."""
+        count = self.input.hold_out(tokens_of(x, mask))
+        self.hold_out_shift(None if shift is None else tokens_of(shift, mask), count)
+
+    def hold_out_shift(self, shift: Tensor | None, count: int) -> None:
+        """Keep the shift [tokens, out] of the first `count` tokens, which `input` has kept."""
+        if count:
+            self._held_shifts.append(None if shift is None else shift[:count].clone())
+
+    def held_error(self, weight: Tensor, quantized: Tensor, offset: Tensor) -> float:
+        """How far a quantized layer is from its aim: Σ |(Q − W) x + b − shift|² over held tokens.
+
+        Args:
+            weight: the float weight W [out, in].
+            quantized: Q, dequantized [out, in].
+            offset: b, what is added to the float layer's bias, [out].
+        """
+        total = 0.0
+        shifts = self._held_shifts or [None] * len(self.input.held)
+        for (x, lack), shift in zip(self.input.held, shifts, strict=True):
+            for start in range(0, len(weight), max(1, COMPARED // len(x))):
+                rows = slice(start, start + max(1, COMPARED // len(x)))
+                base = weight[rows].detach().float()
+                error = torch.addmm(offset[rows].float(), x, (quantized[rows].float() - base).T)
+                if lack is not None:
+                    error.addmm_(lack, base.T, alpha=-1)
+                if shift is not None:
+                    error -= shift[:, rows]
+                total += float(error.double().square().sum())
+        return total
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were added."""
+        return self.input.tokens
+
+    @property
+    def held_tokens(self) -> int:
+        """How many tokens are held out."""
+        return sum(len(x) for x, _ in self.input.held)
+
+    @property
+    def hessians(self) -> Tensor:
+        """Σ x xᵀ, float32 [2, in, in], by half."""
+        return self.input.hessians
+
+    @property
+    def hessian(self) -> Tensor:
+        """Σ x xᵀ over all tokens, [in, in]."""
+        return self.input.hessian
+
+    @property
+    def importance(self) -> Tensor:
+        """The mean square of each input, [in]."""
+        return self.input.importance
+
+    @property
+    def total(self) -> Tensor:
+        """Σ x, float64 [in]."""
+        return self.input.total
+
+    @property
+    def has_shift(self) -> bool:
+        """Whether the output lacks anything."""
+        return any(t is not None and bool(t.any()) for t in (self._crosses, self.input.lacks))
+
+    @property
+    def crosses(self) -> Tensor:
+        """Σ shift xᵀ, float32 [2, out, in], by half."""
+        return self.crosses_of(slice(None))
+
+    def crosses_of(self, rows: slice) -> Tensor:
+        """The same of some outputs."""
+        found = None if self._crosses is None else self._crosses[:, rows]
+        if self.input.lacks is None or self._weight is None:
+            size = len(range(*rows.indices(self.out_features)))
+            return torch.zeros(2, size, self.in_features) if found is None else found
+        explained = self._weight[rows].float() @ self.input.lacks
+        return explained if found is None else explained + found
+
+    @property
+    def total_shift(self) -> Tensor:
+        """Σ shift, float64 [out]."""
+        if self._weight is None or self.input.lacks is None:
+            return self._total_shift
+        return self._total_shift + self._weight.double() @ self.input.total_lack
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
@@ -109,6 +264,19 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     return result
 
 
-def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+def tokens_of(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The tokens of `x` [..., channels] that count, float32 [tokens, channels]."""
     x = x if mask is None else x[mask]
     return x.reshape(-1, x.shape[-1]).float()
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the second half of the tokens."""
+    middle = len(x) // 2
+    return x[:middle], x[middle:]
+
+
+def add_products(sums: Tensor, one: Tensor, other: Tensor) -> None:
+    """Add Σ one otherᵀ to `sums` [2, one's width, other's width], by half of the tokens."""
+    for total, a, b in zip(sums, halves(one), halves(other), strict=True):
+        total.addmm_(a.T, b)

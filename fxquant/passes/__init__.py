@@ -8,10 +8,12 @@ Each leaves a legal graph and never changes its input.
 | `check_weights.py` | refuses weights that cannot be quantized, before any data runs |
 | `decide.py` | which layers are quantized, and why the others are not |
 | `insert_observers.py`, `calibrate.py` | observers as nodes, and data through them |
-| `observe_inputs.py` | what the input of each layer looks like |
+| `observe_inputs.py` | the one collector of what the input of each layer looks like |
 | `scale_channels.py`, `simulate.py` | channel scales folded into the graph |
 | `rounded_layers.py`, `fitted_layers.py` | quantized layers rounded alone, or fitted to inputs |
 | `quantize_sequentially.py` | layers quantized in the order in which they run |
+| `turns.py`, `paired_batches.py` | which layers together, and batches from turn to turn |
+| `collect_moments.py`, `opaque_layers.py` | the moments of layers at a turn |
 | `rewrite.py` | quantized layers in the place of float ones, and back |
 | `quantize_activations.py` | quantize and dequantize nodes around layers |
 """

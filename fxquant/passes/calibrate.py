@@ -73,10 +73,21 @@ def run_call(model: nn.Module, call: Call, index: int) -> object:
     Raises:
         CalibrationError: the model does not accept it.
     """
-    try:
+    with naming_batch(model, call, index):
         torch.manual_seed(index)  # a model that draws random numbers draws the same in each pass
         with graph_left_alone(model):
             return call.run(model)
+
+
+@contextmanager
+def naming_batch(model: nn.Module, call: Call, index: int) -> Iterator[None]:
+    """Whatever `model` raises on the batch of this number becomes an error that names it.
+
+    Raises:
+        CalibrationError: instead of what is raised inside.
+    """
+    try:
+        yield
     except CalibrationError:
         raise
     except Exception as error:  # a model may raise anything at all

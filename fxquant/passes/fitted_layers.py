@@ -9,13 +9,19 @@ from torch import Tensor, nn
 from fxquant.algorithms.gptq import corrected_bias, gptq
 from fxquant.algorithms.refine import refine
 from fxquant.algorithms.rtn import round_to_nearest
-from fxquant.algorithms.target import float_target
+from fxquant.algorithms.target import best_shrinkage
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_int4 import linear_of
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
-from fxquant.numerics.quantized_weight import QuantizedWeight, is_per_channel
+from fxquant.numerics.quantized_weight import (
+    QuantizedWeight,
+    is_per_channel,
+    rows_of_block,
+)
 from fxquant.observers.moments import LayerMoments
 from fxquant.passes.decide import Decision, add_notes
+
+FITTED_ELEMENTS = 1 << 22  # of a weight that are fitted at once, with some temporaries of the size
 
 
 class FittedLayers:
@@ -41,12 +47,7 @@ class FittedLayers:
             self.unreached.add(name)
         if is_per_channel(bits, self.group_size, linear.in_features):
             return QuantizedLinearInt8.from_float(linear)
-        target = float_target(linear.weight, moments)
-        weight = gptq(
-            target, moments, bits=bits, group_size=self.group_size, symmetric=self.symmetric
-        )
-        if self.refined:
-            weight = refine(target, weight, moments)
+        weight = self._fitted(linear, bits, moments)
         fitted = weight, corrected_bias(linear.weight, weight.dequantize(), linear.bias, moments)
         if moments.held_tokens and moments.tokens:
             plain = self._rounded(linear, bits, moments)
@@ -59,6 +60,23 @@ class FittedLayers:
                     f"rounding on {moments.held_tokens} tokens held out"
                 )
         return linear_of(*fitted)
+
+    def _fitted(self, linear: nn.Linear, bits: int, moments: LayerMoments) -> QuantizedWeight:
+        """The weight fitted to the inputs, some outputs at a time: each is on its own."""
+        grid: dict[str, Any] = {
+            "bits": bits, "group_size": self.group_size, "symmetric": self.symmetric,
+        }  # fmt: skip
+        made = QuantizedWeight.empty(linear.weight, **grid)
+        shrinkage = best_shrinkage(moments)
+        rows = rows_of_block(linear.in_features, FITTED_ELEMENTS)
+        for number, part in enumerate(made.split(rows)):
+            outputs = slice(number * rows, number * rows + len(part.packed))
+            target = linear.weight[outputs].detach().float()
+            if shrinkage is not None:
+                target = shrinkage.applied(target, moments, outputs)
+            weight = gptq(target, moments, **grid)
+            part.copy_(refine(target, weight, moments) if self.refined else weight)
+        return made
 
     def _rounded(
         self, linear: nn.Linear, bits: int, moments: LayerMoments

@@ -1,6 +1,11 @@
-"""Collect statistics of the inputs of linear layers, from data or from what a graph promises."""
+"""What the inputs of linear layers look like: from data, or from what a graph promises.
+
+`InputWatcher` is the one collector. It is given inputs by `observe_inputs`, which runs the data
+through a graph, or by a pass that has them at hand anyway, such as `quantize_sequentially`.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -9,57 +14,137 @@ from torch.fx import GraphModule
 
 from fxquant.graph.calls import Call
 from fxquant.graph.layers import Site, is_plain_linear, layer_input, sites
+from fxquant.graph.ops import writes_before
+from fxquant.observers import Observer, create_observer
 from fxquant.observers.input_statistics import InputStatistics
 from fxquant.passes.calibrate import run_call
 from fxquant.passes.padding import fitting_mask, padding_mask
+from fxquant.passes.turns import repeated_layers
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
-@torch.no_grad()
-def observe_inputs(
-    gm: GraphModule, names: Iterable[str], calls: Sequence[Call]
-) -> dict[str, InputStatistics]:
-    """Run data through a graph and watch the inputs of its linear layers.
+class InputWatcher:
+    """Collects ranges and statistics of what layers read.
 
     Args:
         gm: a traced model.
         names: of the layers to watch.
-        calls: batches as `(args, kwargs)`. A two-dimensional `attention_mask` among the keyword
-            arguments masks padding out.
+        observer: of the ranges, a name that `create_observer` knows; None: none.
+        has_statistics: whether to collect statistics channel by channel.
+
+    Attributes:
+        observers: by the layer's name. Layers that read one value share the object.
+        statistics: the same.
+        leaders: of each value that is read, the first layer that reads it, by name.
+    """
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        names: Iterable[str],
+        *,
+        observer: str | None = None,
+        has_statistics: bool = True,
+    ) -> None:
+        leaders: dict[str, Site] = {}  # of each layer: the first that reads the same value
+        by_place: dict[tuple[object, ...], Site] = {}
+        wanted, written = set(names), writes_before(gm)
+        repeated = repeated_layers(gm, wanted)
+        for site in sites(gm):
+            if site.name in wanted and site.name not in leaders and is_plain_linear(site.module):
+                place: tuple[object, ...] = (site.target,)
+                if site.input is not None and site.module not in repeated:
+                    place = (site.input, written[site.node])
+                leaders[site.name] = by_place.setdefault(place, site)
+        first = {site.name: site for site in by_place.values()}
+        self.leaders = {name: site.module for name, site in first.items()}
+        ranges = {n: _observer_at(s, observer) for n, s in first.items() if observer is not None}
+        made = {n: InputStatistics(_width(s)) for n, s in first.items() if has_statistics}
+        self.observers = {n: ranges[s.name] for n, s in leaders.items() if s.name in ranges}
+        self.statistics = {n: made[s.name] for n, s in leaders.items() if s.name in made}
+
+    def add(self, name: str, x: Tensor, call: Call, batch: int) -> None:
+        """Add what the layer `name` reads in a batch; other layers that read it must not add it.
+
+        Args:
+            name: of the layer.
+            x: [..., in].
+            call: the batch; a two-dimensional `attention_mask` among its keyword arguments masks
+                padding out of the statistics.
+            batch: its number, for errors.
+        """
+        if name in self.observers:
+            self.observers[name].batch = batch
+            self.observers[name](x)
+        if name in self.statistics:
+            self.statistics[name].add(x, fitting_mask(padding_mask(call), x))
+
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse what cannot be calibrated.
+
+        Raises:
+            CalibrationError: one of these layers has read NaN or Inf.
+        """
+        for name in names:
+            if name in self.observers:
+                self.observers[name].check()
+
+    @torch.no_grad()
+    def run(self, gm: GraphModule, calls: Sequence[Call]) -> None:
+        """Run data through the graph that is watched.
+
+        Raises:
+            CalibrationError: a layer has read NaN or Inf, or the graph does not take a batch.
+        """
+        batch = 0
+
+        def hook_for(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self.add(name, layer_input(args, kwargs), calls[batch], batch)
+
+            return hook
+
+        if not self.leaders:
+            return
+        with ExitStack() as undo:
+            for name, module in self.leaders.items():
+                hook = module.register_forward_pre_hook(hook_for(name), with_kwargs=True)
+                undo.callback(hook.remove)
+            for batch, call in enumerate(calls):
+                run_call(gm, call, batch)
+        self.check(self.observers)
+
+
+def _observer_at(site: Site, name: str) -> Observer:
+    observer = create_observer(name)
+    value = f"the input of {site.name}" if site.input is None else f"the value {site.input.name!r}"
+    observer.node_name = value
+    return observer
+
+
+def _width(site: Site) -> int:
+    assert isinstance(site.module, nn.Linear)  # watched ones are
+    return site.module.in_features
+
+
+def observe_inputs(
+    gm: GraphModule, names: Iterable[str], calls: Sequence[Call]
+) -> dict[str, InputStatistics]:
+    """Run data through a graph and collect statistics of the inputs of its linear layers.
+
+    Args:
+        gm: a traced model.
+        names: of the layers to watch.
+        calls: batches. A two-dimensional `attention_mask` among the keyword arguments masks padding
+            out.
 
     Returns:
         The statistics by name. Layers that share an input share the object; it is collected once.
     """
-    wanted, found = set(names), dict[str, InputStatistics]()
-    by_input: dict[tuple[object, ...], InputStatistics] = {}
-    watched: dict[nn.Module, InputStatistics] = {}
-    for site in sites(gm):
-        if site.name not in wanted or not is_plain_linear(site.module):
-            continue
-        statistics = by_input.setdefault(
-            _input_of(site), watched.get(site.module) or InputStatistics(site.module.in_features)
-        )
-        if statistics not in watched.values():
-            watched[site.module] = statistics
-        found.setdefault(site.name, statistics)
-    mask: Tensor | None = None
-
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = layer_input(args, kwargs)
-        watched[module].add(x, fitting_mask(mask, x))
-
-    if not watched:
-        return found
-    handles = [m.register_forward_pre_hook(watch, with_kwargs=True) for m in watched]
-    try:
-        for index, call in enumerate(calls):
-            mask = padding_mask(call)
-            run_call(gm, call, index)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    watcher = InputWatcher(gm, names)
+    watcher.run(gm, calls)
+    return watcher.statistics
 
 
 def expected_inputs(gm: GraphModule) -> Mapping[str, InputStatistics]:
@@ -94,7 +179,3 @@ def _module_before(site: Site) -> nn.Module | None:
     if source is None or source.op != "call_module":
         return None
     return site.gm.get_submodule(str(source.target))
-
-
-def _input_of(site: Site) -> tuple[object, ...]:
-    return (site.input,) if site.input is not None else (site.target,)

@@ -1,0 +1,101 @@
+"""Collect the moments of layers at a turn: what they read, and how far outputs must move."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from fxquant.graph.layers import Site
+from fxquant.observers.moments import InputMoments, LayerMoments, tokens_of
+from fxquant.passes.paired_batches import PairedBatch, difference
+from fxquant.passes.turns import Turn
+
+
+def float_linear(site: Site) -> nn.Linear:
+    """The layer at a site that was chosen because it is a plain linear layer."""
+    assert isinstance(site.module, nn.Linear)
+    return site.module
+
+
+def collect(
+    turn: Turn, batches: Iterable[PairedBatch], known: Mapping[str, LayerMoments]
+) -> dict[str, LayerMoments]:
+    """The moments of layers that read one value of the graph.
+
+    How much of an output's shift comes with the input, W (x_float − x), is a product of W and of
+    sums over tokens that all layers share. Where outputs are far fewer than inputs, these sums
+    would cost more than the shifts themselves.
+
+    Args:
+        turn: which layers; not inside an opaque module.
+        batches: that have arrived there.
+        known: moments to add to, of layers that run elsewhere too; each of them has its own turn.
+    """
+    linears = {site.name: float_linear(site) for site in turn.sites}
+    width = next(iter(linears.values())).in_features
+    outputs = sum(m.out_features for name, m in linears.items() if name not in turn.residuals)
+    shares_lack = width <= 2 * outputs
+    other = known.get(turn.sites[0].name)
+    shared = InputMoments(width, readers=len(linears)) if other is None else other.input
+    moments = {
+        name: LayerMoments(width, linear.out_features, shared=shared, weight=linear.weight)
+        for name, linear in linears.items()
+    }
+    source = turn.sites[0].input
+    for batch in batches:
+        found = batch.values_of(source)
+        if found is None:
+            continue
+        clean, noisy = found
+        mask = batch.mask_for(noisy)
+        x, lack = tokens_of(noisy, mask), difference(clean, noisy)
+        lack = None if lack is None or not lack.any() else tokens_of(lack, mask)
+        shifts = _shifts(turn.residuals, batch, noisy, mask)
+        if not shares_lack and lack is not None:
+            for name, linear in linears.items():
+                product = lack @ linear.weight.detach().float().T
+                shifts[name] = product + shifts[name] if name in shifts else product
+            lack = None
+        _add(shared, moments, x, lack, shifts, is_held_out=batch.is_held_out)
+    return moments
+
+
+def _add(
+    shared: InputMoments,
+    moments: Mapping[str, LayerMoments],
+    x: Tensor,
+    lack: Tensor | None,
+    shifts: Mapping[str, Tensor],
+    *,
+    is_held_out: bool,
+) -> None:
+    if is_held_out:
+        count = shared.hold_out(x, lack)
+        for name, own in moments.items():
+            own.hold_out_shift(shifts.get(name), count)
+        return
+    shared.add(x, lack)
+    for name, shift in shifts.items():
+        moments[name].add_shift(x, shift)
+
+
+def _shifts(
+    residuals: Mapping[str, Node], batch: PairedBatch, x: Tensor, mask: Tensor | None
+) -> dict[str, Tensor]:
+    """The errors of what the layers' outputs are added to, [tokens, out] by name."""
+    found = {}
+    for name, node in residuals.items():
+        values = batch.values_of(node)
+        error = None if values is None else difference(*values)
+        if error is None or error.shape[:-1].numel() != x.shape[:-1].numel():
+            continue
+        rows = error.reshape(*x.shape[:-1], error.shape[-1])
+        found[name] = tokens_of(rows, mask)
+    return found
+
+
+def lacking_output(linear: nn.Linear, clean: Tensor | None, noisy: Tensor) -> Tensor | None:
+    """W (x_float − x), [..., out]; None where the float input has another shape."""
+    lack = difference(clean, noisy)
+    return None if lack is None else torch.nn.functional.linear(lack, linear.weight.float())

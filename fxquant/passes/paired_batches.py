@@ -1,0 +1,84 @@
+"""Batches on their way through the float and the quantized graph, side by side.
+
+Each batch goes from one turn to the next on its own: between two turns there are the values of one
+batch, and at a turn only those that later nodes use.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxquant.graph.calls import Call
+from fxquant.graph.stepper import Stepper
+from fxquant.passes.calibrate import naming_batch
+from fxquant.passes.padding import fitting_mask, padding_mask
+
+
+@dataclass
+class PairedBatch:
+    """One batch in both graphs, whose nodes are the same.
+
+    Attributes:
+        call: the batch.
+        index: its number.
+        is_held_out: whether it chooses nothing.
+        clean: through the float graph.
+        noisy: through the quantized graph.
+        clean_values: of the float graph's nodes that are still needed.
+        noisy_values: of the quantized graph's.
+        position: the first node that has not run.
+    """
+
+    call: Call
+    index: int
+    is_held_out: bool
+    clean: Stepper
+    noisy: Stepper
+    clean_values: dict[Node, Any] = field(default_factory=dict)
+    noisy_values: dict[Node, Any] = field(default_factory=dict)
+    position: int = 0
+
+    @classmethod
+    def of(
+        cls, float_gm: GraphModule, rewritten: GraphModule, call: Call, index: int, held_out: bool
+    ) -> "PairedBatch":
+        """A batch before the first node."""
+        return cls(call, index, held_out, Stepper(float_gm, call), Stepper(rewritten, call))
+
+    def advance(self, position: int) -> None:
+        """Let both graphs run up to before the node at `position`.
+
+        Raises:
+            CalibrationError: a graph does not take the batch.
+        """
+        with naming_batch(self.clean.gm, self.call, self.index):
+            self.clean.advance(self.clean_values, self.position, position)
+            self.noisy.advance(self.noisy_values, self.position, position)
+        self.position = max(position, self.position)
+
+    def values_of(self, node: Node | None) -> tuple[Tensor, Tensor] | None:
+        """The tensor in the float graph, and in the quantized one, of a node of the latter."""
+        if node is None or node not in self.noisy_values:
+            return None
+        clean = self.clean_values.get(self.partner(node))
+        noisy = self.noisy_values[node]
+        if not isinstance(clean, Tensor) or not isinstance(noisy, Tensor):
+            return None
+        return clean, noisy
+
+    def partner(self, node: Node) -> Node:
+        """The node of the float graph for one of the quantized graph."""
+        return self.clean.nodes[self.noisy.position[node]]
+
+    def mask_for(self, x: Tensor) -> Tensor | None:
+        """Which tokens of `x` [..., channels] count; None: all."""
+        return fitting_mask(padding_mask(self.call), x)
+
+
+def difference(clean: Tensor | None, noisy: Tensor) -> Tensor | None:
+    """`clean` − `noisy` in float32, where there are two of the same shape."""
+    if clean is None or clean.shape != noisy.shape:
+        return None
+    return clean.float() - noisy.float()
