@@ -218,7 +218,7 @@ def test_wrong_options_say_what_is_valid(options, text):
 
 @pytest.mark.parametrize("data", [[], [torch.full((2, 5, WIDTH), float("nan"))]])
 def test_empty_or_broken_data_is_an_error(data):
-    with pytest.raises(FxquantError, match="no samples|NaN or Inf"):
+    with pytest.raises(FxquantError, match="no samples|got NaN"):
         fxquant.static_quantize(models.Plain(), data, **QUIET)
 
 
@@ -256,7 +256,7 @@ def test_nan_in_a_batch_is_an_error_that_names_the_batch_and_the_value():
     batches = [X.clone() for _ in range(4)]
     batches[2][1, 1, 1] = torch.nan
     for method in ("gptq", "awq"):
-        with pytest.raises(FxquantError, match="value 'x'.*first in batch 2"):
+        with pytest.raises(FxquantError, match=r"batch 2, argument \[0\]: got NaN"):
             fxquant.static_quantize(models.Plain().eval(), batches, method=method, **QUIET)
 
 
