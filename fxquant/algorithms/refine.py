@@ -1,8 +1,10 @@
-"""Refine integers and scales in turns, each the best for the other.
+"""Refine a quantized layer by two steps that alternate.
 
-Coordinate descent moves one column's integers at a time to where the layer's squared error is
-smallest with all others as they are (Behdin et al., "QuantEase", arXiv:2309.01885); then the scales
-(and zero points) of all groups of a row are the solution of one small least-squares problem.
+1. Integers, with the scales fixed: coordinate descent moves one column's integers at a time to
+   where the layer's squared error is smallest with all other columns as they are (Behdin et al.,
+   "QuantEase", arXiv:2309.01885).
+2. Scales and zero points, with the integers fixed: those of all groups of a row are the solution of
+   one small least-squares problem.
 """
 
 import torch

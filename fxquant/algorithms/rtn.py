@@ -23,8 +23,9 @@ from fxquant.numerics.quantized_weight import (
 )
 from fxquant.numerics.weights import check_weight, scales_from_extreme, scales_from_range
 
-# Of the full range. A ratio above 1 serves symmetric groups: their positive end has a level less,
-# so it clips unless the steps grow. The fewer the levels, the more of the range is worth clipping.
+# Ratios of the clipping range to the full range. One above 1 helps symmetric groups: codes span
+# -8..7, so the positive end clips; widening trades step size for less clipping. The fewer the
+# levels, the more clipping pays.
 _RATIOS = (1.0, 1.06, 0.95, 0.9, 0.85, 0.8, 0.72, 0.64)
 CLIP_RATIOS = {
     2: (*_RATIOS, 1.3, 1.6, 0.56, 0.5, 0.44, 0.38),
@@ -111,7 +112,7 @@ def _round_block(block: Tensor, made: QuantizedWeight, importance: Tensor | None
 
 
 class _Fit:
-    """The best grid so far for each group."""
+    """The best scale and zero point so far for each group."""
 
     def __init__(self, groups: Tensor, weights: Tensor, integer: IntegerType) -> None:
         self.groups, self.weights, self.integer = groups, weights, integer
@@ -121,8 +122,8 @@ class _Fit:
         self.scale = self.zero_point = torch.empty(0)
 
     def offer(self, scale: Tensor, zero_point: Tensor) -> bool:
-        """Keep this grid where it has the smaller error; whether it has anywhere."""
-        # In steps of the grid: the distance to the nearest level is found before it is scaled.
+        """Take these where they give a smaller error; returns whether they do for any group."""
+        # In units of the scale: the distance to the nearest level is found before it is scaled.
         reciprocal = scale.reciprocal()[..., None]
         torch.mul(self.groups, reciprocal, out=self.exact).add_(zero_point[..., None])
         torch.round(self.exact, out=self.q).clamp_(self.integer.quant_min, self.integer.quant_max)
@@ -140,7 +141,7 @@ class _Fit:
         return bool(better.any())
 
     def integers(self) -> Tensor:
-        """The nearest integers on the best grid, as floats [rows, groups, group_size]."""
+        """The nearest integers for the best scales, as floats [rows, groups, group_size]."""
         return quantize_affine(
             self.groups, self.scale[..., None], self.zero_point[..., None], self.integer
         )

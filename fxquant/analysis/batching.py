@@ -1,12 +1,13 @@
 """Several widths of one layer in a single run of what depends on it.
 
-The widths' results are laid side by side along the first dimension, so that the nodes behind the
-layer run once for all of them. Where activations are small, a run costs little more for twice the
-rows; where they are large it costs as much more, and nothing is batched.
+The outputs of the layer in each width are concatenated along the batch dimension, so that the nodes
+after the layer run once for all widths. This saves time only where activations are small: there the
+time of a run hardly depends on the number of rows. Above `LARGEST` nothing is batched.
 
-Whether a graph may be run so is not guessed. The whole float graph is run on repeated inputs, and
-every value must either repeat along its first dimension or stay as it is; and the first batched run
-through each node is compared with plain runs, since a mean over rows, say, repeats just as well.
+A graph may mix the rows of a batch, so this is checked twice. The float graph is run on repeated
+inputs: each value must either repeat along its first dimension or not depend on the number of rows.
+A mean over rows passes that check, so the first batched run through each node is also compared with
+separate runs.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Where a layer's output is added to something: the sum is what later layers see."""
+"""Finds the residual connection that a layer's output is added to."""
 
 from torch import nn
 from torch.fx import GraphModule, Node

@@ -1,7 +1,8 @@
-"""Whether a tensor is just a tensor, so that a kernel may be called without torch's dispatcher.
+"""Whether a kernel may be called directly, without torch's dispatcher.
 
-The dispatcher lets tracers, transforms and subclasses take part, and costs 2 microseconds: more
-than the whole product of a small layer. Where none of them is at work, that is saved.
+Tracers, function transforms and tensor subclasses see an op because the dispatcher calls them. It
+costs 2 microseconds, more than the whole product of a small layer. For a plain tensor, while none
+of them is active, the kernel is called directly.
 """
 
 from torch import Tensor
@@ -18,7 +19,7 @@ else:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether `x` is a CPU tensor that nothing but eager execution sees."""
+    """Whether `x` is a plain CPU tensor: no subclass, not traced, compiled or transformed."""
     return (
         KNOWS_TRANSFORMS
         and type(x) is Tensor

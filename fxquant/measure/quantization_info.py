@@ -263,7 +263,10 @@ def _general_warnings(info: QuantizationInfo) -> list[str]:
     if not info.selected_layers:
         found.append("nothing was quantized: the decisions tell why for each layer")
     elif not info.skipped_layers:
-        found.append("nothing was skipped: no layer with parameters stayed float")
+        found.append(
+            "every layer was quantized, the first and the last too: consider keeping them float "
+            "with modules_to_not_convert"
+        )
     if info.sqnr_db is not None and info.calibration_samples_used < ENOUGH_SAMPLES:
         found.append(
             f"only {info.calibration_samples_used} calibration samples; "

@@ -4,8 +4,8 @@ before: `fc = self.fc(x)`
 after:  `q = quantize_activation(x, self.x_scale, self.x_zero_point)`
         `fc = self.fc(dequantize_activation(q, self.x_scale, self.x_zero_point, x))`
 
-Each channel has a grid of its own. In many transformers a few channels are much larger than the
-others, and with one grid for all of them the others would be left with a few levels.
+Each channel has a scale and a zero point of its own. In many transformers a few channels are much
+larger than the others; with one scale for the whole tensor, the others would use a few levels only.
 """
 
 import torch
@@ -20,7 +20,7 @@ MOST_FINER = 1024  # bounds `finer_by`, whose result multiplies a count of level
 
 
 def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Round `x` to uint8 on a static grid: x ≈ scale · (q − zero_point).
+    """Round `x` to uint8 with given scales: x ≈ scale · (q − zero_point).
 
     Args:
         x: [..., channels].
@@ -47,7 +47,7 @@ def dequantize_activation(q: Tensor, scale: Tensor, zero_point: Tensor, like: Te
 def channel_qparams(
     lowest: Tensor, highest: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A grid for each channel.
+    """A scale and a zero point for each channel.
 
     Args:
         lowest: the smallest value of each channel, [channels].
@@ -56,7 +56,7 @@ def channel_qparams(
         high: what lies above.
 
     Returns:
-        `(scale, zero_point)`, float32 [channels]. Zero is on every grid.
+        `(scale, zero_point)`, float32 [channels]; zero is represented exactly.
     """
     zero = torch.zeros_like(lowest)
     low = torch.minimum(torch.maximum(lowest, low.float()), zero)
@@ -68,7 +68,7 @@ def channel_qparams(
 
 
 def finer_by(lowest: Tensor, highest: Tensor) -> int:
-    """How much finer the grids of most channels are than one for all of them, at least 1."""
+    """The ratio of the whole tensor's range to the median range of a channel, at least 1."""
     widths = highest - lowest
     common = highest.max() - lowest.min()
     finer = common / widths.median().clamp(min=torch.finfo(torch.float32).tiny)

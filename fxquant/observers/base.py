@@ -150,9 +150,9 @@ class Observer(nn.Module):
         return scale.float(), zero_point.to(torch.int32)
 
     def clipping_range(self, finer: int = 1) -> tuple[Tensor, Tensor]:
-        """What a grid with `finer` times as many integers should span.
+        """The clipping range if the tensor had `finer` times as many levels.
 
-        The finer the grid, the less there is to gain by clipping.
+        The more levels there are, the less there is to gain by clipping.
 
         Returns:
             `(low, high)`, scalars.
@@ -178,7 +178,7 @@ class Observer(nn.Module):
 
     @abstractmethod
     def _range(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """The values that the grid spans."""
+        """The least and the greatest value that the levels of `grid` should reach."""
 
     def reset(self) -> None:
         """Forget everything."""
