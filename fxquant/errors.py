@@ -18,6 +18,7 @@ Each text says where, what is there or happened, what is expected and what to do
 
 import difflib
 import math
+import os
 from collections.abc import Iterable
 
 
@@ -99,6 +100,16 @@ def near_misses(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     return difflib.get_close_matches(name, list(names), n=count, cutoff=0.4)
 
 
+def cause_of(error: Exception) -> str:
+    """What went wrong, without numbers of the system and names of temporary files.
+
+    >>> cause_of(FileNotFoundError(2, "No such file or directory", "/a/.temporary-5"))
+    'no such file or directory'
+    """
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text[:1].lower() + text[1:]
+
+
 def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
     """Raise an `OptionError` that lists the valid names unless `value` is one of `choices`."""
     choices = list(choices)
@@ -111,6 +122,36 @@ def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
         needed="one of " + ", ".join(map(repr, choices)),
         remedy=f"Did you mean {close[0]!r}?" if close else "Choose one of these names.",
     )
+
+
+def check_type(
+    argument: str,
+    value: object,
+    expected: type,
+    remedy: str,
+    error: type[FxquantError] = OptionError,
+) -> None:
+    """Raise an `OptionError` (or `error`) unless `value` is an instance of `expected`.
+
+    >>> check_type("info", 5, dict, "Pass the record.")
+    Traceback (most recent call last):
+    fxquant.errors.OptionError: info: got an object of type int. Expected a dict. Pass the record.
+    """
+    if isinstance(value, expected):
+        return
+    found = f"an object of type {type(value).__name__}"
+    if isinstance(value, type):
+        found = f"the class {value.__name__} instead of an instance"
+    if isinstance(value, tuple) and any(isinstance(item, expected) for item in value):
+        found = "a pair"
+        remedy = "quantize returns a pair: write `qmodel, info = ...`, then pass the one needed."
+    raise error(argument, found=found, needed=f"a {expected.__name__}", remedy=remedy)
+
+
+def check_path(argument: str, value: object, error: type[FxquantError] = OptionError) -> None:
+    """Raise an `OptionError` (or `error`) unless `value` is a path."""
+    if not isinstance(value, str):
+        check_type(argument, value, os.PathLike, "Pass a path as a str or a pathlib.Path.", error)
 
 
 def check_positive_int(argument: str, value: object) -> None:

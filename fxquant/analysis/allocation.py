@@ -14,7 +14,7 @@ import torch
 
 from fxquant.analysis.sensitivity_report import SensitivityReport
 from fxquant.config.quant_config import FLOAT_BITS
-from fxquant.errors import BudgetError, OptionError
+from fxquant.errors import BudgetError, OptionError, check_type
 from fxquant.measure.output_metric import db_of
 from fxquant.measure.sensitivity_row import SensitivityRow
 
@@ -75,6 +75,7 @@ def allocate(
         BudgetError: nothing fits the budget; the text says what is possible.
         OptionError: not exactly one budget was given, or a choice is unknown.
     """
+    check_type("report", report, SensitivityReport, "Pass what fxquant.sensitivity returned.")
     budgets = (average_bits, max_bytes, min_sqnr_db)
     if sum(b is not None for b in budgets) != 1:
         raise OptionError(

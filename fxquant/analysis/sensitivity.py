@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,8 @@ from fxquant.tracing.prepare import unwrap
 from fxquant.tracing.trace import graph_of
 from fxquant.view.graph_view import to_networkx
 
-METHODS = ("local", "exact", "gradient")
+Analysis = Literal["local", "exact", "gradient"]
+METHODS: tuple[Analysis, ...] = get_args(Analysis)
 WIDTHS = (4, 8)
 
 
@@ -46,7 +47,8 @@ def sensitivity(
     *,
     bits: int = 4,
     group_size: int = 128,
-    method: str = "local",
+    method: Analysis = "local",
+    analysis: Analysis | None = None,
     rounding: str | None = None,
     symmetric: bool = True,
     metric: Metric = "sqnr",
@@ -72,6 +74,8 @@ def sensitivity(
             node. `"exact"`: the output when only this layer is quantized, for 4 and 8 bits.
             `"gradient"`: an estimate of that for all layers and widths from one forward and one
             backward.
+        analysis: another name of `method`, for those who call the rounding a method; where it is
+            given it counts.
         rounding: the method that makes the layers: `"rtn"`, `"hqq"`, `"gptq"`, `"best"`, or
             `"auto"`, as in `static_quantize`; None is `"auto"`. With `"rtn"` no layer is fitted to
             the data, which is much faster.
@@ -89,6 +93,9 @@ def sensitivity(
     Returns:
         One row for each layer that `static_quantize` would quantize.
     """
+    if analysis is not None:
+        check_choice("analysis", analysis, METHODS)
+        method = analysis
     check_choice("method", method, METHODS)
     rounding = "auto" if rounding is None else rounding
     check_choice("rounding", rounding, ROUNDINGS)

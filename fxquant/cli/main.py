@@ -8,7 +8,7 @@ from fxquant.analysis.gate import check_report
 from fxquant.cli.doctor import as_dict, as_text, diagnose
 from fxquant.cli.options import json_option, path_option
 from fxquant.cli.output import CHECK_FAILED, Output
-from fxquant.cli.quantizing import quantize_command, sensitivity_command
+from fxquant.cli.quantizing import plan_command, quantize_command, sensitivity_command
 from fxquant.cli.sources import load_graph, load_report
 from fxquant.demo.run import run_demo
 from fxquant.measure.quantization_info import INFO_KEY
@@ -24,7 +24,7 @@ HELP = """Quantize PyTorch models to INT4 and see what it costs.
 Start here:
   fxquant demo
       the whole story on an embedded model
-  fxquant quantize mymodels:build --dry-run
+  fxquant plan mymodels:build
       what would be quantized, and why
   fxquant quantize mymodels:build --data mymodels:batches --output model.safetensors
       calibrate, quantize, measure, save
@@ -68,6 +68,7 @@ def demo(output: Path | None, as_json: bool) -> None:
         out.result(run_demo(out, output))
 
 
+cli.add_command(plan_command)
 cli.add_command(quantize_command)
 cli.add_command(sensitivity_command)
 

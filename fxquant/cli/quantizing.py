@@ -1,12 +1,11 @@
-"""The commands that quantize: `quantize` and `sensitivity`."""
+"""The commands that take a float model: `plan`, `quantize` and `sensitivity`."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fxquant.analysis.sensitivity import METHODS as SENSITIVITY_METHODS
-from fxquant.analysis.sensitivity import sensitivity
+from fxquant.analysis.sensitivity import METHODS, Analysis, sensitivity
 from fxquant.analysis.shipped_layers import ROUNDINGS
 from fxquant.cli.options import (
     MODEL_HELP,
@@ -20,6 +19,7 @@ from fxquant.cli.options import (
 )
 from fxquant.cli.output import CHECK_FAILED, Output
 from fxquant.cli.sources import load_data, load_source
+from fxquant.config.quant_config import QuantConfig
 from fxquant.errors import OptionError
 from fxquant.graph.calls import Call
 from fxquant.measure.quantization_info import QuantizationInfo
@@ -39,7 +39,7 @@ SHOWN_WARNINGS = 3
 @click.argument("model")
 @data_option
 @path_option("--output", "Where to save the model.")
-@click.option("--dry-run", is_flag=True, help="Print the decisions without touching a weight.")
+@click.option("--dry-run", is_flag=True, help="The same as `fxquant plan`.")
 @click.option("--table", is_flag=True, help="Print a line for each layer.")
 @rule_options
 @click.option(
@@ -62,13 +62,10 @@ def quantize_command(
     """Quantize MODEL and save it."""
     with Output(as_json).running() as out:
         config = config_of(rules).changed(accuracy_warning="ignore")
-        source, batches = load_source(model), load_data(data, model)
         if dry_run:
-            example = None if batches is None else _example(batches, source)
-            info = plan(source, example, config)
-            out.text(info.table())
-            out.result(info.to_dict())
+            print_plan(out, model, data, config)
             return
+        source, batches = load_source(model), load_data(data, model)
         qmodel, info = quantize(source, batches, config, average_bits=average_bits)
         if table:
             out.text(info.table())
@@ -82,6 +79,30 @@ def quantize_command(
             text = f"fxquant: output SQNR is {shown}, needs {min_sqnr:g} dB; nothing is saved"
             click.echo(text, err=True)
             raise SystemExit(CHECK_FAILED)
+
+
+@click.command(
+    "plan",
+    help=f"Print what would be quantized, and why, without touching a weight.\n{MODEL_HELP}",
+    short_help="What would be quantized, and why.",
+)
+@click.argument("model")
+@data_option
+@rule_options
+@json_option
+def plan_command(model: str, data: str | None, as_json: bool, **rules: Any) -> None:
+    """Print what would be quantized, and why."""
+    with Output(as_json).running() as out:
+        print_plan(out, model, data, config_of(rules))
+
+
+def print_plan(out: Output, model: str, data: str | None, config: QuantConfig) -> None:
+    """Print the table of decisions; of the data, the first batch serves as example inputs."""
+    source, batches = load_source(model), load_data(data, model)
+    example = None if batches is None else _example(batches, source)
+    info = plan(source, example, config)
+    out.text(info.table())
+    out.result(info.to_dict())
 
 
 def summary(info: QuantizationInfo, output: Path | None, missed: float | None) -> str:
@@ -120,7 +141,8 @@ def _example(batches: Any, model: Any) -> Call | None:
 @bits_option
 @group_option
 @click.option(
-    "--method", type=click.Choice(SENSITIVITY_METHODS), default="local", show_default=True,
+    "--analysis", "--method", "analysis",
+    type=click.Choice(METHODS), default="local", show_default=True,
     help="local: each layer's own error. gradient, exact: the output's, for each layer alone.",
 )  # fmt: skip
 @click.option(
@@ -132,7 +154,7 @@ def _example(batches: Any, model: Any) -> Call | None:
 @path_option("--output", "Write the report as JSON.")
 @json_option
 def sensitivity_command(
-    model: str, data: str | None, bits: str, group_size: int, method: str, rounding: str,
+    model: str, data: str | None, bits: str, group_size: int, analysis: Analysis, rounding: str,
     html: Path | None, csv: Path | None, output: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Print what quantizing each layer costs."""
@@ -147,7 +169,7 @@ def sensitivity_command(
             )
         report = sensitivity(
             load_source(model), batches, bits=int(bits or 4), group_size=group_size or 128,
-            method=method, rounding=rounding,
+            analysis=analysis, rounding=rounding,
         )  # fmt: skip
         out.text(report.table())
         out.text(f"output SQNR {format_db(report.output_sqnr_db)} dB with all of them quantized")

@@ -108,7 +108,7 @@ def check_names_match(argument: str, patterns: Iterable[str], names: Sequence[st
             needed="a rule that selects at least one",
             remedy=f"Near misses: {', '.join(close)}."
             if close
-            else f"The model has {', '.join(names[:5])} and so on.",
+            else f"Some names of this model: {', '.join(map(repr, names[:5]))}.",
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.errors import OptionError
+from fxquant.errors import OptionError, check_type
 from fxquant.graph.layers import is_plain_linear, sites, user_name
 from fxquant.modules.activation import quantize_activation
 from fxquant.modules.linear import QuantizedLinear
@@ -63,8 +63,9 @@ def source_of(model: nn.Module | str | os.PathLike[str]) -> Source:
         OptionError: there is no quantized layer in it.
         LoadError: the file cannot be loaded.
     """
-    if not isinstance(model, nn.Module):
+    if isinstance(model, str | os.PathLike):
         model = load_model(model)
+    check_type("model", model, nn.Module, "Pass a quantized model, or the path of a saved one.")
     modules = dict(_named_layers(model))
     layers = {name: m for name, m in modules.items() if isinstance(m, QuantizedLinear)}
     if not layers:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from fxquant.errors import FxquantError, RunError
+from fxquant.errors import FxquantError, OptionError, RunError, check_type
 from fxquant.graph.layers import tensor_attribute
 from fxquant.graph.shapes import KEPT
 
@@ -25,6 +25,12 @@ _SPACES = {
     "torch.linalg": torch.linalg, "torch.fft": torch.fft, "torch.special": torch.special,
     "operator": operator,
 }  # fmt: skip
+
+
+def check_graph(argument: str, value: object, error: type[FxquantError] = OptionError) -> None:
+    """Raise an `OptionError` (or `error`) unless `value` is a graph."""
+    remedy = "Pass the graph that trace, quantize, static_quantize or load_model returned."
+    check_type(argument, value, GraphModule, remedy, error)
 
 
 class FxquantGraph(GraphModule):

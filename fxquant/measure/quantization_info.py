@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from fxquant.config.quant_config import QuantConfig
-from fxquant.errors import AccuracyError, OptionError, check_choice
+from fxquant.errors import AccuracyError, OptionError, check_choice, check_type
 from fxquant.measure.sensitivity_row import SensitivityRow, as_number
 from fxquant.passes.decide import Decision
 from fxquant.passes.scale_channels import FoldedScale
@@ -216,6 +216,7 @@ def check_accuracy_warnings(
     Raises:
         AccuracyError: something is critical and `on_failure` is `"error"`.
     """
+    check_type("info", info, QuantizationInfo, "Pass the record that quantize returned.")
     check_choice("on_failure", on_failure, ("error", "warn", "ignore"))
     info.warning_threshold = sqnr_warning_threshold
     info.error_threshold = sqnr_error_threshold

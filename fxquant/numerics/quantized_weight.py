@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxquant.errors import OptionError, check_positive_int
+from fxquant.errors import OptionError
 from fxquant.numerics.grouping import from_groups, group_count
 from fxquant.numerics.integers import IntegerType, unsigned
 from fxquant.numerics.packing import pack_codes, packed_columns, unpack_codes
@@ -36,8 +36,14 @@ def symmetric_zero_point(bits: int) -> float:
 
 def check_group_size(group_size: object) -> None:
     """Raise an `OptionError` unless `group_size` is positive, or -1 for one group a row."""
-    if group_size != ONE_GROUP or isinstance(group_size, bool | float):
-        check_positive_int("group_size", group_size)
+    is_bool = isinstance(group_size, bool)
+    if is_bool or not isinstance(group_size, int) or (group_size < 1 and group_size != ONE_GROUP):
+        raise OptionError(
+            "group_size",
+            found=repr(group_size),
+            needed=f"a whole number of at least 1, or {ONE_GROUP} for one group a row",
+            remedy="128 and 32 are usual.",
+        )
 
 
 def resolved_group_size(group_size: int, in_features: int) -> int:

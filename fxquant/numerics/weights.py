@@ -6,7 +6,7 @@ See `quantized_weight` for what a quantized weight is.
 import torch
 from torch import Tensor
 
-from fxquant.errors import WeightError
+from fxquant.errors import WeightError, check_type
 from fxquant.numerics.grouping import from_groups, to_groups
 from fxquant.numerics.integers import (
     INT8,
@@ -32,6 +32,7 @@ FARTHEST = 8.0
 
 def check_weight(weight: Tensor, where: str = "weight") -> None:
     """Raise a `WeightError` unless `weight` is a finite floating-point matrix."""
+    check_type(where, weight, Tensor, "Pass the weight of a Linear layer.", WeightError)
     if weight.ndim != 2 or not weight.is_floating_point() or 0 in weight.shape:
         raise WeightError(
             where,

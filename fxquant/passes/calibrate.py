@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fxquant.errors import CalibrationError, check_positive_int
+from fxquant.errors import CalibrationError, check_positive_int, check_type
 from fxquant.graph.calls import Call
 from fxquant.graph.left_alone import graph_left_alone, process_left_alone
 from fxquant.observers import Observer
@@ -45,6 +45,7 @@ def calibrate(
     """
     if num_samples is not None:
         check_positive_int("num_samples", num_samples)
+    check_type("observed", observed, nn.Module, "Pass what insert_observers returned.")
     name_observers(observed)
     observers = [m for m in observed.modules() if isinstance(m, Observer)]
     used = 0

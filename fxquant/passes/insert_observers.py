@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.copying import copy_sharing_tensors
+from fxquant.graph.graph_module import check_graph
 from fxquant.graph.layers import Site, finish, free_name, is_plain_linear, sites
 from fxquant.graph.ops import writes_before
 from fxquant.graph.shapes import MODULE_PATH
@@ -32,8 +33,9 @@ def insert_observers(gm: GraphModule, observer: str = "minmax", **options: Any) 
         returned as a copy.
 
     Raises:
-        OptionError: the observer's name or an option is unknown.
+        OptionError: `gm` is no graph, or the observer's name or an option is unknown.
     """
+    check_graph("insert_observers", gm)
     create_observer(observer, **options)  # a wrong name fails even where nothing is observed
     observed = copy_sharing_tensors(gm)
     written, made = writes_before(observed), dict[tuple[Node, int], Node]()

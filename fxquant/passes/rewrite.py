@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from fxquant.errors import WeightError
 from fxquant.graph.copying import copy_owning_tensors
+from fxquant.graph.graph_module import check_graph
 from fxquant.graph.layers import (
     Site,
     finish,
@@ -100,5 +101,6 @@ def dequantize_model(qmodel: GraphModule) -> GraphModule:
     Returns:
         A new graph. Activation quantize/dequantize nodes stay.
     """
+    check_graph("dequantize_model", qmodel)
     layers = {s.module for s in sites(qmodel) if isinstance(s.module, QuantizedLinear)}
     return replace_layers(qmodel, {layer: layer.to_linear() for layer in layers})

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from fxquant.errors import SaveError
+from fxquant.errors import SaveError, cause_of, check_path
 from fxquant.serialization.container import kind_of
 
 try:
@@ -101,7 +101,7 @@ def write_folder_atomically(path: str | os.PathLike[str], write: Callable[[str],
 def _not_written(path: str | os.PathLike[str], error: Exception) -> SaveError:
     return SaveError(
         os.fspath(path),
-        found=str(error),
+        found=f"that writing it failed: {cause_of(error)}",
         needed="a folder that exists, can be written and has space",
         remedy="Create the folder, free some space, or choose another path.",
     )
@@ -109,6 +109,7 @@ def _not_written(path: str | os.PathLike[str], error: Exception) -> SaveError:
 
 def check_replaceable(path: str | os.PathLike[str]) -> None:
     """Raise a `SaveError` if something other than a regular file is at `path`."""
+    check_path("path", path, SaveError)
     with contextlib.suppress(OSError, ValueError):  # writing will say it
         _status(Path(os.path.realpath(path)))
 

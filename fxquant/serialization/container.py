@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.errors import LoadError
+from fxquant.errors import LoadError, cause_of, check_path
 from fxquant.serialization.digest import BLOCK, Digest
 
 LENGTH_BYTES = 8  # of the header's length, at the start
@@ -56,6 +56,7 @@ class Container:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        check_path("path", path, LoadError)
         self._where = os.fspath(path)
         self._file = self._open()
         try:
@@ -103,7 +104,7 @@ class Container:
             check_regular(os.stat(self._where).st_mode, self._where)
             file = open(self._where, "rb", buffering=0)  # noqa: SIM115
         except (OSError, ValueError) as error:
-            raise not_readable(self._where, str(error)) from error
+            raise not_readable(self._where, f"that reading it failed: {cause_of(error)}") from error
         return file
 
     def _read_header(self) -> tuple[dict[str, str], list[Entry]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.errors import FxquantError, LoadError, SaveError
+from fxquant.graph.graph_module import check_graph
 from fxquant.graph.identity import FINGERPRINT
 from fxquant.graph.layers import NAMES
 from fxquant.graph.left_alone import process_left_alone
@@ -57,13 +58,7 @@ def save_model(
     Raises:
         SaveError: something in the graph cannot be described, or the file cannot be written.
     """
-    if not isinstance(qmodel, GraphModule):
-        raise SaveError(
-            "save_model",
-            found=f"a {type(qmodel).__name__}",
-            needed="a GraphModule",
-            remedy="Pass the graph that fxquant.quantize or fxquant.trace returned.",
-        )
+    check_graph("save_model", qmodel, SaveError)
     check_replaceable(path)
     describer = Describer(allow, allow_modules)
     graph = describer.graph(qmodel)

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fxquant.errors import OptionError, TraceError
+from fxquant.errors import OptionError, TraceError, check_type
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.left_alone import WrittenMemory
 from fxquant.tracing.replacements import replace_untraceable_layers
@@ -29,13 +29,7 @@ def unwrap(model: Any) -> nn.Module:
         if not isinstance(inner, nn.Module):
             break
         model = inner
-    if not isinstance(model, nn.Module):
-        raise OptionError(
-            "model",
-            found=type(model).__name__,
-            needed="a torch.nn.Module",
-            remedy="Pass the model itself, not its path or its output.",
-        )
+    check_type("model", model, nn.Module, "Pass the model itself, not its path or its output.")
     if isinstance(model, torch.jit.ScriptModule):
         raise OptionError(
             "model",

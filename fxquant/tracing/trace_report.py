@@ -7,6 +7,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from fxquant.errors import OptionError
+from fxquant.graph.graph_module import check_graph
 from fxquant.report.view import View
 
 REPORT_KEY = "fxquant_trace_report"
@@ -126,6 +127,7 @@ def trace_report(gm: GraphModule) -> TraceReport:
     Raises:
         OptionError: `gm` does not come from `trace`.
     """
+    check_graph("trace_report", gm)
     report = gm.meta.get(REPORT_KEY)
     if not isinstance(report, TraceReport):
         raise OptionError(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.config.skip_rules import type_name
+from fxquant.graph.graph_module import check_graph
 from fxquant.graph.layers import sites, user_name
 from fxquant.measure.quantization_info import INFO_KEY
 from fxquant.measure.sensitivity_row import as_number
@@ -120,6 +121,8 @@ def diff(before: GraphModule, after: GraphModule) -> GraphDiff:
     Nodes are matched by name, which every pass keeps. A node counts as rewritten when it calls
     another kind of module or function, or a module with other weights or format.
     """
+    check_graph("before", before)
+    check_graph("after", after)
     old, new = _nodes(before), _nodes(after)
     record = after.meta.get(INFO_KEY) or {}
     rules = {d["module"]: d["rule"] for d in record.get("decisions", [])}

@@ -8,6 +8,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.config.skip_rules import type_name
+from fxquant.graph.graph_module import check_graph
 from fxquant.graph.layers import Site, sites, user_name
 from fxquant.graph.shapes import DTYPE, MODULE_PATH, SHAPE
 from fxquant.measure.quantization_info import INFO_KEY
@@ -27,6 +28,7 @@ def to_networkx(gm: GraphModule, rows: dict[str, Any] | None = None) -> "nx.Mult
         introduced; None where unknown), and an edge for each argument with its position or name as
         `argument`.
     """
+    check_graph("graph", gm)
     rows = measured_rows(gm) if rows is None else rows
     graph: nx.MultiDiGraph[str] = nx.MultiDiGraph(name=type(gm).__name__)
     for node in gm.graph.nodes:

@@ -151,6 +151,13 @@ def test_the_gradient_method_ranks_layers_as_exact_does_on_the_embedded_model(me
     assert 0.5 < sorted(ratios)[len(ratios) // 2] < 2  # the unit is right, not only the order
 
 
+def test_analysis_is_another_name_of_method():
+    report = fxquant.sensitivity(models.Plain(), X, analysis="gradient", rounding="rtn", **OPTIONS)
+    assert report.method == "gradient"
+    with pytest.raises(OptionError, match="analysis: got 'nonsense'"):
+        fxquant.sensitivity(models.Plain(), X, analysis="nonsense", **OPTIONS)
+
+
 def test_a_metric_of_ones_own_is_used_by_exact_and_refused_by_gradient():
     def worst(a, b):
         return (a - b).abs().max().item()

@@ -236,7 +236,7 @@ def test_files_that_are_not_ours_say_so(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(LoadError, match="0 bytes"):
         files.load_model(path)
-    with pytest.raises(LoadError, match="No such file"):
+    with pytest.raises(LoadError, match="no such file"):
         files.load_model(tmp_path / "missing.safetensors")
 
 
@@ -309,7 +309,7 @@ def test_a_failed_save_leaves_the_old_file_as_it_was(saved, tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "save_file", full)
-    with pytest.raises(SaveError, match="No space left.*free some space"):
+    with pytest.raises(SaveError, match="no space left.*free some space"):
         files.save_model(gm, path)
     assert path.read_bytes() == saved.read_bytes()
     assert os.listdir(tmp_path) == ["m.safetensors"]
