@@ -54,7 +54,7 @@ def test_a_mapping_of_bits_cannot_be_changed_from_outside():
         ({"bits": 7}, "7", "Choose one of these widths"),
         ({"bits": {"a": 7}}, r"bits\['a'\]", "16 leaves a module float"),
         ({"bits": True}, "True", "Choose one of these widths"),
-        ({"group_size": 0}, "0", "positive int"),
+        ({"group_size": 0}, "0", "32 are usual"),
         ({"symmetric": "no"}, "'no'", "True or False"),
         ({"method": "gptk"}, "'gptk'", "Did you mean 'gptq'"),
         ({"observer": "histogramm"}, "histogramm", "Did you mean 'histogram'"),
