@@ -106,6 +106,7 @@ def quantize(
     example_inputs: object = None,
     into: Literal["graph"] = "graph",
     average_bits: float | None = None,
+    memory: int | str | None = None,
     **options: Unpack[QuantOptions],
 ) -> tuple[GraphModule, QuantizationInfo]: ...
 
@@ -119,6 +120,7 @@ def quantize(
     example_inputs: object = None,
     into: Literal["model"],
     average_bits: float | None = None,
+    memory: int | str | None = None,
     **options: Unpack[QuantOptions],
 ) -> tuple[M, QuantizationInfo]: ...
 
@@ -131,6 +133,7 @@ def quantize(
     example_inputs: object = None,
     into: Literal["graph", "model"] = "graph",
     average_bits: float | None = None,
+    memory: int | str | None = None,
     **options: Unpack[QuantOptions],
 ) -> tuple[nn.Module, QuantizationInfo]:
     """Quantize a model, with calibration data or without.
@@ -152,6 +155,9 @@ def quantize(
             the same quantized layers (see `swap_modules`).
         average_bits: a budget: `sensitivity` measures what each layer costs, `allocate` spends the
             bits where they pay. Needs data.
+        memory: that values between layers may take while layers are fitted to data, with those in
+            work: `"4GB"`, or a number of bytes; by default half of what is free. What does not fit
+            waits in a temporary file. The result is the same, bit for bit.
         **options: the fields of `QuantConfig`; they change `config`.
 
     Returns:
@@ -175,7 +181,7 @@ def quantize(
     graph = model
     if average_bits is not None:
         graph, drawn, made = _allocated(model, drawn, made, example, average_bits)
-    qmodel, info = _finish(*run_stages(graph, drawn, made, example))
+    qmodel, info = _finish(*run_stages(graph, drawn, made, example, memory=memory))
     return (swap_modules(model, qmodel) if into == "model" else qmodel), info
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from torch.fx import GraphModule
 
+from fxquant.config.memory import memory_bytes
 from fxquant.config.method import Recipe, parse_method
 from fxquant.config.quant_config import DYNAMIC, QuantConfig
 from fxquant.graph.calls import Call
@@ -33,6 +34,8 @@ from fxquant.passes.simulate import SimulatedActivations, SimulatedWeights
 from fxquant.tracing.prepare import check_initialized, unwrap
 from fxquant.tracing.trace import graph_of
 from fxquant.tracing.trace_report import trace_report
+
+WAITING_SHARE = 0.5  # of the memory, for values between layers; the batch and the layer in work too
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,12 @@ class _Calibrated:
 
 
 def run_stages(
-    model: nn.Module, data: Iterable[object] | None, config: QuantConfig, example: Call | None
+    model: nn.Module,
+    data: Iterable[object] | None,
+    config: QuantConfig,
+    example: Call | None,
+    *,
+    memory: int | str | None = None,
 ) -> tuple[GraphModule, QuantizationInfo]:
     """Quantize a model.
 
@@ -78,6 +86,7 @@ def run_stages(
         data: calibration data, or None.
         config: what is wanted.
         example: the call to trace the model with; by default the first of the data.
+        memory: that values between layers may take, see `config/memory.py`.
 
     Returns:
         The quantized graph and the record, whose accuracy nobody has judged yet.
@@ -86,12 +95,13 @@ def run_stages(
         FxquantError: the model or the data is not usable.
     """
     recipe = parse_method(config.method, has_data=data is not None)
+    most_bytes = memory_bytes(memory)
     model = unwrap(model)
     check_initialized(model)
     with process_left_alone(), structure_left_alone(model):
         if data is None:
             return _quantize_without_data(model, config, recipe, example)
-        return _quantize_with_data(model, data, config, recipe, example)
+        return _quantize_with_data(model, data, config, recipe, example, most_bytes)
 
 
 def _quantize_without_data(
@@ -114,13 +124,14 @@ def _quantize_with_data(
     config: QuantConfig,
     recipe: Recipe,
     example: Call | None,
+    most_bytes: int | None,
 ) -> tuple[GraphModule, QuantizationInfo]:
     drawn = list(calls(data, model, config.num_calibration_samples))
     gm = graph_of(model, example or (drawn[0] if drawn else None))
     decisions = decide(gm, config)
     check_weights(gm, _selected(decisions))
     calibrated = _calibrate(gm, decisions, drawn, config, recipe)
-    made = _with_activations(_fit(calibrated, config, recipe), calibrated, config)
+    made = _with_activations(_fit(calibrated, config, recipe, most_bytes), calibrated, config)
     info = _measured(calibrated, made, config, recipe)
     if config.method != "auto" or not calibrated.held_out or info.sqnr_db is None:
         return made.gm, info
@@ -168,7 +179,9 @@ def _calibrate(
     return _Calibrated(gm, decisions, fitted, held_out, watcher, folded)
 
 
-def _fit(calibrated: _Calibrated, config: QuantConfig, recipe: Recipe) -> _Rewritten:
+def _fit(
+    calibrated: _Calibrated, config: QuantConfig, recipe: Recipe, most_bytes: int | None
+) -> _Rewritten:
     """The rewritten graph, with layers that are fitted to the data or rounded with its help."""
     decisions = calibrated.decisions
     if recipe.rounding != "gptq" or not _selected(decisions):
@@ -181,6 +194,7 @@ def _fit(calibrated: _Calibrated, config: QuantConfig, recipe: Recipe) -> _Rewri
         layers.quantize,
         calibrated.held_out,
         calibrated.watcher,
+        most_bytes=None if most_bytes is None else int(most_bytes * WAITING_SHARE),
     )
     return _Rewritten(gm, layers.explain(decisions))
 

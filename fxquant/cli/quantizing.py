@@ -49,6 +49,11 @@ SHOWN_WARNINGS = 3
     help="Measure each layer, and spend this many bits a weight where they pay.",
 )
 @click.option(
+    "--memory",
+    metavar="AMOUNT",
+    help="For values between layers, such as 4GB; more waits in a file. [default: half the free]",
+)
+@click.option(
     "--min-sqnr",
     type=float,
     metavar="DB",
@@ -57,7 +62,8 @@ SHOWN_WARNINGS = 3
 @json_option
 def quantize_command(
     model: str, data: str | None, output: Path | None, dry_run: bool, table: bool,
-    average_bits: float | None, min_sqnr: float | None, as_json: bool, **rules: Any,
+    average_bits: float | None, memory: str | None, min_sqnr: float | None, as_json: bool,
+    **rules: Any,
 ) -> None:  # fmt: skip
     """Quantize MODEL and save it."""
     with Output(as_json).running() as out:
@@ -66,7 +72,7 @@ def quantize_command(
             print_plan(out, model, data, config)
             return
         source, batches = load_source(model), load_data(data, model)
-        qmodel, info = quantize(source, batches, config, average_bits=average_bits)
+        qmodel, info = quantize(source, batches, config, average_bits=average_bits, memory=memory)
         if table:
             out.text(info.table())
         is_refused = min_sqnr is not None and not (info.sqnr_db or -1) >= min_sqnr

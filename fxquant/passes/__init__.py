@@ -13,6 +13,7 @@ Each leaves a legal graph and never changes its input.
 | `rounded_layers.py`, `fitted_layers.py` | quantized layers rounded alone, or fitted to inputs |
 | `quantize_sequentially.py` | layers quantized in the order in which they run |
 | `turns.py`, `paired_batches.py` | which layers together, and batches from turn to turn |
+| `held_values.py` | what waits between turns: in memory up to a bound, else in a file |
 | `collect_moments.py`, `opaque_layers.py` | the moments of layers at a turn |
 | `rewrite.py` | quantized layers in the place of float ones, and back |
 | `quantize_activations.py` | quantize and dequantize nodes around layers |

@@ -4,6 +4,8 @@ Each batch goes from one turn to the next on its own: between two turns there ar
 batch, and at a turn only those that later nodes use.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.fx import GraphModule, Node
 from fxquant.graph.calls import Call
 from fxquant.graph.stepper import Stepper
 from fxquant.passes.calibrate import naming_batch
+from fxquant.passes.held_values import HeldValues
 from fxquant.passes.padding import fitting_mask, padding_mask
 
 
@@ -57,6 +60,16 @@ class PairedBatch:
             self.clean.advance(self.clean_values, self.position, position)
             self.noisy.advance(self.noisy_values, self.position, position)
         self.position = max(position, self.position)
+
+    @contextmanager
+    def resumed(self, held: HeldValues) -> Iterator[None]:
+        """Its values are here inside, and among the held ones after it."""
+        self.clean_values, self.noisy_values = held.take(self.index) or ({}, {})
+        try:
+            yield
+        finally:
+            held.put(self.index, [self.clean_values, self.noisy_values])
+            self.clean_values, self.noisy_values = {}, {}
 
     def values_of(self, node: Node | None) -> tuple[Tensor, Tensor] | None:
         """The tensor in the float graph, and in the quantized one, of a node of the latter."""

@@ -11,13 +11,16 @@ several times is fitted to all its calls: to the first on what the quantized gra
 those behind on what the float graph gives.
 """
 
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from tqdm import tqdm
 
 from fxquant.errors import WeightError
 from fxquant.graph.calls import Call
@@ -36,8 +39,9 @@ from fxquant.observers.moments import LayerMoments
 from fxquant.passes.calibrate import run_call
 from fxquant.passes.collect_moments import collect, float_linear
 from fxquant.passes.decide import Decision
+from fxquant.passes.held_values import HeldValues
 from fxquant.passes.observe_inputs import InputWatcher
-from fxquant.passes.opaque_layers import collect_inside, groups_inside
+from fxquant.passes.opaque_layers import OpaqueGroup, collect_inside, groups_inside
 from fxquant.passes.padding import fitting_mask, padding_mask
 from fxquant.passes.paired_batches import PairedBatch
 from fxquant.passes.rewrite import freeze
@@ -54,6 +58,8 @@ def quantize_sequentially(
     quantize_linear: QuantizeWithMoments,
     held_out: Sequence[Call] = (),
     watcher: InputWatcher | None = None,
+    *,
+    most_bytes: int | None = None,
 ) -> GraphModule:
     """Swap each Linear that the table of decisions quantizes, in the order in which it runs.
 
@@ -66,6 +72,8 @@ def quantize_sequentially(
             no batch reaches get moments without tokens.
         held_out: batches that choose no integers; their moments are kept apart.
         watcher: is given what the layers read in the float graph, of `calls`.
+        most_bytes: of values that wait between layers in memory; the others wait in a file. None:
+            no bound. The result is the same, bit for bit.
 
     Returns:
         A new graph, on memory of its own, whose nodes have the same names.
@@ -79,8 +87,11 @@ def quantize_sequentially(
     rewritten = copy_owning_tensors(gm, keep=chosen.__contains__)
     freeze(rewritten)
     float_gm = copy_sharing_tensors(gm, frozen=True)
-    run = _Run(float_gm, rewritten, bits, quantize_linear, watcher or InputWatcher(gm, ()))
-    with graph_left_alone(float_gm), attributes_left_alone(rewritten):
+    models = (float_gm, rewritten)
+    own = [tensor for m in models for tensor in (*m.parameters(), *m.buffers())]
+    held = HeldValues(most_bytes, own)
+    run = _Run(float_gm, rewritten, bits, quantize_linear, watcher or InputWatcher(gm, ()), held)
+    with closing(held), graph_left_alone(float_gm), attributes_left_alone(rewritten):
         run.over(calls, held_out)
     rewritten.recompile()
     return rewritten
@@ -96,9 +107,10 @@ class _Run:
         bits: dict[str, int],
         quantize_linear: QuantizeWithMoments,
         watcher: InputWatcher,
+        held: HeldValues,
     ) -> None:
         self.float_gm, self.rewritten, self.bits = float_gm, rewritten, bits
-        self.quantize_linear, self.watcher = quantize_linear, watcher
+        self.quantize_linear, self.watcher, self.held = quantize_linear, watcher, held
         self.partners = {site.name: site.module for site in sites(float_gm)}
         self.batches: list[PairedBatch] = []
         self.later: dict[str, LayerMoments] = {}
@@ -110,7 +122,8 @@ class _Run:
             PairedBatch.of(self.float_gm, self.rewritten, call, i, held_out=i >= len(calls))
             for i, call in enumerate((*calls, *held_out))
         ]
-        for turn in find_turns(self.rewritten, set(self.bits)):
+        turns = find_turns(self.rewritten, set(self.bits))
+        for turn in tqdm(turns, "fitting layers", disable=not sys.stderr.isatty()):
             if turn.is_inside:
                 self._quantize_inside(turn)
             else:
@@ -123,23 +136,29 @@ class _Run:
             self._swap(site, moments[site.name])
 
     def _quantize_inside(self, turn: Turn) -> None:
-        batches = list(self._arrived(turn, ()))
-        for group in groups_inside(turn, batches[0] if batches else None):
+        for group in self._groups_inside(turn):
             moments = {s.name: self._own_moments(s) for s in group.sites}
-            collect_inside(group, self.partners, batches, moments, self._notice)
+            arrived = self._arrived(turn, ())
+            collect_inside(group, self.partners, arrived, moments, self._notice)
             self.watcher.check(moments)
             for site in group.sites:
                 self._swap(site, moments[site.name])
 
-    def _arrived(self, turn: Turn, watched: Iterable[Site]) -> Iterator[PairedBatch]:
+    def _groups_inside(self, turn: Turn) -> list[OpaqueGroup]:
+        """In which order the first batch sees them."""
+        with closing(self._arrived(turn, ())) as arrived:
+            return groups_inside(turn, next(arrived, None))
+
+    def _arrived(self, turn: Turn, watched: Iterable[Site]) -> Generator[PairedBatch, None, None]:
         """Each batch, when both graphs have run up to the turn."""
         for batch in self.batches:
-            batch.advance(turn.position)
-            for site in () if batch.is_held_out else watched:
-                values = batch.values_of(site.input)
-                if values is not None:
-                    self._notice(site.name, values[0], batch)
-            yield batch
+            with batch.resumed(self.held):
+                batch.advance(turn.position)
+                for site in () if batch.is_held_out else watched:
+                    values = batch.values_of(site.input)
+                    if values is not None:
+                        self._notice(site.name, values[0], batch)
+                yield batch
 
     def _notice(self, name: str, x: Tensor, batch: PairedBatch) -> None:
         """A layer reads `x` in the float graph; of layers that read the same, the first counts."""
