@@ -58,7 +58,7 @@ def measure(name: str, model: nn.Module, inputs: list[torch.Tensor]) -> dict[str
     gm = copy_sharing_tensors(trace(model, inputs[0]), frozen=True)
     calls = [((x,), {}) for x in inputs]
     decisions = decide(gm, QuantConfig())
-    layers = RoundedLayers(128, True)
+    layers = RoundedLayers(QuantConfig())
     qmodel = rewrite(gm, decisions, layers.quantize)
     candidates = find_candidates(gm, [d.module for d in decisions if d.bits])
     common = (gm, candidates, WIDTHS, calls, layers.quantize, main_output)

@@ -11,7 +11,8 @@ from fxquant.analysis.allocation import allocate
 from fxquant.analysis.sensitivity import sensitivity
 from fxquant.analysis.shipped_layers import ROUNDINGS
 from fxquant.config.method import parse_method
-from fxquant.config.quant_config import QuantConfig, QuantOptions, TypeRule, as_config
+from fxquant.config.quant_config import FLOAT_BITS, QuantConfig, QuantOptions, TypeRule, as_config
+from fxquant.config.targets import TARGETS
 from fxquant.errors import OptionError, check_choice
 from fxquant.graph.calls import Call
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
@@ -35,6 +36,8 @@ def static_quantize(
     bits: int | Mapping[str, int] = 4,
     group_size: int = 128,
     symmetric: bool = True,
+    zero_points: str = "float",
+    target: str | None = None,
     method: str = "auto",
     observer: str = "minmax",
     activation_bits: int | None = None,
@@ -58,6 +61,8 @@ def static_quantize(
         bits: see `QuantConfig`, as for all that follow.
         group_size: see there.
         symmetric: see there.
+        zero_points: see there.
+        target: see there.
         method: see there.
         observer: see there.
         activation_bits: see there.
@@ -81,6 +86,8 @@ def static_quantize(
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
+        zero_points=zero_points,
+        target=target,
         method=method,
         observer=observer,
         activation_bits=activation_bits,
@@ -253,12 +260,15 @@ def _allocated(
         method="gradient",
         rounding=config.method if config.method in ROUNDINGS else "auto",
         symmetric=config.symmetric,
+        zero_points=config.zero_points,
+        target=config.target,
         modules_to_not_convert=config.modules_to_not_convert,
         skip_layer_names=config.skip_layer_names,
         skip_param_threshold=config.skip_param_threshold,
         num_samples=config.num_calibration_samples,
     )
-    bits = allocate(report, average_bits=average_bits)
+    widths = TARGETS[config.target].widths if config.target else (4, 8)
+    bits = allocate(report, average_bits=average_bits, choices=(*widths, FLOAT_BITS))
     return gm, drawn, config.changed(bits=bits)
 
 

@@ -159,7 +159,7 @@ def _calibrate(
     fitted, held_out = hold_out(drawn, lambda call: takes(gm, call)) if names else (drawn, [])
     folded: Sequence[FoldedScale] = ()
     if recipe.scalings and names:
-        weights = SimulatedWeights(config.group_size, config.symmetric)
+        weights = SimulatedWeights(config)
         activations = None
         if config.activation_bits is not None:
             activations = SimulatedActivations(config.observer, config.group_size)
@@ -186,7 +186,7 @@ def _fit(
     decisions = calibrated.decisions
     if recipe.rounding != "gptq" or not _selected(decisions):
         return _round(calibrated.gm, decisions, config, recipe.rounding, calibrated.steadied)
-    layers = FittedLayers(config.group_size, config.symmetric, refined=recipe.refined)
+    layers = FittedLayers(config, refined=recipe.refined)
     gm = quantize_sequentially(
         calibrated.gm,
         decisions,
@@ -208,7 +208,7 @@ def _round(
 ) -> _Rewritten:
     """The rewritten graph, with each layer rounded on its own."""
     rounding = "rtn" if rounding == "gptq" else rounding
-    layers = RoundedLayers(config.group_size, config.symmetric, rounding, statistics)
+    layers = RoundedLayers(config, rounding, statistics)
     qmodel = rewrite(gm, decisions, layers.quantize)
     return _Rewritten(qmodel, layers.explain(decisions))
 

@@ -25,6 +25,7 @@ def gptq(
     bits: int = 4,
     group_size: int = 128,
     symmetric: bool = True,
+    integer_zero_points: bool = False,
     damping: float = DAMPING,
 ) -> QuantizedWeight:
     """Quantize a weight for the inputs it will see.
@@ -35,6 +36,7 @@ def gptq(
         bits: of an integer.
         group_size: columns a group; the last group may be short. -1: one group a row.
         symmetric: one fixed zero point, or one for each group.
+        integer_zero_points: these are whole numbers, 0 .. 2 ** bits - 1, not fractions.
         damping: what is added to the diagonal of the second moments, in units of its mean; more is
             taken where they have no inverse.
 
@@ -48,7 +50,7 @@ def gptq(
     """
     fixed = round_to_nearest(
         weight, bits=bits, group_size=group_size, symmetric=symmetric,
-        importance=moments.importance,
+        integer_zero_points=integer_zero_points, importance=moments.importance,
     )  # fmt: skip
     if not moments.tokens:
         return fixed

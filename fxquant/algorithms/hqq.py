@@ -19,13 +19,12 @@ from fxquant.numerics.integers import (
 )
 from fxquant.numerics.quantized_weight import (
     SCALE_DTYPE,
-    ZERO_POINT_DTYPE,
     QuantizedWeight,
     resolved_group_size,
     rows_of_block,
     symmetric_zero_point,
 )
-from fxquant.numerics.weights import calculate_scale_zp_groupwise
+from fxquant.numerics.weights import calculate_scale_zp_groupwise, stored_zero_points
 
 NORM = 0.7  # p
 STRENGTH = 10.0  # of the first shrinkage; a multiple of the inverse group magnitude
@@ -35,7 +34,12 @@ BLOCK_ELEMENTS = 1 << 19  # of a block of rows: its temporaries stay in the cach
 
 
 def half_quadratic(
-    weight: Tensor, *, bits: int = 4, group_size: int = 128, symmetric: bool = True
+    weight: Tensor,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = True,
+    integer_zero_points: bool = False,
 ) -> QuantizedWeight:
     """Quantize a weight robustly against outliers.
 
@@ -45,6 +49,7 @@ def half_quadratic(
         group_size: columns a group; the last group may be short. Without groups (-1, one for a
             whole row) the method is known to fail on models: use smaller ones.
         symmetric: one fixed zero point, or one for each group.
+        integer_zero_points: these are whole numbers, 0 .. 2 ** bits - 1, not fractions.
 
     Returns:
         The integers with their scales and zero points.
@@ -53,12 +58,15 @@ def half_quadratic(
         WeightError: the weight is not a finite matrix.
         OptionError: `group_size` or `bits` is not usable.
     """
-    scales, zero_points = calculate_scale_zp_groupwise(weight, group_size, symmetric, bits=bits)
+    scales, zero_points = calculate_scale_zp_groupwise(
+        weight, group_size, symmetric, bits=bits, integer_zero_points=integer_zero_points
+    )
+    whole = integer_zero_points
     group_size, integer = resolved_group_size(group_size, weight.shape[1]), unsigned(bits)
     rows = rows_of_block(weight.shape[1], BLOCK_ELEMENTS)
     counts = group_mask(weight.shape[1], group_size)
     parts = [
-        _solve(to_groups(block.float(), group_size), counts, scale, zero, symmetric, integer)
+        _solve(to_groups(block.float(), group_size), counts, scale, zero, symmetric, integer, whole)
         for block, scale, zero in zip(
             weight.detach().split(rows), scales.split(rows), zero_points.split(rows), strict=True
         )
@@ -77,6 +85,7 @@ def _solve(
     zero_point: Tensor,
     symmetric: bool,
     integer: IntegerType,
+    whole: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Integers [rows, groups, size] and the grid [rows, groups] of a block of rows.
 
@@ -104,7 +113,7 @@ def _solve(
             scale = safe_scale(fitted.to(SCALE_DTYPE).float())
         else:
             fitted = ((q - rest / scale[..., None]) * counts).sum(-1) / counts.sum(-1)
-            zero_point = fitted.to(ZERO_POINT_DTYPE).float()
+            zero_point = stored_zero_points(fitted, integer, whole)
         strength *= GROWTH
     q = quantize_affine(groups, best_scale[..., None], best_zero[..., None], integer)
     return q, best_scale, best_zero

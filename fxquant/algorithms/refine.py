@@ -15,21 +15,24 @@ from fxquant.algorithms.lazy_update import lazy_update
 from fxquant.numerics.grouping import expand_groups, group_count, to_groups
 from fxquant.numerics.quantized_weight import (
     SCALE_DTYPE,
-    ZERO_POINT_DTYPE,
     QuantizedWeight,
-    symmetric_zero_point,
 )
+from fxquant.numerics.weights import MOST_ZERO_POINT, stored_zero_points
 from fxquant.observers.moments import LayerMoments, damped
 
 ROUNDS = 3
 SWEEPS = 2  # of coordinate descent in a round
 RIDGE = 1e-4  # of the diagonal: holds scales near what they were where the data say nothing
 MOST_SCALE_CHANGE = 3.0  # times its former size: a scale beyond has no support in the data
-FARTHEST = 1024.0  # zero point
 
 
 def refine(
-    target: Tensor, quantized: QuantizedWeight, moments: LayerMoments, *, damping: float = DAMPING
+    target: Tensor,
+    quantized: QuantizedWeight,
+    moments: LayerMoments,
+    *,
+    integer_zero_points: bool = False,
+    damping: float = DAMPING,
 ) -> QuantizedWeight:
     """Lower the layer's squared error further.
 
@@ -37,6 +40,7 @@ def refine(
         target: the float weight to approach, [out, in].
         quantized: where to begin.
         moments: of the layer.
+        integer_zero_points: zero points stay whole numbers, if they are not symmetric.
         damping: of the second moments, as for `gptq`.
 
     Returns:
@@ -47,7 +51,7 @@ def refine(
         return quantized
     hessian = damped(moments.hessian, damping)
     hessian /= hessian.diagonal().mean()  # keeps products inside float32 for tiny and huge inputs
-    search = _Search(target.detach().float(), quantized, hessian)
+    search = _Search(target.detach().float(), quantized, hessian, integer_zero_points)
     for _ in range(ROUNDS):
         search.refit()
         for _ in range(SWEEPS):
@@ -64,10 +68,12 @@ class _Search:
         zero_points: [out, groups].
     """
 
-    def __init__(self, target: Tensor, start: QuantizedWeight, hessian: Tensor) -> None:
+    def __init__(
+        self, target: Tensor, start: QuantizedWeight, hessian: Tensor, whole: bool
+    ) -> None:
         self.target, self.hessian, self.start = target.T.contiguous(), hessian, start
         self.columns, self.group_size = start.in_features, start.group_size
-        self.integer = start.integer
+        self.integer, self.whole = start.integer, whole
         self.q = start.integers().float().T.contiguous()
         self.scales, self.zero_points = start.scales, start.zero_points
 
@@ -88,8 +94,19 @@ class _Search:
 
     def refit(self) -> None:
         """The best scales (and zero points) for the integers, where they are better."""
+        if self.start.symmetric or self.whole:
+            self._offer(self._fitted_scales(self.zero_points), self.zero_points)
+        if self.start.symmetric:
+            return
+        scales, zero_points = self._fitted_grids()
+        if self.whole:
+            zero_points = stored_zero_points(zero_points, self.integer, True)
+            scales = self._fitted_scales(zero_points)
+        self._offer(scales, zero_points)
+
+    def _offer(self, scales: Tensor, zero_points: Tensor) -> None:
+        """Keep this grid for the rows whose error it lowers."""
         before = self._errors(self.scales, self.zero_points)
-        scales, zero_points = self._least_squares()
         better = (self._errors(scales, zero_points) < before)[:, None]
         self.scales = torch.where(better, scales, self.scales)
         self.zero_points = torch.where(better, zero_points, self.zero_points)
@@ -107,18 +124,33 @@ class _Search:
         difference = (self.q - self._by_column(zero_points)) * self._by_column(scales) - self.target
         return ((self.hessian @ difference) * difference).sum(0)
 
-    def _least_squares(self) -> tuple[Tensor, Tensor]:
-        """Scales and zero points from the normal equations of each row, rounded as stored."""
-        symmetric = self.start.symmetric
-        if symmetric:
-            basis = [self.q - symmetric_zero_point(self.integer.bits)]
-        else:
-            basis = [self.q, torch.ones_like(self.q)]
+    def _fitted_scales(self, zero_points: Tensor) -> Tensor:
+        """The best scales for these zero points, rounded as stored; the present ones if useless."""
+        scales, good = self._solve([self.q - self._by_column(zero_points)], [self.scales])
+        return torch.where(good, scales, self.scales)
+
+    def _fitted_grids(self) -> tuple[Tensor, Tensor]:
+        """The best scales and zero points together, rounded as stored."""
+        former = [self.scales, -self.scales * self.zero_points]
+        found, good = self._solve([self.q, torch.ones_like(self.q)], former)
+        scales, offsets = found.split(self.scales.shape[1], dim=1)
+        zeros = -offsets / scales
+        good &= zeros.abs() < MOST_ZERO_POINT
+        zeros = torch.where(good, zeros, self.zero_points)
+        zeros = stored_zero_points(zeros, self.integer, whole=False)
+        return torch.where(good, scales, self.scales), zeros
+
+    def _solve(self, basis: list[Tensor], former: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Factors of each group's `basis` from the normal equations of each row.
+
+        Returns:
+            `(factors, good)`: [out, unknowns], of which the first ones are scales, rounded as
+            stored, and for each group whether its scale is near the present one.
+        """
         groups = group_count(self.columns, self.group_size)
         aim = self.hessian @ self.target  # [in, out]
         normal = torch.cat([self._products(b, basis) for b in basis], 1).double()
         right = torch.cat([self._group_sums(b * aim) for b in basis], 1).double()
-        former = [self.scales] if symmetric else [self.scales, -self.scales * self.zero_points]
         ridge = normal.diagonal(dim1=1, dim2=2) * RIDGE + torch.finfo(torch.float32).tiny
         found, failed = torch.linalg.solve_ex(
             normal + torch.diag_embed(ridge), right + ridge * torch.cat(former, 1).double()
@@ -129,12 +161,7 @@ class _Search:
         good = (
             (failed == 0)[:, None] & (ratio < MOST_SCALE_CHANGE) & (ratio > 1 / MOST_SCALE_CHANGE)
         )
-        if symmetric:
-            return torch.where(good, scales, self.scales), self.zero_points
-        zeros = -found[:, groups:].float() / scales
-        good &= zeros.abs() < FARTHEST
-        zeros = torch.where(good, zeros, self.zero_points).to(ZERO_POINT_DTYPE).float()
-        return torch.where(good, scales, self.scales), zeros
+        return torch.cat([scales, found[:, groups:].float()], 1), good
 
     def _products(self, one: Tensor, basis: list[Tensor]) -> Tensor:
         """Products of `one`'s groups with all groups of the basis, [out, groups, unknowns]."""

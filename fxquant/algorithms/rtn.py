@@ -16,12 +16,15 @@ from fxquant.numerics.grouping import from_groups, group_mask, to_groups
 from fxquant.numerics.integers import IntegerType, quantize_affine, safe_scale
 from fxquant.numerics.quantized_weight import (
     SCALE_DTYPE,
-    ZERO_POINT_DTYPE,
     QuantizedWeight,
     rows_of_block,
-    symmetric_zero_point,
 )
-from fxquant.numerics.weights import check_weight, scales_from_extreme, scales_from_range
+from fxquant.numerics.weights import (
+    check_weight,
+    scales_from_extreme,
+    scales_from_range,
+    stored_zero_points,
+)
 
 # Ratios of the clipping range to the full range. One above 1 helps symmetric groups: codes span
 # -8..7, so the positive end clips; widening trades step size for less clipping. The fewer the
@@ -42,6 +45,7 @@ def round_to_nearest(
     bits: int = 4,
     group_size: int = 128,
     symmetric: bool = True,
+    integer_zero_points: bool = False,
     importance: Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize a weight by rounding, with the best range for each group.
@@ -51,6 +55,7 @@ def round_to_nearest(
         bits: of an integer.
         group_size: columns a group; the last group may be short. -1: one group a row.
         symmetric: one fixed zero point, or one for each group.
+        integer_zero_points: these are whole numbers, 0 .. 2 ** bits - 1, not fractions.
         importance: [in], how much a column's squared error counts: the mean square of the layer's
             input. All columns count alike without it.
 
@@ -67,10 +72,11 @@ def round_to_nearest(
     if rounding.unsupported(weight) is None:
         ratios = CLIP_RATIOS[bits]
         rounding.round_groups(
-            weight, made, clip_ratios=ratios, refits=REFITS, importance=importance
-        )
+            weight, made, clip_ratios=ratios, refits=REFITS,
+            integer_zero_points=integer_zero_points, importance=importance,
+        )  # fmt: skip
     else:
-        _round_in_torch(weight.detach(), made, importance)
+        _round_in_torch(weight.detach(), made, importance, integer_zero_points)
     return made
 
 
@@ -87,14 +93,18 @@ def _checked_importance(importance: Tensor | None, weight: Tensor) -> Tensor | N
     return importance.detach().to(weight.device, torch.float32)
 
 
-def _round_in_torch(weight: Tensor, made: QuantizedWeight, importance: Tensor | None) -> None:
+def _round_in_torch(
+    weight: Tensor, made: QuantizedWeight, importance: Tensor | None, whole: bool = False
+) -> None:
     """Fill the memory of `made`."""
     rows = rows_of_block(weight.shape[1], BLOCK_ELEMENTS)
     for block, part in zip(weight.split(rows), made.split(rows), strict=True):
-        _round_block(block.float(), part, importance)
+        _round_block(block.float(), part, importance, whole)
 
 
-def _round_block(block: Tensor, made: QuantizedWeight, importance: Tensor | None) -> None:
+def _round_block(
+    block: Tensor, made: QuantizedWeight, importance: Tensor | None, whole: bool
+) -> None:
     groups = to_groups(block, made.group_size)  # [rows, groups, group_size]
     weights = _column_weights(block, made.group_size, importance)  # [1, groups, group_size]
     fit = _Fit(groups, weights, made.integer)
@@ -104,9 +114,10 @@ def _round_block(block: Tensor, made: QuantizedWeight, importance: Tensor | None
             extreme = torch.where(high > -low, high, low) * ratio
             fit.offer(*scales_from_extreme(extreme, made.integer))
         else:
-            fit.offer(*scales_from_range(low * ratio, high * ratio, made.integer))
+            ends = low * ratio, high * ratio
+            fit.offer(*scales_from_range(*ends, made.integer, integer_zero_points=whole))
     for _ in range(REFITS):
-        if not fit.offer(*_refit(fit, made.symmetric)):
+        if not fit.offer(*_refit(fit, made.symmetric, whole)):
             break
     made.fill(from_groups(fit.integers(), block.shape[1]), fit.scale, fit.zero_point)
 
@@ -147,25 +158,28 @@ class _Fit:
         )
 
 
-def _refit(fit: _Fit, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """The least-squares scale and zero point for the integers; the scale stays if undefined."""
-    groups, weights, scale, q = fit.groups, fit.weights, fit.scale, fit.integers()
+def _refit(fit: _Fit, symmetric: bool, whole: bool) -> tuple[Tensor, Tensor]:
+    """The least-squares scale and zero point for the integers; the scale stays if undefined.
+
+    If zero points are `whole`, the scale is fitted once more to the rounded one.
+    """
+    groups, weights, q = fit.groups, fit.weights, fit.integers()
     if symmetric:
-        zero_point = symmetric_zero_point(fit.integer.bits)
-        levels = q - zero_point
-        fitted = (weights * levels * groups).sum(-1) / (weights * levels * levels).sum(-1)
-        fitted = torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, scale)
-        fitted = safe_scale(fitted.to(SCALE_DTYPE).float())
-        return fitted, torch.full_like(fitted, zero_point)
+        return _refit_scale(fit, q, fit.zero_point), fit.zero_point
     total = weights.sum(-1)
     mean_q = (weights * q).sum(-1) / total
     mean_x = (weights * groups).sum(-1) / total
-    centred = weights * (q - mean_q[..., None])
-    fitted = (centred * groups).sum(-1) / (centred * q).sum(-1)
-    fitted = torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, scale)
-    fitted = safe_scale(fitted.to(SCALE_DTYPE).float())
-    zeros = (mean_q - mean_x / fitted).clamp(-1024, 1024)
-    return fitted, zeros.to(ZERO_POINT_DTYPE).float()
+    scale = _refit_scale(fit, q, mean_q)
+    zero_point = stored_zero_points(mean_q - mean_x / scale, fit.integer, whole)
+    return (_refit_scale(fit, q, zero_point) if whole else scale), zero_point
+
+
+def _refit_scale(fit: _Fit, q: Tensor, origin: Tensor) -> Tensor:
+    """The least-squares scale for levels counted from `origin` [rows, groups]."""
+    levels = q - origin[..., None]
+    fitted = (fit.weights * levels * fit.groups).sum(-1) / (fit.weights * levels * levels).sum(-1)
+    fitted = torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, fit.scale)
+    return safe_scale(fitted.to(SCALE_DTYPE).float())
 
 
 def _column_weights(block: Tensor, group_size: int, importance: Tensor | None) -> Tensor:

@@ -51,6 +51,8 @@ def sensitivity(
     analysis: Analysis | None = None,
     rounding: str | None = None,
     symmetric: bool = True,
+    zero_points: str = "float",
+    target: str | None = None,
     metric: Metric = "sqnr",
     select: Callable[[Any], Tensor] = main_output,
     modules_to_not_convert: Sequence[str] | None = None,
@@ -80,6 +82,8 @@ def sensitivity(
             `"auto"`, as in `static_quantize`; None is `"auto"`. With `"rtn"` no layer is fitted to
             the data, which is much faster.
         symmetric: one fixed zero point, or one for each group.
+        zero_points: `"float"` or `"integer"`, as in `QuantConfig`.
+        target: a format that the model will be exported to, as in `QuantConfig`.
         metric: of the output's error: `"sqnr"`, `"kl"` where the output is logits, or (with
             `"exact"`) a callable `(float, quantized) -> number`, smaller is better.
         select: picks the tensor of the model's output; by default its first floating tensor.
@@ -102,6 +106,9 @@ def sensitivity(
     options = QuantConfig(
         bits=bits,
         group_size=group_size,
+        symmetric=symmetric,
+        zero_points=zero_points,
+        target=target,
         modules_to_not_convert=modules_to_not_convert,
         skip_layer_names=skip_layer_names,
         skip_param_threshold=skip_param_threshold,
@@ -110,7 +117,7 @@ def sensitivity(
     model = unwrap(model)
     with process_left_alone(), structure_left_alone(model):
         return _measured(
-            model, data, options, symmetric, method, rounding, metric, select, num_samples,
+            model, data, options, method, rounding, metric, select, num_samples,
             progress,
         )  # fmt: skip
 
@@ -119,7 +126,6 @@ def _measured(
     model: nn.Module,
     data: Iterable[object],
     options: QuantConfig,
-    symmetric: bool,
     method: str,
     rounding: str,
     metric: Metric,
@@ -135,10 +141,7 @@ def _measured(
     check_weights(gm, [d.module for d in decisions if d.bits is not None])
     if method == "local" and options.bits == 8:  # there is one way to make these
         rounding = "rtn"
-    layers = shipped_layers(
-        gm, decisions, batches, rounding=rounding, group_size=options.group_size,
-        symmetric=symmetric,
-    )  # fmt: skip
+    layers = shipped_layers(gm, decisions, batches, rounding=rounding, config=options)
     qmodel = rewrite(gm, decisions, layers.quantize)
     rows, run = measure_rows(gm, qmodel, decisions, layers.held_out)
     candidates = find_candidates(gm, [row.module for row in rows])

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from torch.fx import GraphModule
 
+from fxquant.config.quant_config import QuantConfig
 from fxquant.graph.calls import Call
 from fxquant.graph.layers import sites
 from fxquant.measure.heldout import hold_out
@@ -47,8 +48,7 @@ def shipped_layers(
     batches: Sequence[Call],
     *,
     rounding: str,
-    group_size: int,
-    symmetric: bool,
+    config: QuantConfig,
 ) -> ShippedLayers:
     """Make the layers of `decisions` as `static_quantize` does.
 
@@ -60,8 +60,7 @@ def shipped_layers(
         decisions: from `decide`; what they leave float is not made.
         batches: calibration data; the last rows are held out.
         rounding: one of `ROUNDINGS`.
-        group_size: weights along `in_features` that share a scale.
-        symmetric: one fixed zero point, or one for each group.
+        config: how layers are quantized.
     """
     fitted, held_out = hold_out(batches, lambda call: takes(gm, call))
     rows = sum(call.row_count for call in held_out)
@@ -73,10 +72,10 @@ def shipped_layers(
         for name, seen in observe_inputs(gm, names, fitted).items()
     }
     plain = "hqq" if rounding == "hqq" else "rtn"
-    rounded = RoundedLayers(group_size, symmetric, plain, statistics)
+    rounded = RoundedLayers(config, plain, statistics)
     if rounding in ("rtn", "hqq") or not names:
         return ShippedLayers(rounded.quantize, plain, fitted, measured, rows)
-    layers = FittedLayers(group_size, symmetric, refined=rounding == "best")
+    layers = FittedLayers(config, refined=rounding == "best")
     in_4_bits = [replace(d, action="float" if d.bits is None else "int4") for d in decisions]
     qmodel = quantize_sequentially(gm, in_4_bits, fitted, layers.quantize, held_out)
     if rounding == "auto" and held_out:

@@ -4,6 +4,7 @@
 |---|---|
 | `main.py` | the entry, and the commands that look at what is there |
 | `quantizing.py` | the commands `quantize` and `sensitivity` |
+| `exporting.py` | the command `export` |
 | `options.py` | options that several commands share, and how they become a config |
 | `sources.py`, `checkpoint_folder.py` | models and data that the command line names |
 | `doctor.py` | what this installation can do, and what is missing |

@@ -6,6 +6,7 @@ import click
 
 from fxquant.analysis.gate import check_report
 from fxquant.cli.doctor import as_dict, as_text, diagnose
+from fxquant.cli.exporting import export_command
 from fxquant.cli.options import json_option, path_option
 from fxquant.cli.output import CHECK_FAILED, Output
 from fxquant.cli.quantizing import plan_command, quantize_command, sensitivity_command
@@ -30,6 +31,8 @@ Start here:
       calibrate, quantize, measure, save
   fxquant sensitivity mymodels:build --data mymodels:batches
       which layer costs how much
+  fxquant export model.safetensors FOLDER --format gptq --base FLOAT_FOLDER
+      the same model for vLLM and others
   fxquant inspect model.safetensors
       what a saved file holds
 
@@ -71,6 +74,7 @@ def demo(output: Path | None, as_json: bool) -> None:
 cli.add_command(plan_command)
 cli.add_command(quantize_command)
 cli.add_command(sensitivity_command)
+cli.add_command(export_command)
 
 
 @cli.command(short_help="What a saved file holds.")

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from fxquant.config.quant_config import QuantConfig, as_config
+from fxquant.config.quant_config import ZERO_POINTS, QuantConfig, as_config
+from fxquant.config.targets import TARGETS
 from fxquant.numerics.integers import WIDTHS
 
 MODEL_HELP = """
@@ -42,6 +43,10 @@ _RULES = (
     bits_option,
     group_option,
     click.option("--asymmetric", is_flag=True, help="A zero point for each group."),
+    click.option("--zero-points", type=click.Choice(ZERO_POINTS),
+                 help="Of asymmetric weights; other formats need integers.  [default: float]"),
+    click.option("--target", type=click.Choice(list(TARGETS)),
+                 help="A format that the model will be exported to: keep to what it holds."),
     click.option("--method", metavar="NAME", help="rtn, hqq, gptq, awq, smoothquant, some joined "
                  "by +, best or auto.  [default: auto]"),
     click.option("--observer", metavar="NAME", help="What finds the ranges of activations: minmax, "
@@ -74,6 +79,8 @@ def config_of(rules: dict[str, Any]) -> QuantConfig:
         "bits": None if bits is None else int(bits),
         "group_size": rules["group_size"],
         "symmetric": False if rules["asymmetric"] else None,
+        "zero_points": rules["zero_points"],
+        "target": rules["target"],
         "method": rules["method"],
         "observer": rules["observer"],
         "activation_bits": None if activation_bits is None else int(activation_bits),

@@ -11,6 +11,7 @@ from torch import nn
 
 from fxquant.config.method import parse_method
 from fxquant.config.skip_rules import NameRule, is_type_match, type_rule
+from fxquant.config.targets import TARGETS, Target
 from fxquant.errors import (
     OptionError,
     check_choice,
@@ -26,9 +27,20 @@ DYNAMIC = "dynamic"  # instead of an observer: ranges are found while the model 
 OBSERVER_NAMES = ("minmax", "movingaverage", "ema", "histogram", "kl", "auto", DYNAMIC)
 ON_FAILURE = ("error", "warn", "ignore")
 
+ZERO_POINTS = ("float", "integer")
+
 OnFailure = Literal["error", "warn", "ignore"]
+ZeroPoints = Literal["float", "integer"]
 # A class, a function or a name of one of them.
 TypeRule = type | Callable[..., Any] | str
+
+
+class WeightForm(TypedDict):
+    """How groups of a weight are quantized, as keywords of the rounding algorithms."""
+
+    group_size: int
+    symmetric: bool
+    integer_zero_points: bool
 
 
 class QuantOptions(TypedDict, total=False):
@@ -37,6 +49,8 @@ class QuantOptions(TypedDict, total=False):
     bits: int | Mapping[str, int]
     group_size: int
     symmetric: bool
+    zero_points: ZeroPoints
+    target: str | None
     method: str
     observer: str
     activation_bits: int | None
@@ -61,6 +75,11 @@ class QuantConfig:
         group_size: weights along `in_features` that share a scale; -1: all of a row. A layer with
             fewer inputs gets 8 bits.
         symmetric: one fixed zero point, or one for each group.
+        zero_points: `"float"`: those of asymmetric weights may have fractions, which is more
+            accurate; `"integer"`: whole numbers, which other formats need.
+        target: a format that the model will be exported to (see `export`): what it cannot hold is
+            then avoided. Zero points are whole, scales stay in its range, no layer gets a bias
+            that its class has no place for, and a layer that it cannot hold stays float.
         method: how to choose the integers: `"rtn"` (rounding to nearest, with a clip search
             weighted by the data), `"hqq"` (half-quadratic, without data), `"gptq"` (fitted to the
             data, layer by layer); `"awq"` or `"smoothquant"` (channel scales folded into the
@@ -96,6 +115,8 @@ class QuantConfig:
     bits: int | Mapping[str, int] = 4
     group_size: int = 128
     symmetric: bool = True
+    zero_points: str = "float"
+    target: str | None = None
     method: str = "auto"
     observer: str = "minmax"
     activation_bits: int | None = None
@@ -120,6 +141,7 @@ class QuantConfig:
         check_group_size(self.group_size)
         check_positive_int("num_calibration_samples", self.num_calibration_samples)
         _check_flag("symmetric", self.symmetric)
+        check_choice("zero_points", self.zero_points, ZERO_POINTS)
         parse_method(self.method, has_data=True)
         check_choice("observer", self.observer, OBSERVER_NAMES)
         check_choice("accuracy_warning", self.accuracy_warning, ON_FAILURE)
@@ -127,6 +149,9 @@ class QuantConfig:
         check_number("sqnr_error_threshold", self.sqnr_error_threshold)
         _check_activation_bits(self.activation_bits)
         _check_parameter_threshold(self.skip_param_threshold)
+        if self.target is not None:
+            check_choice("target", self.target, TARGETS)
+            self._keep_to(TARGETS[self.target])
         for kind in self.layer_types or ():
             if not is_type_match(kind, nn.Linear):
                 raise OptionError(
@@ -141,6 +166,42 @@ class QuantConfig:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return QuantConfig.from_dict, (self.to_dict(),)
+
+    def _keep_to(self, target: Target) -> None:
+        """Refuse what a format cannot hold at all, and take whole zero points."""
+        widths = self.bits.values() if isinstance(self.bits, Mapping) else [self.bits]
+        unknown = sorted(set(widths) - {*target.widths, FLOAT_BITS})
+        if unknown:
+            raise OptionError(
+                "bits",
+                found=f"{unknown[0]} for the target {target.name!r}",
+                needed=f"one of {', '.join(map(str, target.widths))}",
+                remedy="Choose one of these widths, or leave the target out.",
+            )
+        if self.activation_bits is not None and not target.quantizes_activations:
+            raise OptionError(
+                "activation_bits",
+                found=f"{self.activation_bits} for the target {target.name!r}",
+                needed="None: the format has float activations",
+                remedy="Leave activation_bits out, or choose another target.",
+            )
+        if not self.symmetric and not target.has_zero_points:
+            raise OptionError(
+                "symmetric",
+                found=f"False for the target {target.name!r}",
+                needed="True: the format cannot hold zero points exactly",
+                remedy="Leave symmetric out, or choose another target.",
+            )
+        self._set("zero_points", "integer")
+
+    @property
+    def form(self) -> WeightForm:
+        """What a rounding algorithm takes besides the weight and its bits."""
+        return {
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "integer_zero_points": self.zero_points == "integer",
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON or TOML; what is left at None is left out."""

@@ -15,16 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.config.targets import TARGETS
 from fxquant.exporters.checkpoint import CheckpointFormat, Scheme, most_common
 from fxquant.exporters.findings import Finding
 from fxquant.exporters.folder_reader import FolderReader
 from fxquant.exporters.integer_layer import IntegerLayer
-from fxquant.exporters.requirements import (
-    divisible,
-    exact_scales,
-    whole_groups,
-    whole_zero_points,
-)
 from fxquant.exporters.source import Source
 from fxquant.exporters.verify import read_words
 from fxquant.exporters.words import AWQ_ORDER, pack_rows
@@ -35,15 +30,7 @@ COLUMN_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # in which nibble each of eight column
 class Awq(CheckpointFormat):
     """INT4 layers of one group size."""
 
-    name = "awq"
-    widths = (4,)
-
-    def layer_findings(self, name: str, layer: IntegerLayer, source: Source) -> Iterator[Finding]:
-        """One group size, whole zero points, whole words, scales in float16."""
-        yield from whole_zero_points(name, layer)
-        yield from whole_groups(name, layer)
-        yield from divisible(name, layer, 8, 1)
-        yield from exact_scales(name, layer, torch.float16)
+    target = TARGETS["awq"]
 
     def source_findings(self, schemes: dict[str, Scheme]) -> Iterator[Finding]:
         """The config has one group size for all layers."""

@@ -18,11 +18,19 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fxquant.config.targets import Target
 from fxquant.errors import OptionError, check_positive_int
 from fxquant.exporters.findings import Finding
 from fxquant.exporters.folder_reader import CONFIG, FolderReader
 from fxquant.exporters.integer_layer import IntegerLayer, integer_layer
-from fxquant.exporters.requirements import float_activations, fused_alike, known_width
+from fxquant.exporters.requirements import (
+    exact_scales,
+    float_activations,
+    fused_alike,
+    holdable,
+    whole_zero_points,
+    within,
+)
 from fxquant.exporters.shards import write_shards
 from fxquant.exporters.source import Source
 from fxquant.exporters.verify import verify_weights
@@ -73,15 +81,14 @@ class CheckpointFormat(ABC):
     base: str | os.PathLike[str] | None = None
     max_shard_bytes: int = 5 * GIGABYTE
 
-    name: ClassVar[str]
-    widths: ClassVar[tuple[int, ...]] = (4, 8)
+    target: ClassVar[Target]
 
     def __post_init__(self) -> None:
         check_positive_int("max_shard_bytes", self.max_shard_bytes)
 
-    @abstractmethod
-    def layer_findings(self, name: str, layer: IntegerLayer, source: Source) -> Iterator[Finding]:
-        """What the format would lose of one layer."""
+    def layer_advice(self, name: str, layer: IntegerLayer) -> Iterator[Finding]:
+        """Runtimes that are known not to take a layer that the format holds."""
+        yield from ()
 
     def source_findings(self, schemes: dict[str, Scheme]) -> Iterator[Finding]:
         """What the format would lose of all layers together."""
@@ -107,15 +114,18 @@ class CheckpointFormat(ABC):
         schemes: dict[str, Scheme] = {}
         for name, module in source.layers.items():
             layer = integer_layer(module)
-            unknown = list(known_width(name, layer, self.widths))
+            unknown = list(holdable(name, layer, self.target))
             yield from unknown
             if layer is not None and not unknown:
                 schemes[name] = Scheme.of(layer)
-                yield from self.layer_findings(name, layer, source)
+                dtype = self.target.stored_dtype(source.dtype)
+                yield from whole_zero_points(name, layer, self.target)
+                yield from exact_scales(name, layer, dtype, self.target)
+                yield from self.layer_advice(name, layer)
         yield from self.source_findings(schemes)
         yield from fused_alike(schemes, source.float_linears)
         if self.base is not None:
-            yield from _base_findings(source, FolderReader(self.base))
+            yield from _base_findings(source, FolderReader(self.base), self.target)
 
     def write(self, source: Source, path: str | os.PathLike[str]) -> None:
         """Write the folder, read it back, put it in place.
@@ -128,7 +138,7 @@ class CheckpointFormat(ABC):
             raise OptionError(
                 "base",
                 found="nothing",
-                needed=f"the folder of the float model: {self.name} is a Hugging Face folder",
+                needed="the folder of the float model, whose config and names are taken over",
                 remedy="Pass base=, a folder that save_pretrained wrote.",
             )
         base = FolderReader(self.base)
@@ -172,7 +182,7 @@ class CheckpointFormat(ABC):
                 yield full_name, base.tensor(full_name) if own is None else own
 
 
-def _base_findings(source: Source, base: FolderReader) -> Iterator[Finding]:
+def _base_findings(source: Source, base: FolderReader, target: Target) -> Iterator[Finding]:
     """Whether `base` is the folder of the model that was quantized."""
     remedy = "Pass the folder of the float model that was quantized, saved from the same class."
     if "quantization_config" in base.config:
@@ -188,7 +198,7 @@ def _base_findings(source: Source, base: FolderReader) -> Iterator[Finding]:
             yield Finding(name, f"{found}: not the weight of a Linear", remedy)
         elif layer.bias is not None and bool(layer.bias.any()) and f"{name}.bias" not in base.files:
             problem = "calibration gave it a bias, which the model's class has no place for"
-            yield Finding(name, problem, "Quantize without data, or export to onnx.")
+            yield Finding(name, problem, within(target))
     for name, tensor in source.tensors.items():
         if name in base.files and base.shape(name) != tuple(tensor.shape):
             yield Finding(name, "base has another shape of it", remedy)

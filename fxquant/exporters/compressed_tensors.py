@@ -10,17 +10,15 @@ Of a layer N, with nibble i of a word the column 8w + i:
 Source: https://github.com/vllm-project/compressed-tensors, `compressors/pack_quantized`.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxquant.config.targets import TARGETS
 from fxquant.exporters.checkpoint import CheckpointFormat, Scheme, most_common
-from fxquant.exporters.findings import Finding
 from fxquant.exporters.folder_reader import FolderReader
 from fxquant.exporters.integer_layer import IntegerLayer
-from fxquant.exporters.requirements import exact_scales, whole_groups, whole_zero_points
 from fxquant.exporters.source import Source
 from fxquant.exporters.verify import read_words
 from fxquant.exporters.words import pack_rows
@@ -31,13 +29,7 @@ FORMAT = "pack-quantized"
 class CompressedTensors(CheckpointFormat):
     """INT4 and INT8 layers, also mixed."""
 
-    name = "compressed-tensors"
-
-    def layer_findings(self, name: str, layer: IntegerLayer, source: Source) -> Iterator[Finding]:
-        """Whole zero points, equal groups, scales in the model's dtype."""
-        yield from whole_zero_points(name, layer)
-        yield from whole_groups(name, layer)
-        yield from exact_scales(name, layer, source.dtype)
+    target = TARGETS["compressed-tensors"]
 
     def layer_tensors(self, layer: IntegerLayer, source: Source) -> dict[str, Tensor]:
         """Packed integers, scales, the shape, and zero points where they differ."""

@@ -18,19 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.config.targets import TARGETS
 from fxquant.exporters.checkpoint import CheckpointFormat, Scheme, most_common
 from fxquant.exporters.findings import Finding
 from fxquant.exporters.folder_reader import FolderReader
 from fxquant.exporters.integer_layer import IntegerLayer
-from fxquant.exporters.requirements import (
-    divisible,
-    exact_scales,
-    whole_groups,
-    whole_zero_points,
-)
 from fxquant.exporters.source import Source
 from fxquant.exporters.verify import read_words
-from fxquant.exporters.words import WORD, pack_rows
+from fxquant.exporters.words import pack_rows
 
 V1, V2 = "gptq", "gptq_v2"
 
@@ -38,14 +33,10 @@ V1, V2 = "gptq", "gptq_v2"
 class Gptq(CheckpointFormat):
     """INT4 and INT8 layers, also mixed."""
 
-    name = "gptq"
+    target = TARGETS["gptq"]
 
-    def layer_findings(self, name: str, layer: IntegerLayer, source: Source) -> Iterator[Finding]:
-        """Whole zero points, equal groups, whole words, scales in float16."""
-        yield from whole_zero_points(name, layer)
-        yield from whole_groups(name, layer)
-        yield from divisible(name, layer, WORD // layer.bits, WORD // layer.bits)
-        yield from exact_scales(name, layer, torch.float16)
+    def layer_advice(self, name: str, layer: IntegerLayer) -> Iterator[Finding]:
+        """Runtimes that are known not to take a layer that the format holds."""
         if not layer.symmetric:
             problem = "vLLM refuses asymmetric GPTQ checkpoints"
             yield Finding(name, problem, "Quantize with symmetric=True.", is_loss=False)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WORD = 32
+from fxquant.config.targets import WORD
+
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns is in nibble i
 
 

@@ -23,6 +23,7 @@ def round_groups(
     group_size: int,
     bits: int,
     symmetric: bool,
+    integer_zero_points: bool,
     importance: int,
     shrinks: tuple[float, ...],
     refits: int,

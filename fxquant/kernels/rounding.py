@@ -33,6 +33,7 @@ def round_groups(
     *,
     clip_ratios: Sequence[float],
     refits: int,
+    integer_zero_points: bool = False,
     importance: Tensor | None = None,
 ) -> None:
     """Round a weight with the best range that is tried for each group.
@@ -44,6 +45,7 @@ def round_groups(
         made: contiguous memory for the result, which says its form; see `QuantizedWeight.empty`.
         clip_ratios: of each group's full range, at most 64.
         refits: at most so many refits by least squares.
+        integer_zero_points: zero points are levels.
         importance: float32 [in] on the CPU, how much a column's squared error counts.
     """
     weight = weight.detach().contiguous()
@@ -58,6 +60,7 @@ def round_groups(
         min(made.group_size, columns),
         made.bits,
         made.symmetric,
+        integer_zero_points,
         0 if importance is None else importance.data_ptr(),
         tuple(clip_ratios),
         refits,

@@ -3,6 +3,8 @@
 See `quantized_weight` for what a quantized weight is.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from fxquant.numerics.integers import (
     safe_scale,
     unsigned,
 )
+from fxquant.numerics.packing import pack_codes
 from fxquant.numerics.quantized_weight import (
     SCALE_DTYPE,
     ZERO_POINT_DTYPE,
@@ -28,6 +31,7 @@ from fxquant.numerics.quantized_weight import (
 # The most half ranges that a range may be away from zero. Then zero points are at most 60 at 4 bits
 # and 1020 at 8, which float16 rounds by up to 1/64 and 1/4 of a level.
 FARTHEST = 8.0
+MOST_ZERO_POINT = 1024.0  # that a fit may give: beyond, float16 has no fractions
 
 
 def check_weight(weight: Tensor, where: str = "weight") -> None:
@@ -61,26 +65,44 @@ def scales_from_extreme(extreme: Tensor, integer: IntegerType = UINT4) -> tuple[
 
 
 def scales_from_range(
-    low: Tensor, high: Tensor, integer: IntegerType = UINT4
+    low: Tensor,
+    high: Tensor,
+    integer: IntegerType = UINT4,
+    *,
+    integer_zero_points: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Asymmetric scales and zero points, float32, for the ranges `low`..`high` (same shapes).
 
     A range much narrower than its distance from zero is widened to include zero: its zero point
-    would be too far away for float16.
+    would be too far away for float16. With `integer_zero_points`, every range is.
     """
     low, high = low.float(), high.float()
     # Half the extent is a float32 even if the extent, of weights near 3e38, is none.
     half = high / 2 - low / 2
     far = torch.maximum(low.abs(), high.abs()) > half * FARTHEST
+    far |= integer_zero_points
     low = torch.where(far, low.clamp(max=0), low)
     high = torch.where(far, high.clamp(min=0), high)
     half = high / 2 - low / 2
     scale = safe_scale((half / (integer.quant_max / 2)).to(SCALE_DTYPE).float())
-    return scale, (0 - low / scale).to(ZERO_POINT_DTYPE).float()  # never -0.0
+    return scale, stored_zero_points(0 - low / scale, integer, integer_zero_points)
+
+
+def stored_zero_points(zero_points: Tensor, integer: IntegerType, whole: bool) -> Tensor:
+    """The nearest zero points that can be stored, float32: levels if `whole`, else in float16."""
+    if whole:
+        return zero_points.round().clamp(integer.quant_min, integer.quant_max) + 0.0  # never -0.0
+    farthest = MOST_ZERO_POINT
+    return zero_points.clamp(-farthest, farthest).to(ZERO_POINT_DTYPE).float()
 
 
 def calculate_scale_zp_groupwise(
-    weight: Tensor, group_size: int = 128, symmetric: bool = True, *, bits: int = 4
+    weight: Tensor,
+    group_size: int = 128,
+    symmetric: bool = True,
+    *,
+    bits: int = 4,
+    integer_zero_points: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points that cover each group's full range.
 
@@ -90,6 +112,7 @@ def calculate_scale_zp_groupwise(
         symmetric: one fixed zero point, 2 ** (bits - 1), and signed scales, or a zero point for
             each group.
         bits: of an integer.
+        integer_zero_points: zero points are whole numbers, 0 .. 2 ** bits - 1.
 
     Returns:
         `(scales, zero_points)`, each float32 [out, ceil(in / group_size)] and exactly
@@ -102,19 +125,27 @@ def calculate_scale_zp_groupwise(
     integer = unsigned(bits)
     check_weight(weight)
     group_size = resolved_group_size(group_size, weight.shape[1])
-    return _full_range(to_groups(weight, min(group_size, weight.shape[1])), symmetric, integer)
+    groups = to_groups(weight, min(group_size, weight.shape[1]))
+    return _full_range(groups, symmetric, integer, integer_zero_points)
 
 
-def _full_range(groups: Tensor, symmetric: bool, integer: IntegerType) -> tuple[Tensor, Tensor]:
+def _full_range(
+    groups: Tensor, symmetric: bool, integer: IntegerType, integer_zero_points: bool
+) -> tuple[Tensor, Tensor]:
     """Scales and zero points of groups [rows, groups, group_size]."""
     low, high = groups.amin(-1), groups.amax(-1)
     if symmetric:
         return scales_from_extreme(torch.where(high > -low, high, low), integer)
-    return scales_from_range(low, high, integer)
+    return scales_from_range(low, high, integer, integer_zero_points=integer_zero_points)
 
 
 def quantize_weight(
-    weight: Tensor, bits: int, group_size: int = 128, symmetric: bool = True
+    weight: Tensor,
+    bits: int,
+    group_size: int = 128,
+    symmetric: bool = True,
+    *,
+    integer_zero_points: bool = False,
 ) -> QuantizedWeight:
     """Quantize a weight by rounding to nearest over the full range of each group.
 
@@ -124,6 +155,7 @@ def quantize_weight(
         group_size: columns a group, along `in`; the last group may be short. -1: one group a row.
         symmetric: one fixed zero point, 2 ** (bits - 1), and signed scales, or a zero point for
             each group.
+        integer_zero_points: zero points are whole numbers, 0 .. 2 ** bits - 1.
 
     Raises:
         WeightError: the weight is not a finite matrix.
@@ -136,10 +168,37 @@ def quantize_weight(
     rows = rows_of_block(weight.shape[1])
     for block, part in zip(weight.split(rows), made.split(rows), strict=True):
         groups = to_groups(block, min(made.group_size, made.in_features))
-        scales, zeros = _full_range(groups, symmetric, integer)
+        scales, zeros = _full_range(groups, symmetric, integer, integer_zero_points)
         q = quantize_affine(groups.float(), scales[..., None], zeros[..., None], integer)
         part.fill(from_groups(q, block.shape[1]), scales, zeros)
     return made
+
+
+def with_exact_scales(made: QuantizedWeight, weight: Tensor, dtype: torch.dtype) -> QuantizedWeight:
+    """`made` with scales that are the same numbers in `dtype`, if they are in its range.
+
+    Args:
+        made: a quantized `weight`.
+        weight: floating point [out, in].
+        dtype: in which another format stores scales.
+
+    Returns:
+        `made` itself if its scales are exact. Otherwise rows with a scale that is too fine (smaller
+        than 2⁻¹⁷ in float16) are rounded again, on the nearest such scales.
+    """
+    stored = made.scales.to(dtype).float()
+    finest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the first above 0
+    stored = torch.where(stored == 0, made.scales.sign() * finest, stored)
+    stored = torch.where(torch.isfinite(stored), stored, made.scales)
+    changed = (stored != made.scales).any(1)
+    if not changed.any():
+        return made
+    groups = to_groups(weight.detach()[changed].float(), min(made.group_size, made.in_features))
+    scales, zeros = stored[changed][..., None], made.zero_points[changed][..., None]
+    q = quantize_affine(groups, scales, zeros, made.integer)
+    packed = made.packed.clone()
+    packed[changed] = pack_codes(from_groups(q, made.in_features).to(torch.uint8), made.bits)
+    return replace(made, packed=packed, scales=stored)
 
 
 def quantize_weight_int4(

@@ -11,6 +11,7 @@ Each leaves a legal graph and never changes its input.
 | `observe_inputs.py` | the one collector of what the input of each layer looks like |
 | `scale_channels.py`, `simulate.py` | channel scales folded into the graph |
 | `rounded_layers.py`, `fitted_layers.py` | quantized layers rounded alone, or fitted to inputs |
+| `target_limits.py` | what an export format asks of them |
 | `quantize_sequentially.py` | layers quantized in the order in which they run |
 | `turns.py`, `paired_batches.py` | which layers together, and batches from turn to turn |
 | `held_values.py` | what waits between turns: in memory up to a bound, else in a file |

@@ -9,7 +9,8 @@ The first rule of this list that applies decides:
 5. a weight tied to a layer that stays float (by default only)
 6. `skip_param_threshold`
 7. fewer inputs than `group_size`: INT8, whatever width was asked for
-8. all others are quantized
+8. `target`: a weight that the format cannot hold
+9. all others are quantized
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,10 +28,11 @@ from fxquant.config.skip_rules import (
     is_type_match,
     type_name,
 )
+from fxquant.config.targets import TARGETS
 from fxquant.graph.layers import is_plain_linear
 from fxquant.graph.parameters import ParameterNode, memory_of, parameter_nodes
 from fxquant.numerics.integers import INT8, WIDTHS
-from fxquant.numerics.quantized_weight import is_per_channel
+from fxquant.numerics.quantized_weight import ONE_GROUP, is_per_channel
 
 ACTIONS = {**{bits: f"int{bits}" for bits in WIDTHS}, FLOAT_BITS: "float"}
 BITS_OF = {action: bits for bits, action in ACTIONS.items() if bits != FLOAT_BITS}
@@ -172,8 +174,21 @@ def _by_size(
         return "float", origin, why
     if bits < INT8.bits and is_per_channel(bits, config.group_size, node.shape[-1]):
         why = f"{node.shape[-1]} inputs are fewer than a group of {config.group_size}"
-        return "int8", "group_size", f"{why}: INT8 per channel instead"
+        bits, rule, reason = INT8.bits, "group_size", f"{why}: INT8 per channel instead"
+    problem = _target_problem(node, config, bits)
+    if problem is not None:
+        return "float", f"target: {config.target}", problem
     return ACTIONS[bits], rule, reason
+
+
+def _target_problem(node: ParameterNode, config: QuantConfig, bits: int) -> str | None:
+    """Why the format that the model will be exported to cannot hold the layer, or None."""
+    if config.target is None:
+        return None
+    is_per_row = bits == INT8.bits or config.group_size == ONE_GROUP
+    group_size = node.shape[-1] if is_per_row else config.group_size
+    problems = TARGETS[config.target].problems(node.shape, bits, group_size)
+    return problems[0] if problems else None
 
 
 def _bits_of(node: ParameterNode, config: QuantConfig) -> tuple[int, str, str]:

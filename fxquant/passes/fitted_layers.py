@@ -10,9 +10,9 @@ from fxquant.algorithms.gptq import corrected_bias, gptq
 from fxquant.algorithms.refine import refine
 from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.algorithms.target import best_shrinkage
+from fxquant.config.quant_config import QuantConfig
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_int4 import linear_of
-from fxquant.modules.linear_int8 import QuantizedLinearInt8
 from fxquant.numerics.quantized_weight import (
     QuantizedWeight,
     is_per_channel,
@@ -20,6 +20,7 @@ from fxquant.numerics.quantized_weight import (
 )
 from fxquant.observers.moments import LayerMoments
 from fxquant.passes.decide import Decision, add_notes
+from fxquant.passes.target_limits import bias_in_target, exact_in_target, int8_layer
 
 FITTED_ELEMENTS = 1 << 22  # of a weight that are fitted at once, with some temporaries of the size
 
@@ -28,13 +29,12 @@ class FittedLayers:
     """Makes quantized layers from weights and the moments of their inputs.
 
     Args:
-        group_size: weights that share a scale, -1: all of a row; layers with fewer inputs get INT8.
-        symmetric: one fixed zero point, or one for each group.
+        config: how layers are quantized.
         refined: whether integers and scales are then refined in turns.
     """
 
-    def __init__(self, group_size: int, symmetric: bool, *, refined: bool = False) -> None:
-        self.group_size, self.symmetric, self.refined = group_size, symmetric, refined
+    def __init__(self, config: QuantConfig, *, refined: bool = False) -> None:
+        self.config, self.refined = config, refined
         self.unreached: set[str] = set()
         self.rounded: set[str] = set()
         self.scarce: dict[str, str] = {}
@@ -45,10 +45,11 @@ class FittedLayers:
         """The layer called `name` in `bits` bits."""
         if not moments.tokens:
             self.unreached.add(name)
-        if is_per_channel(bits, self.group_size, linear.in_features):
-            return QuantizedLinearInt8.from_float(linear)
-        weight = self._fitted(linear, bits, moments)
-        fitted = weight, corrected_bias(linear.weight, weight.dequantize(), linear.bias, moments)
+        if is_per_channel(bits, self.config.group_size, linear.in_features):
+            return int8_layer(linear, self.config)
+        weight = exact_in_target(self._fitted(linear, bits, moments), linear, self.config)
+        bias = corrected_bias(linear.weight, weight.dequantize(), linear.bias, moments)
+        fitted = weight, bias_in_target(bias, linear, self.config)
         if moments.held_tokens and moments.tokens:
             plain = self._rounded(linear, bits, moments)
             if _held_error(linear, *plain, moments) < _held_error(linear, *fitted, moments):
@@ -63,10 +64,10 @@ class FittedLayers:
 
     def _fitted(self, linear: nn.Linear, bits: int, moments: LayerMoments) -> QuantizedWeight:
         """The weight fitted to the inputs, some outputs at a time: each is on its own."""
-        grid: dict[str, Any] = {
-            "bits": bits, "group_size": self.group_size, "symmetric": self.symmetric,
-        }  # fmt: skip
-        made = QuantizedWeight.empty(linear.weight, **grid)
+        form = self.config.form
+        made = QuantizedWeight.empty(
+            linear.weight, bits=bits, group_size=form["group_size"], symmetric=form["symmetric"]
+        )
         shrinkage = best_shrinkage(moments)
         rows = rows_of_block(linear.in_features, FITTED_ELEMENTS)
         for number, part in enumerate(made.split(rows)):
@@ -74,8 +75,11 @@ class FittedLayers:
             target = linear.weight[outputs].detach().float()
             if shrinkage is not None:
                 target = shrinkage.applied(target, moments, outputs)
-            weight = gptq(target, moments, **grid)
-            part.copy_(refine(target, weight, moments) if self.refined else weight)
+            weight = gptq(target, moments, bits=bits, **form)
+            if self.refined:
+                whole = form["integer_zero_points"]
+                weight = refine(target, weight, moments, integer_zero_points=whole)
+            part.copy_(weight)
         return made
 
     def _rounded(
@@ -83,14 +87,15 @@ class FittedLayers:
     ) -> tuple[QuantizedWeight, Any]:
         """The layer as `rtn` makes it, which learns less from the data."""
         weight = round_to_nearest(
-            linear.weight, bits=bits, group_size=self.group_size, symmetric=self.symmetric,
-            importance=moments.importance,
-        )  # fmt: skip
+            linear.weight, bits=bits, **self.config.form, importance=moments.importance
+        )
+        weight = exact_in_target(weight, linear, self.config)
         lost = (linear.weight.detach().double() - weight.dequantize().double()) @ (
             moments.total / moments.tokens
         )
         base = 0 if linear.bias is None else linear.bias.detach().double()
-        return weight, (base + lost).to(linear.weight.dtype)
+        bias = (base + lost).to(linear.weight.dtype)
+        return weight, bias_in_target(bias, linear, self.config)
 
     def explain(self, decisions: Iterable[Decision]) -> list[Decision]:
         """The decisions, with a word on layers that were rounded in another way than was asked."""

@@ -1,16 +1,15 @@
 """Layers quantized without looking at other layers, made once and kept."""
 
 from collections.abc import Iterable, Mapping
-from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from fxquant.algorithms.hqq import half_quadratic
 from fxquant.algorithms.rtn import round_to_nearest
+from fxquant.config.quant_config import QuantConfig
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_int4 import linear_of
-from fxquant.modules.linear_int8 import QuantizedLinearInt8
 from fxquant.numerics.quantized_weight import (
     ONE_GROUP,
     QuantizedWeight,
@@ -19,20 +18,14 @@ from fxquant.numerics.quantized_weight import (
 )
 from fxquant.observers.input_statistics import InputStatistics
 from fxquant.passes.decide import Decision, add_notes
-
-
-class _Form(TypedDict):
-    bits: int
-    group_size: int
-    symmetric: bool
+from fxquant.passes.target_limits import bias_in_target, exact_in_target, int8_layer
 
 
 class RoundedLayers:
     """Makes quantized layers; the same layer and width give the same object.
 
     Args:
-        group_size: weights that share a scale, -1: all of a row; layers with fewer inputs get INT8.
-        symmetric: one fixed zero point, or one for each group.
+        config: how layers are quantized.
         rounding: `"rtn"` or `"hqq"`.
         statistics: of the layers' inputs, by name, where they are known: the mean square weighs
             errors in the clip search, and the mean corrects the bias.
@@ -40,12 +33,11 @@ class RoundedLayers:
 
     def __init__(
         self,
-        group_size: int,
-        symmetric: bool,
+        config: QuantConfig,
         rounding: str = "rtn",
         statistics: Mapping[str, InputStatistics] | None = None,
     ) -> None:
-        self.group_size, self.symmetric, self.rounding = group_size, symmetric, rounding
+        self.config, self.rounding = config, rounding
         self.statistics = statistics or {}
         self.without_groups: set[str] = set()
         self._made: dict[tuple[str, int], QuantizedLinear] = {}
@@ -62,20 +54,21 @@ class RoundedLayers:
         return add_notes(decisions, dict.fromkeys(self.without_groups, why))
 
     def _quantize(self, name: str, linear: nn.Linear, bits: int) -> QuantizedLinear:
-        if is_per_channel(bits, self.group_size, linear.in_features):
-            return QuantizedLinearInt8.from_float(linear)
+        if is_per_channel(bits, self.config.group_size, linear.in_features):
+            return int8_layer(linear, self.config)
         weight = self._round(name, linear.weight.detach(), bits)
-        return linear_of(weight, self._bias(name, linear, weight))
+        weight = exact_in_target(weight, linear, self.config)
+        bias = bias_in_target(self._bias(name, linear, weight), linear, self.config)
+        return linear_of(weight, bias)
 
     def _round(self, name: str, weight: Tensor, bits: int) -> QuantizedWeight:
-        form: _Form = {"bits": bits, "group_size": self.group_size, "symmetric": self.symmetric}
         if self.rounding == "hqq":
-            if self.group_size not in (ONE_GROUP, weight.shape[1]):
-                return half_quadratic(weight, **form)
+            if self.config.group_size not in (ONE_GROUP, weight.shape[1]):
+                return half_quadratic(weight, bits=bits, **self.config.form)
             self.without_groups.add(name)
         statistics = self.statistics.get(name)
         importance = None if statistics is None else statistics.mean_square
-        return round_to_nearest(weight, **form, importance=importance)
+        return round_to_nearest(weight, bits=bits, **self.config.form, importance=importance)
 
     def _bias(self, name: str, linear: nn.Linear, weight: QuantizedWeight) -> Tensor | None:
         """The bias with which the mean output is the float layer's."""

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fxquant.config.quant_config import DYNAMIC
+from fxquant.config.quant_config import DYNAMIC, QuantConfig
 from fxquant.kernels.reference import quantize_tokens
 from fxquant.modules.activation import (
     channel_qparams,
@@ -19,18 +19,17 @@ class SimulatedWeights:
     """Rounds weights to nearest over the full range: quick, and near what other methods give.
 
     Args:
-        group_size: weights that share a scale; -1: all of a row.
-        symmetric: one fixed zero point, or one for each group.
+        config: how layers will be quantized.
     """
 
-    def __init__(self, group_size: int, symmetric: bool) -> None:
-        self.group_size, self.symmetric = group_size, symmetric
+    def __init__(self, config: QuantConfig) -> None:
+        self.config = config
 
     def __call__(self, weight: Tensor, bits: int) -> Tensor:
         """The rounded weight, float32 [out, in]."""
-        if is_per_channel(bits, self.group_size, weight.shape[1]):
+        if is_per_channel(bits, self.config.group_size, weight.shape[1]):
             return quantize_weight_int8(weight).dequantize()
-        return quantize_weight(weight, bits, self.group_size, self.symmetric).dequantize()
+        return quantize_weight(weight, bits, **self.config.form).dequantize()
 
 
 class SimulatedActivations:

@@ -68,7 +68,7 @@ bool is_right() {
   Rounding call{};
   call.rows = pick(1, 20), call.columns = pick(1, 400);
   call.group_size = std::min<int64_t>(sizes[pick(0, 8)], call.columns);
-  call.bits = pick(2, 8), call.symmetric = pick(0, 1), call.refits = pick(0, 8);
+  call.bits = pick(2, 8), call.symmetric = pick(0, 1), call.whole = pick(0, 1), call.refits = pick(0, 8);
   call.type = static_cast<Float>(pick(0, 2));
   const size_t count = call.rows * call.columns;
   std::vector<uint8_t> weight(count * (call.type == Float::f32 ? 4 : 2));

@@ -28,16 +28,17 @@ def _fastest_set_afterwards():
         _native.use(name)
 
 
-def in_cpp(weight, group_size=32, symmetric=True, importance=None, bits=4):
+def in_cpp(weight, group_size=32, symmetric=True, importance=None, bits=4, whole=False):
     made = QuantizedWeight.empty(weight, bits=bits, group_size=group_size, symmetric=symmetric)
     ratios = CLIP_RATIOS[bits]
-    round_groups(weight, made, clip_ratios=ratios, refits=REFITS, importance=importance)
+    options = {"clip_ratios": ratios, "refits": REFITS, "integer_zero_points": whole}
+    round_groups(weight, made, importance=importance, **options)
     return made
 
 
-def in_torch(weight, group_size, symmetric, importance=None, bits=4):
+def in_torch(weight, group_size, symmetric, importance=None, bits=4, whole=False):
     made = QuantizedWeight.empty(weight, bits=bits, group_size=group_size, symmetric=symmetric)
-    rtn._round_in_torch(weight, made, importance)
+    rtn._round_in_torch(weight, made, importance, whole)
     return made
 
 
@@ -68,19 +69,23 @@ def error(result, weight, importance=None):
     shift=st.sampled_from([0.0, 3.0]),
     weighted=st.booleans(),
     bits=st.sampled_from(WIDTHS),
+    whole=st.booleans(),
 )
 @settings(max_examples=300, deadline=None)
 def test_every_instruction_set_finds_the_bits_and_torch_the_error(
-    o, i, group_size, symmetric, dtype, size, shift, weighted, bits
+    o, i, group_size, symmetric, dtype, size, shift, weighted, bits, whole
 ):
     weight = ((torch.randn(o, i) + shift) * size).to(dtype)
     importance = torch.rand(i) * (torch.rand(i) > 0.3) if weighted else None
     results = []
     for name in SETS:
         _native.use(name)
-        results.append(in_cpp(weight, group_size, symmetric, importance, bits))
+        results.append(in_cpp(weight, group_size, symmetric, importance, bits, whole))
     assert all(same_bits(results[0], other) for other in results[1:])
-    expected = in_torch(weight, group_size, symmetric, importance, bits)
+    expected = in_torch(weight, group_size, symmetric, importance, bits, whole)
+    if whole:
+        zeros = results[0].zero_points
+        assert ((zeros == zeros.round()) & (zeros >= 0) & (zeros < 2**bits)).all()
     found, allowed = (error(r, weight, importance) for r in (results[0], expected))
     # Where two grids are as good, sums in another order may go on from the other one.
     assert found == pytest.approx(allowed, rel=0.02, abs=1e-9 * size**2)

@@ -39,7 +39,9 @@ CALLS = [Call((x,)) for x in X]
 def scaled(model, kinds, activations=None):
     gm = fxquant.trace(model.eval(), X[0])
     decisions = decide(gm, QuantConfig(group_size=32, skip_param_threshold=0))
-    return gm, scale_channels(gm, decisions, CALLS, kinds, SimulatedWeights(32, True), activations)
+    return gm, scale_channels(
+        gm, decisions, CALLS, kinds, SimulatedWeights(QuantConfig(group_size=32)), activations
+    )
 
 
 @pytest.mark.parametrize("kind", ["awq", "smoothquant"])
@@ -98,7 +100,7 @@ def per_tensor(x):
 def test_the_rounding_of_activations_takes_part_in_the_search():
     """With nearly exact weights, only the rounding of activations makes scaling pay."""
     torch.manual_seed(0)
-    model, exact = Block().eval(), SimulatedWeights(32, True)
+    model, exact = Block().eval(), SimulatedWeights(QuantConfig(group_size=32))
     gm = fxquant.trace(model, X[0])
     decisions = decide(gm, QuantConfig(bits=8, group_size=32, skip_param_threshold=0))
     gains = []

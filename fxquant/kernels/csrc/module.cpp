@@ -143,18 +143,18 @@ bool read_floats(PyObject* tuple, std::vector<float>* values) {
   return !PyErr_Occurred();
 }
 
-// round_groups(weight, type, rows, columns, group_size, bits, symmetric, importance, shrinks, refits,
-// packed, scales, zero_points, threads), with addresses and types as for `linear`; importance is
+// round_groups(weight, type, rows, columns, group_size, bits, symmetric, whole, importance, shrinks,
+// refits, packed, scales, zero_points, threads), with addresses and types as for `linear`; importance is
 // float32 or 0, scales and zero points are float32.
 PyObject* round_groups(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  constexpr Py_ssize_t kCount = 14;
+  constexpr Py_ssize_t kCount = 15;
   if (count != kCount) {
-    PyErr_SetString(PyExc_TypeError, "round_groups takes 14 arguments");
+    PyErr_SetString(PyExc_TypeError, "round_groups takes 15 arguments");
     return nullptr;
   }
   const Arguments given{arguments};
   std::vector<float> shrinks;
-  if (!read_floats(arguments[8], &shrinks)) return nullptr;
+  if (!read_floats(arguments[9], &shrinks)) return nullptr;
 
   fxquant::Rounding call{};
   call.weight = given.address(0);
@@ -164,14 +164,15 @@ PyObject* round_groups(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   call.group_size = std::min<int64_t>(given.number(4), call.columns);
   call.bits = static_cast<int>(given.number(5));
   call.symmetric = given.number(6) != 0;
-  call.importance = static_cast<const float*>(given.address(7));
+  call.whole = given.number(7) != 0;
+  call.importance = static_cast<const float*>(given.address(8));
   call.shrinks = shrinks.data();
   call.shrink_count = static_cast<int>(shrinks.size());
-  call.refits = static_cast<int>(given.number(9));
-  call.packed = static_cast<uint8_t*>(given.address(10));
-  call.scales = static_cast<float*>(given.address(11));
-  call.zero_points = static_cast<float*>(given.address(12));
-  const int threads = static_cast<int>(given.number(13));
+  call.refits = static_cast<int>(given.number(10));
+  call.packed = static_cast<uint8_t*>(given.address(11));
+  call.scales = static_cast<float*>(given.address(12));
+  call.zero_points = static_cast<float*>(given.address(13));
+  const int threads = static_cast<int>(given.number(14));
   if (PyErr_Occurred()) return nullptr;
   if (call.rows < 1 || call.columns < 1 || call.group_size < 1 || call.bits < 1 || call.bits > 8 || shrinks.empty() ||
       shrinks.size() > fxquant::kMostRanges) {

@@ -17,6 +17,7 @@ struct Rounding {
   int64_t group_size;       // up to `columns`; the last group may be short
   int bits;                 // of an integer
   bool symmetric;           // whether every zero point is `half()`
+  bool whole;               // whether the others are levels, too: 0 .. `highest()`
   const float* importance;  // [columns], or null where all count alike
   const float* shrinks;     // of the full range, tried in this order
   int shrink_count;

@@ -58,18 +58,26 @@ inline float to_scale(float scale) {
   return rounded == 0 ? 1 : rounded;
 }
 
-inline float to_zero_point(float zero_point) { return from_f16(to_f16(zero_point)); }
+inline float clamped(float value, float low, float high) {
+  return std::fmin(std::fmax(value, low), high);
+}
+
+// A zero point as it is stored; never -0.0.
+inline float to_zero_point(const Rounding& call, float zero_point) {
+  if (call.whole) return std::nearbyint(clamped(zero_point, 0.0f, call.highest())) + 0.0f;
+  return from_f16(to_f16(clamped(zero_point, -1024.0f, 1024.0f)));
+}
 
 inline Grid grid_of_range(const Rounding& call, float low, float high) {
   if (call.symmetric) return {to_scale((high > -low ? high : low) / -call.half()), call.half()};
   // As `scales_from_range` of numerics/weights.py: no overflow, no zero point too far for float16.
   const float farther = std::fabs(low) > std::fabs(high) ? std::fabs(low) : std::fabs(high);
-  if (farther > (high / 2 - low / 2) * 8.0f) {
+  if (call.whole || farther > (high / 2 - low / 2) * 8.0f) {
     low = low < 0 ? low : 0;
     high = high > 0 ? high : 0;
   }
   const float scale = to_scale((high / 2 - low / 2) / (call.highest() / 2));
-  return {scale, to_zero_point(0.0f - low / scale)};  // never -0.0
+  return {scale, to_zero_point(call, 0.0f - low / scale)};
 }
 
 // The nearest level to a place on a grid.
@@ -107,36 +115,40 @@ inline void set_levels(const RoundedGroup& group, const Grid& grid) {
   }
 }
 
-// The least-squares grid for the levels of `group`; its scale stays where it is undefined.
-inline Grid refitted(const RoundedGroup& group, const Grid& grid, bool symmetric) {
-  float mean_q = grid.zero_point, mean_x = 0;
-  if (!symmetric) {
-    Lanes weights, q, x;
-    for (int64_t i = 0; i < group.vectors; i += kParts) {
-      unrolled<kParts>([&](auto part) {
-        weights.parts[part] += group.weights[i + part];
-        q.parts[part] += group.weights[i + part] * group.q[i + part];
-        x.parts[part] += group.weights[i + part] * group.x[i + part];
-      });
-    }
-    const float count = weights.total();
-    mean_q = q.total() / count, mean_x = x.total() / count;
-  }
-  const float other = symmetric ? mean_q : 0;
+// The least-squares scale for the levels of `group`, counted from `origin`; `former` stays where it
+// is undefined.
+inline float fitted_scale(const RoundedGroup& group, float origin, float former) {
   Lanes along, across;
   for (int64_t i = 0; i < group.vectors; i += kParts) {
     unrolled<kParts>([&](auto part) {
-      const Vector q = group.q[i + part], centred = group.weights[i + part] * (q - mean_q);
-      along.parts[part] += centred * group.x[i + part];
-      across.parts[part] += centred * (q - other);
+      const Vector level = group.q[i + part] - origin, weighted = group.weights[i + part] * level;
+      along.parts[part] += weighted * group.x[i + part];
+      across.parts[part] += weighted * level;
     });
   }
-  float scale = along.total() / across.total();
-  if (!std::isfinite(scale) || scale == 0) scale = grid.scale;
-  scale = to_scale(scale);
-  if (symmetric) return {scale, grid.zero_point};
-  const float zero_point = mean_q - mean_x / scale;
-  return {scale, to_zero_point(std::fmin(std::fmax(zero_point, -1024.0f), 1024.0f))};
+  const float scale = along.total() / across.total();
+  return to_scale(std::isfinite(scale) && scale != 0 ? scale : former);
+}
+
+// The least-squares grid for the levels of `group`. Of whole zero points, the scale is fitted once
+// more to the rounded one.
+inline Grid refitted(const RoundedGroup& group, const Grid& grid, const Rounding& call) {
+  const auto with_zero_point = [&](float zero_point) {
+    return Grid{fitted_scale(group, zero_point, grid.scale), zero_point};
+  };
+  if (call.symmetric) return with_zero_point(grid.zero_point);
+  Lanes weights, q, x;
+  for (int64_t i = 0; i < group.vectors; i += kParts) {
+    unrolled<kParts>([&](auto part) {
+      weights.parts[part] += group.weights[i + part];
+      q.parts[part] += group.weights[i + part] * group.q[i + part];
+      x.parts[part] += group.weights[i + part] * group.x[i + part];
+    });
+  }
+  const float count = weights.total(), mean_q = q.total() / count, mean_x = x.total() / count;
+  const float scale = fitted_scale(group, mean_q, grid.scale);
+  const float zero_point = to_zero_point(call, mean_q - mean_x / scale);
+  return call.whole ? with_zero_point(zero_point) : Grid{scale, zero_point};
 }
 
 Grid best_grid(const Rounding& call, const RoundedGroup& group, float low, float high) {
@@ -157,7 +169,7 @@ Grid best_grid(const Rounding& call, const RoundedGroup& group, float low, float
   float error = errors[best];
   for (int i = 0; i < call.refits; ++i) {
     set_levels(group, grid);
-    const Grid other = refitted(group, grid, call.symmetric);
+    const Grid other = refitted(group, grid, call);
     float other_error;
     measure<1>(group, &other, &other_error);
     if (!(other_error < error)) return grid;
