@@ -32,6 +32,7 @@ from fxquant.passes.calibration_data import calls, check_batches
 from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import ACTIONS, Decision, decide
 from fxquant.passes.rewrite import rewrite
+from fxquant.report.progress import is_shown
 from fxquant.tracing.prepare import unwrap
 from fxquant.tracing.trace import graph_of
 from fxquant.view.graph_view import to_networkx
@@ -161,7 +162,7 @@ def _measured(
     )
     if method == "local":
         return replace(report, flows=error_flow(run.nodes))
-    shown = _is_shown(progress)
+    shown = is_shown(progress)
     measurement = _Measurement(gm, candidates, layers.held_out, layers, select, metric, shown)
     errors, peak = measurement.run(method)
     report = replace(report, rows=[_with_errors(r, errors, report) for r in rows], peak_bytes=peak)
@@ -201,10 +202,6 @@ def _predicted_pareto(report: SensitivityReport) -> list[tuple[float, float]]:
         return []
     points = pareto(replace(report, evaluate=None))
     return [(p.average_bits, p.predicted_sqnr_db or 0.0) for p in points]
-
-
-def _is_shown(progress: bool | None) -> bool:
-    return sys.stderr.isatty() if progress is None else progress
 
 
 def _with_errors(row: SensitivityRow, errors: Errors, report: SensitivityReport) -> SensitivityRow:

@@ -26,6 +26,7 @@ from fxquant.measure.row_parts import row_parts
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.numerics.metrics import SqnrMeter
 from fxquant.passes.calibrate import run_call
+from fxquant.report.progress import steps
 
 
 @dataclass
@@ -71,7 +72,7 @@ def run_paired(
     shared = {
         site.node: run.layers[site.name].cumulative for site in _lone_sites(quantized_gm, run)
     }
-    for call in row_parts(float_gm, calls):
+    for call in row_parts(float_gm, steps(calls, "measuring")):
         results: dict[str, list[Tensor]] = {name: [] for name, _, _ in pairs}
         hooks: list[tuple[nn.Module, Any]] = []
         for name, linear, quantized in pairs:

@@ -1,18 +1,17 @@
 """Calibrate: run data through the observers."""
 
-import sys
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from fxquant.errors import CalibrationError, check_positive_int, check_type
 from fxquant.graph.calls import Call
 from fxquant.graph.left_alone import graph_left_alone, process_left_alone
 from fxquant.observers import Observer
 from fxquant.passes.calibration_data import calls, describe_inputs
+from fxquant.report.progress import steps
 
 
 def calibrate(
@@ -133,9 +132,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _with_progress(
     data: Iterable[object], model: nn.Module, num_samples: int | None, progress: bool | None
 ) -> Iterable[Call]:
-    is_shown = sys.stderr.isatty() if progress is None else progress
     total = _length(data) if num_samples is None else None
-    return tqdm(calls(data, model, num_samples), "calibrating", total, disable=not is_shown)
+    return steps(calls(data, model, num_samples), "calibrating", total=total, progress=progress)
 
 
 def _length(data: Iterable[object]) -> int | None:

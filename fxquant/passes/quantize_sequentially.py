@@ -11,7 +11,6 @@ several times is fitted to all its calls: to the first on what the quantized gra
 those behind on what the float graph gives.
 """
 
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from tqdm import tqdm
 
 from fxquant.errors import WeightError
 from fxquant.graph.calls import Call
@@ -46,6 +44,7 @@ from fxquant.passes.padding import fitting_mask, padding_mask
 from fxquant.passes.paired_batches import PairedBatch
 from fxquant.passes.rewrite import freeze
 from fxquant.passes.turns import Turn, find_turns, repeated_layers
+from fxquant.report.progress import steps
 
 QuantizeWithMoments = Callable[[str, nn.Linear, int, LayerMoments], QuantizedLinear]
 
@@ -122,8 +121,7 @@ class _Run:
             PairedBatch.of(self.float_gm, self.rewritten, call, i, held_out=i >= len(calls))
             for i, call in enumerate((*calls, *held_out))
         ]
-        turns = find_turns(self.rewritten, set(self.bits))
-        for turn in tqdm(turns, "fitting layers", disable=not sys.stderr.isatty()):
+        for turn in steps(find_turns(self.rewritten, set(self.bits)), "fitting layers"):
             if turn.is_inside:
                 self._quantize_inside(turn)
             else:

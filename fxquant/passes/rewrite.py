@@ -22,6 +22,7 @@ from fxquant.graph.layers import (
 )
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.passes.decide import Decision
+from fxquant.report.progress import steps
 
 QuantizeLinear = Callable[[str, nn.Linear, int], QuantizedLinear]
 
@@ -45,7 +46,8 @@ def rewrite(
     """
     bits = {d.module: d.bits for d in decisions if d.bits is not None}
     chosen = {site.module: site.name for site in sites(gm) if _is_chosen(site, bits)}
-    made = {m: _quantize(name, m, bits[name], quantize_linear) for m, name in chosen.items()}
+    layers = steps(chosen.items(), "rounding layers", total=len(chosen))
+    made = {m: _quantize(name, m, bits[name], quantize_linear) for m, name in layers}
     for site in sites(gm):
         if site.is_inside and site.module in made:
             keep_bias_absent(site.module, made[site.module])

@@ -4,6 +4,7 @@
 |---|---|
 | `tables.py` | text tables, CSV and JSON files |
 | `view.py` | how results show themselves: a line, a text, a table in notebooks, files |
+| `progress.py` | bars that tell how long a step will take |
 | `html.py`, `pages.py` | self-contained pages |
 | `drawing.py`, `layout.py`, `folding.py` | a graph as a drawing: shapes, places, repeated blocks |
 """
