@@ -21,7 +21,7 @@ from fxquant.analysis.batching import (
 )
 from fxquant.analysis.candidates import Candidate
 from fxquant.graph.calls import Call
-from fxquant.graph.ops import has_effects
+from fxquant.graph.effects import has_effects
 from fxquant.graph.stepper import HeldBytes, Stepper, last_used_at
 from fxquant.measure.output_metric import Metric, OutputError
 from fxquant.modules.linear import QuantizedLinear

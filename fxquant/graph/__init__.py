@@ -3,6 +3,8 @@
 | file | does |
 |---|---|
 | `ops.py` | the one table of what ops and modules do |
+| `effects.py` | which ops write into memory or draw random numbers |
+| `linear_operands.py` | which ops are a linear layer, and where its operands are |
 | `saved_ops.py` | its column "may be in a file" |
 | `calls.py` | `Call`, the arguments of one call |
 | `layers.py` | the linear layers of a graph, their names, and putting others in their place |
@@ -10,6 +12,7 @@
 | `graph_module.py` | the graph module that fxquant makes, which can be pickled |
 | `interpreter.py`, `stepper.py` | a graph run node by node, values freed after use |
 | `structures.py`, `grouped_matmul.py` | functions that graphs call |
+| `loops.py` | `loop`: a Python loop over a size as one node |
 | `shapes.py` | shapes, dtypes and module paths of nodes |
 | `copying.py` | copies of module trees that share or own their tensors |
 | `left_alone.py` | running a model and leaving it, and the process, as they were |

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxquant.graph.ops import is_foreign, writes
+from fxquant.graph.effects import is_foreign, writes
 from fxquant.modules.linear import QuantizedLinear
 
 DEPTH = 6  # of containers and objects behind a module's attributes

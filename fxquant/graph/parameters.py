@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxquant.graph.effects import is_foreign
 from fxquant.graph.layers import (
     ROOT,
     inner_layers,
@@ -17,7 +18,7 @@ from fxquant.graph.layers import (
     tensor_attribute,
     user_name,
 )
-from fxquant.graph.ops import is_foreign, kind_of_product, op_of
+from fxquant.graph.ops import kind_of_product, op_of
 from fxquant.graph.shapes import MODULE_PATH
 
 _FOLLOWED = 12  # ops between a parameter and the product it goes into

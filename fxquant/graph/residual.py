@@ -3,7 +3,8 @@
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.graph.ops import is_addition, is_random, op_of
+from fxquant.graph.effects import is_random
+from fxquant.graph.ops import is_addition, op_of
 
 KEEPING_MODULES = (nn.Dropout, nn.Identity)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.calls import Call
+from fxquant.graph.effects import is_foreign, is_random
 from fxquant.graph.interpreter import GraphInterpreter
 from fxquant.graph.left_alone import left_alone
-from fxquant.graph.ops import is_foreign, is_random
 from fxquant.graph.shapes import input_values
 from fxquant.graph.structures import tensors_in
 

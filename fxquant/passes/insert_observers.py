@@ -13,9 +13,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.copying import copy_sharing_tensors
+from fxquant.graph.effects import writes_before
 from fxquant.graph.graph_module import check_graph
 from fxquant.graph.layers import Site, finish, free_name, is_plain_linear, sites
-from fxquant.graph.ops import writes_before
 from fxquant.graph.shapes import MODULE_PATH
 from fxquant.observers import Observer, create_observer
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.graph.calls import Call
+from fxquant.graph.effects import writes_before
 from fxquant.graph.layers import Site, is_plain_linear, layer_input, sites
-from fxquant.graph.ops import writes_before
 from fxquant.observers import Observer, create_observer
 from fxquant.observers.input_statistics import InputStatistics
 from fxquant.passes.calibrate import run_call

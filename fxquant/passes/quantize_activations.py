@@ -11,8 +11,8 @@ from torch.fx import GraphModule, Node
 
 from fxquant.errors import OptionError
 from fxquant.graph.copying import copy_sharing_tensors
+from fxquant.graph.effects import writes_before
 from fxquant.graph.layers import Site, finish, free_name, sites
-from fxquant.graph.ops import writes_before
 from fxquant.graph.shapes import MODULE_PATH
 from fxquant.modules.activation import (
     channel_qparams,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fxquant.graph.effects import writes_before
 from fxquant.graph.layers import Site, is_plain_linear, sites
-from fxquant.graph.ops import writes_before
 from fxquant.graph.residual import added_to
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from fxquant.errors import LoadError, SaveError, near_misses
 from fxquant.graph.grouped_matmul import grouped_matmul
+from fxquant.graph.loops import loop
 from fxquant.graph.saved_ops import saved_functions, saved_methods, saved_overload
 from fxquant.graph.structures import (
     expect_constant,
@@ -36,6 +37,7 @@ FXQUANT_FUNCTIONS: tuple[Callable[..., Any], ...] = (
     named_tuple,
     output_dict,
     grouped_matmul,
+    loop,
     merge_attention_masks,
     quantize_activation,
     dequantize_activation,

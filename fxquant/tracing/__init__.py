@@ -6,8 +6,11 @@
 | `prepare.py` | a working copy on the same memory, with weights as the model uses them |
 | `replacements.py` | traceable stand-ins for torch.nn's attention and transformer layers |
 | `signature.py` | which arguments of `forward` become inputs of the graph |
+| `capture.py` | what every way gives: a recorded graph, or a reason in words |
 | `symbolic.py` | the first way: `torch.fx`, with opaque children where that fails |
+| `proxies.py` | values that are recorded instead of computed, for the first way |
 | `export.py` | the second way: `torch.export`, its graph brought back to a plain one |
+| `loop_marks.py`, `rolling.py` | Python loops over a size: marked in an export, then one node |
 | `inline.py` | opaque children of a symbolic graph, exported one by one and laid into it |
 | `opaque.py` | the last way: the model's own code as one node |
 | `assemble.py` | from a recorded graph to a `GraphModule` |

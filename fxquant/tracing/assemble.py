@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule
 
 from fxquant.graph.graph_module import FxquantGraph
 from fxquant.graph.layers import NAMES, finish, target_of
-from fxquant.tracing.symbolic import Capture
+from fxquant.tracing.capture import Capture
 
 
 def assemble(capture: Capture, module: nn.Module) -> GraphModule:

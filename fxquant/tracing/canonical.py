@@ -12,14 +12,10 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from fxquant.graph.effects import remove_unused
 from fxquant.graph.layers import NAMES, ROOT, has_hooks, target_of, tensor_attribute, user_name
-from fxquant.graph.ops import (
-    LinearOperands,
-    is_addition,
-    linear_operands,
-    op_name,
-    remove_unused,
-)
+from fxquant.graph.linear_operands import LinearOperands, linear_operands
+from fxquant.graph.ops import is_addition, op_name
 from fxquant.graph.shapes import MODULE_PATH
 from fxquant.tracing.assemble import make_graph_module
 from fxquant.tracing.constants import Constant, Constants

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from fxquant.graph.effects import is_random, writes
 from fxquant.graph.layers import tensor_attribute
-from fxquant.graph.ops import is_random, op_name, op_of, writes
+from fxquant.graph.ops import op_name, op_of
 
 
 @dataclass(frozen=True)

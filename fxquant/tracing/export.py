@@ -11,7 +11,7 @@ import logging
 import operator
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,9 @@ from fxquant.graph.structures import (
     named_tuple,
     output_dict,
 )
+from fxquant.tracing.capture import Capture, describe_error, left_out
+from fxquant.tracing.loop_marks import LoopMarks
+from fxquant.tracing.rolling import CannotRollError, roll_loops
 from fxquant.tracing.signature import (
     Argument,
     call,
@@ -42,7 +45,6 @@ from fxquant.tracing.signature import (
     placeholders,
     unfit_argument,
 )
-from fxquant.tracing.symbolic import Capture, describe_error, left_out
 
 aten = torch.ops.aten
 higher_order = torch.ops.higher_order
@@ -74,14 +76,32 @@ def capture_export(
         return unfit
     # One tensor passed twice would be taken as one input, so each argument is a tensor of its own.
     example = {a.name: Call((a.value,)).clone().args[0] for a in arguments if a.is_input}
+    marks = LoopMarks() if are_sizes_free else None
+    found = _attempt(module, arguments, example, marks, are_sizes_free)
+    if isinstance(found, str) and marks is not None and marks.count:
+        unrolled = _attempt(module, arguments, example, None, are_sizes_free)
+        return f"{found}; {unrolled}" if isinstance(unrolled, str) else unrolled
+    return found
+
+
+def _attempt(
+    module: nn.Module,
+    arguments: list[Argument],
+    example: dict[str, Any],
+    marks: LoopMarks | None,
+    are_sizes_free: bool,
+) -> Capture | str:
+    """One export; with `marks`, a loop over a size becomes one node."""
     try:
-        flat = _Flat(module, arguments).eval()
+        flat = _Flat(module, arguments, marks).eval()
         with left_alone(module), _quiet_export():
             program = _export(flat, example, are_sizes_free)
+        if marks is not None and marks.fault is not None:
+            return marks.fault
         capture = _capture(program, arguments, flat.output)
         free = DYNAMIC_DIMENSIONS if are_sizes_free else 0
         return replace(capture, fixed=_fixed_sizes(arguments, free))
-    except _UnsupportedError as error:
+    except (CannotRollError, _UnsupportedError) as error:
         return str(error)
     except Exception as error:  # a user's forward may raise anything at all
         return describe_error(error)
@@ -203,7 +223,9 @@ class _Flat(nn.Module):
     The module is called as a whole, with its hooks and whatever else its class does in a call.
     """
 
-    def __init__(self, module: nn.Module, arguments: list[Argument]) -> None:
+    def __init__(
+        self, module: nn.Module, arguments: list[Argument], marks: LoopMarks | None
+    ) -> None:
         super().__init__()
         self.add_module(WRAPPED, module)
         output = self.output = _FlatOutput()
@@ -211,7 +233,8 @@ class _Flat(nn.Module):
 
         def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
             values = dict(zip((a.name for a in inputs), args, strict=False)) | kwargs
-            return output.flatten(call(module, arguments, values))
+            with nullcontext() if marks is None else marks.watching():
+                return output.flatten(call(module, arguments, values))
 
         forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for a in inputs]
@@ -264,6 +287,7 @@ def _capture(program: ExportedProgram, arguments: list[Any], output: _FlatOutput
             if found is not written:
                 graph.call_function(aten.copy_.default, (written, found))
     graph.output(_build_output(graph, output.template, tensors))
+    roll_loops(graph)
     graph.lint()
     return Capture(graph, constants, guards=list(program._guards_code), left_out=output.dropped)
 

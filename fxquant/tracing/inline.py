@@ -14,11 +14,11 @@ from torch.fx.node import map_arg
 from fxquant.graph.calls import Call
 from fxquant.graph.left_alone import left_alone, process_left_alone
 from fxquant.tracing.assemble import assemble
+from fxquant.tracing.capture import Capture
 from fxquant.tracing.export import capture_export
 from fxquant.tracing.guards import insert_guards
 from fxquant.tracing.needed import export_examples, needed_guards
 from fxquant.tracing.oracle import Oracle, run_alone
-from fxquant.tracing.symbolic import Capture
 
 
 def inline_children(

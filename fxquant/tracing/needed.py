@@ -6,6 +6,7 @@ from torch.fx import GraphModule
 
 from fxquant.graph.calls import Call
 from fxquant.tracing.guards import holds, is_about_sizes
+from fxquant.tracing.loop_marks import FEWEST_ROUNDS
 from fxquant.tracing.oracle import Answer, Oracle, describe_axis
 from fxquant.tracing.variations import Axis
 
@@ -13,11 +14,14 @@ LONGEST_PROBE = 130  # sizes up to which the bounds of guards are tried
 
 
 def export_examples(oracle: Oracle) -> Iterator[tuple[Call, bool]]:
-    """Calls to export with: sizes above 1 that may change, then other lengths, then fixed sizes."""
+    """Calls to export with: sizes that may change, then other lengths, then fixed sizes.
+
+    A size of 1 would be taken as fixed, and the rounds of a loop are told apart from 3 on.
+    """
     call = oracle.example
     for axis in oracle.axes:
-        if axis.size == 1:
-            call = axis.resized(call, 2)
+        if axis.size < FEWEST_ROUNDS:
+            call = axis.resized(call, FEWEST_ROUNDS)
     yield call, True
     for axis in oracle.axes[1:]:  # a window or a block may ask for longer inputs
         yield axis.resized(call, 2 * axis.size + 3), True

@@ -5,8 +5,9 @@ the process are left as they were. Each candidate graph is run on the same calls
 random state, and its results are compared: values, structure and dtypes.
 """
 
+import io
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from fxquant.errors import ShapeError, TraceError
 from fxquant.graph.calls import Call
 from fxquant.graph.left_alone import evaluate, left_alone, process_left_alone
+from fxquant.tracing.capture import describe_error
 from fxquant.tracing.products import ProductSpy
 from fxquant.tracing.results import difference, kept
-from fxquant.tracing.symbolic import describe_error
 from fxquant.tracing.variations import LONG, ROWS, SHORT, Axis, free_axes
 
 SEED = 20_000
@@ -31,12 +32,22 @@ class Refusal:
     Attributes:
         label: what is special about the call.
         reason: what the graph said.
-        is_minor: whether neither a batch nor a length is refused.
+        axis: along which the call differs from the example.
     """
 
     label: str
     reason: str
-    is_minor: bool
+    axis: Axis
+
+    @property
+    def is_minor(self) -> bool:
+        """Whether neither a batch nor a length is refused."""
+        return self.axis.is_minor
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether it is for its number of rows that the call is refused."""
+        return self.axis.is_batch
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ class Answer:
     calls: tuple[Call, ...]
     label: str
     results: tuple[Any, ...]
-    is_minor: bool = False
+    axis: Axis | None = None  # along which the call differs from the example
 
     @property
     def call(self) -> Call:
@@ -104,8 +115,8 @@ class Oracle:
         checked = 0
         for answer in self.answers:
             wrong, refusal = self.compare(gm, answer)
-            if refusal is not None and answer is not self.answers[0]:
-                refused.append(Refusal(answer.label, refusal, answer.is_minor))
+            if refusal is not None and answer.axis is not None:
+                refused.append(Refusal(answer.label, refusal, answer.axis))
             elif wrong is not None or refusal is not None:
                 where = "" if answer is self.answers[0] else f"at {answer.label}: "
                 return Verdict(f"{where}{wrong or refusal}", refused, checked)
@@ -116,7 +127,8 @@ class Oracle:
     def compare(self, gm: nn.Module, answer: Answer) -> tuple[str | None, str | None]:
         """`(how the graph differs, why it refuses)`; both are None where it agrees."""
         try:
-            found = run_alone(gm, answer.calls)
+            with redirect_stderr(io.StringIO()):  # torch.fx prints the line of a graph that fails
+                found = run_alone(gm, answer.calls)
         except Exception as error:  # whatever the graph raises, it is not usable here
             if isinstance(error, ShapeError):
                 return None, str(error)
@@ -160,7 +172,7 @@ class Oracle:
                 results = self._run(call)
                 if results is not None:
                     label = describe_axis(axis, size)
-                    self.answers.append(Answer((call,), label, results, axis.is_minor))
+                    self.answers.append(Answer((call,), label, results, axis))
         if len(self.axes) > 1:  # two at once: one row of another length
             batch, other = self.axes[0], self.axes[1]
             size = max(1, min(other.size, LONG) // 2)
@@ -168,7 +180,7 @@ class Oracle:
             results = self._run(call)
             if results is not None:
                 label = f"one row and {describe_axis(other, size)}"
-                self.answers.append(Answer((call,), label, results, other.is_minor))
+                self.answers.append(Answer((call,), label, results, other))
 
     def _accepts(self, call: Call) -> bool:
         return self._run(call) is not None

@@ -1,15 +1,10 @@
 """The first way: `torch.fx` symbolic tracing, with opaque nodes where a child cannot be traced."""
 
-import builtins
 import dis
 import inspect
 import math
-import operator
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,29 +24,10 @@ from fxquant.graph.structures import (
     named_tuple,
     output_dict,
 )
+from fxquant.tracing.capture import Capture, describe_error, left_out
+from fxquant.tracing.proxies import NumberProxy, TensorProxy, traceable
 from fxquant.tracing.replacements import FUNCTION_REPLACEMENTS
 from fxquant.tracing.signature import Argument, call, graph_arguments, placeholders, unfit_argument
-
-
-@dataclass(frozen=True)
-class Capture:
-    """A graph as it was recorded, before it gets fxquant's form.
-
-    Attributes:
-        graph: its targets are paths in the module that was traced.
-        objects: modules and tensors by these paths, where the traced module does not have them.
-        opaque: the children that stayed opaque and why (path -> reason).
-        guards: conditions on the inputs' sizes under which the graph is right.
-        fixed: sizes of inputs that it may be right for only.
-        left_out: outputs that a graph cannot hold.
-    """
-
-    graph: Graph
-    objects: dict[str, Any] = field(default_factory=dict)
-    opaque: dict[str, str] = field(default_factory=dict)
-    guards: list[str] = field(default_factory=list)
-    fixed: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
 
 
 def capture_symbolic(
@@ -70,7 +46,7 @@ def capture_symbolic(
         return unfit
     tracer = _Tracer(arguments, is_verified=inputs is not None)
     try:
-        with left_alone(module), _traceable(see_through):
+        with left_alone(module), traceable(see_through):
             graph = tracer.trace(module)
             constants = {
                 str(n.target): vars(module)[n.target]
@@ -85,100 +61,8 @@ def capture_symbolic(
     return Capture(graph, constants, tracer.opaque, left_out=tracer.left_out)
 
 
-def describe_error(error: BaseException) -> str:
-    """The error's class and first line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
-
-
-def has_wrapped_functions() -> bool:
-    """Whether a library marked functions with `torch.fx.wrap`."""
-    return bool(_wrapped_by_libraries())
-
-
-def _wrapped_by_libraries() -> list[Any]:
-    wrapped = torch.fx._symbolic_trace._wrapped_fns_to_patch
-    return [k for k, space in wrapped.items()
-            if not str(space.get("__name__", "")).startswith("torch.")]  # fmt: skip
-
-
-@contextmanager
-def _traceable(see_through: bool) -> Iterator[None]:
-    """Without the fast path of attention and, if asked, without opaque functions of libraries."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    wrapped = torch.fx._symbolic_trace._wrapped_fns_to_patch
-    kept = dict(wrapped)
-    if see_through:
-        for key in _wrapped_by_libraries():
-            del wrapped[key]
-    try:
-        with torch.no_grad(), _proxies_are_tensors():
-            yield
-    finally:
-        wrapped.clear()
-        wrapped.update(kept)
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
 class _UnseenError(Exception):
     """The forward does something that a graph would lose."""
-
-
-class _TensorProxy(Proxy):
-    """A value that is a tensor: statements that write into it are recorded as such."""
-
-    def __getattr__(self, name: str) -> Any:
-        """Refuse what a parameter does not have, so that `hasattr` answers as it would."""
-        if self.node.op == "get_attr" and not hasattr(Tensor, name):
-            raise AttributeError(f"a tensor has no attribute {name!r}")
-        return super().__getattr__(name)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-
-def _record_in_place(name: str) -> Any:
-    function = getattr(operator, name)
-
-    def record(self: Proxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return record
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior",
-              "ixor", "imatmul"):  # fmt: skip
-    # `h += 1` changes what every other name of the tensor sees; without this, `h = h + 1` is traced
-    setattr(_TensorProxy, f"__{_name}__", _record_in_place(_name))
-
-
-class _NumberProxy(Proxy):
-    """A value that is a size, a dtype or another number, not a tensor."""
-
-
-def _isinstance_of_proxies(kind: Any, value: Any, classes: Any) -> bool:
-    """`isinstance` for a forward that is traced: a proxy of a tensor is a tensor.
-
-    A class of proxies that says so itself would crash torch, whose C++ code would take it for one.
-    """
-    if kind(value, classes):
-        return True
-    if type(value) is not _TensorProxy:
-        return False
-    wanted = classes if type(classes) is tuple else (classes,)
-    caller = sys._getframe(2).f_globals.get("__name__", "")
-    return Tensor in wanted and not caller.startswith(("torch.", "fxquant."))
-
-
-@contextmanager
-def _proxies_are_tensors() -> Iterator[None]:
-    kind = builtins.isinstance
-    builtins.isinstance = lambda value, classes: _isinstance_of_proxies(kind, value, classes)
-    try:
-        yield
-    finally:
-        builtins.isinstance = kind
 
 
 class _NothingHidden(TorchFunctionMode):
@@ -318,8 +202,8 @@ class _Tracer(torch.fx.Tracer):
         """A proxy that tells whether it is a tensor, as far as that is known."""
         if self._is_number(node):
             self._numbers.add(node)
-            return _NumberProxy(node, self)
-        return _TensorProxy(node, self)
+            return NumberProxy(node, self)
+        return TensorProxy(node, self)
 
     def _is_number(self, node: Node) -> bool:
         if node.op == "placeholder":
@@ -415,11 +299,6 @@ class _Tracer(torch.fx.Tracer):
 
 
 _LEFT_OUT = object()
-
-
-def left_out(where: str, value: object) -> str:
-    """What the report says of an output that a graph cannot hold."""
-    return f"{where} is left out: a {type(value).__name__} cannot be in a graph"
 
 
 def _catches_errors(module: nn.Module) -> bool:

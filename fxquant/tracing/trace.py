@@ -9,6 +9,9 @@ With example inputs each graph is compared with the user's own model (see `oracl
 example and on other sizes; the first that agrees everywhere is taken. A graph that is right for
 some sizes only gets checks that refuse the others; one that computes other values is never
 returned.
+A loop over a size whose rounds all do the same becomes one node, for any size (see `rolling.py`).
+Another one is unrolled: a graph for one length, which refuses others, can be saved and the model's
+own code cannot. Where other batches would be refused the model's own code stays all the same.
 Without example inputs a graph is taken only where nothing of the forward can have been lost.
 """
 
@@ -19,6 +22,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.graph.calls import Call
+from fxquant.graph.effects import calls_foreign_functions
 from fxquant.graph.identity import FINGERPRINT, fingerprint
 from fxquant.graph.layers import user_name
 from fxquant.graph.left_alone import (
@@ -27,11 +31,11 @@ from fxquant.graph.left_alone import (
     process_left_alone,
     structure_left_alone,
 )
-from fxquant.graph.ops import calls_foreign_functions
 from fxquant.graph.parameters import IDLE
 from fxquant.graph.shapes import record_shapes
 from fxquant.tracing.assemble import assemble
 from fxquant.tracing.canonical import READ_ONLY, canonicalize
+from fxquant.tracing.capture import Capture
 from fxquant.tracing.coverage import weigh
 from fxquant.tracing.export import capture_export
 from fxquant.tracing.guards import insert_guards
@@ -40,8 +44,9 @@ from fxquant.tracing.needed import export_examples, needed_guards
 from fxquant.tracing.opaque import describe_opaque, graph_around
 from fxquant.tracing.oracle import Oracle, Verdict
 from fxquant.tracing.prepare import check_initialized, prepare, unwrap
+from fxquant.tracing.proxies import has_wrapped_functions
 from fxquant.tracing.signature import graph_arguments
-from fxquant.tracing.symbolic import Capture, capture_symbolic, has_wrapped_functions
+from fxquant.tracing.symbolic import capture_symbolic
 from fxquant.tracing.trace_report import REPORT_KEY, TraceReport
 
 
@@ -153,7 +158,7 @@ class _Search:
         that the graph does not call.
         """
         refused = [r for r in found.verdict.refused if not r.is_minor]
-        if any("batch size" in refusal.label for refusal in refused):
+        if any(refusal.is_batch for refusal in refused):
             return True
         return bool(refused) and bool(
             weigh(found.gm, self.prepared, self.prepared, self.oracle).unreached

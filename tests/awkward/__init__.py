@@ -8,6 +8,7 @@ from tests.awkward import hooks as hooks
 from tests.awkward import inplace as inplace
 from tests.awkward import inputs as inputs
 from tests.awkward import linears as linears
+from tests.awkward import loops as loops
 from tests.awkward import magic as magic
 from tests.awkward import names as names
 from tests.awkward import outputs as outputs
