@@ -11,6 +11,8 @@ def linear(
     weight_shape: tuple[int, ...],
     in_features: int,
     out_features: int,
+    bits: int,
+    symmetric: bool,
     int8: bool,
     threads: int,
     /,

@@ -6,11 +6,14 @@ import torch
 
 from fxquant.errors import OptionError, check_choice
 from fxquant.kernels.aten import AtenBackend
+from fxquant.kernels.aten_int8 import AtenInt8Backend
 from fxquant.kernels.interface import LinearBackend, LinearSpec
 from fxquant.kernels.native import NATIVE
 from fxquant.kernels.reference import REFERENCE
 
-BACKENDS: dict[str, LinearBackend] = {b.name: b for b in (NATIVE, AtenBackend(), REFERENCE)}
+BACKENDS: dict[str, LinearBackend] = {
+    backend.name: backend for backend in (NATIVE, AtenBackend(), AtenInt8Backend(), REFERENCE)
+}
 FORCE = "FXQUANT_BACKEND"  # the environment variable that forces one
 
 

@@ -1,33 +1,35 @@
-"""The INT4 product in C++, for AVX-512, AVX2 and any other CPU: see csrc/.
+"""The products with weights of 2 to 8 bits in C++, for AVX-512, AVX2 and any other CPU: see csrc/.
 
-W4A16 multiplies bfloat16 (float32 on CPUs that cannot), W4A8 int8; both sum in float32 and read one
-layout. A row's result does not depend on the other rows or on the threads.
+Float activations are multiplied as bfloat16 (float32 on CPUs that cannot), int8 ones as integers;
+both sum in float32 and read one layout. A row's result does not depend on the other rows or on the
+threads.
 """
 
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxquant.errors import OptionError
+from fxquant.kernels.code_fields import unit_inputs
 from fxquant.kernels.eager import is_plain
 from fxquant.kernels.extension import FLOAT_TYPES, NOT_BUILT, _native
 from fxquant.kernels.gradient import gradients_of_linear, needs_gradient
 from fxquant.kernels.interface import LinearSpec
-from fxquant.kernels.native_layout import BITS, from_blocks, spec_of_blocks, to_blocks
+from fxquant.kernels.native_layout import from_blocks, group_size_of, kernel_group, to_blocks
 from fxquant.kernels.reference import REFERENCE
+from fxquant.numerics.integers import WIDTHS
 from fxquant.numerics.quantized_weight import QuantizedWeight
 from fxquant.numerics.weights import quantize_weight
-
-LARGEST_GROUP = 256
 
 NEEDED = "a float32, bfloat16 or float16 x and a weight packed for its last dimension"
 REMEDY = "Give x the in_features, and bias the out_features, of the layer."
 
 _LIBRARY = torch.library.Library("fxquant", "DEF")
 _LIBRARY.define(
-    "linear_int4(Tensor x, Tensor weight, Tensor? bias, int in_features, int out_features,"
-    " bool int8_activations) -> Tensor"
+    "linear_intn(Tensor x, Tensor weight, Tensor? bias, int in_features, int out_features,"
+    " int bits, bool symmetric, bool int8_activations) -> Tensor"
 )
 
 
@@ -37,6 +39,8 @@ def _multiply(
     bias: Tensor | None,
     in_features: int,
     out_features: int,
+    bits: int,
+    symmetric: bool,
     int8_activations: bool,
 ) -> Tensor:
     """The op, for a weight and a bias that a layer owns: where they lie is not checked."""
@@ -62,93 +66,95 @@ def _multiply(
             weight.shape,
             in_features,
             out_features,
+            bits,
+            symmetric,
             int8_activations,
             torch.get_num_threads(),
         )
     ):
         raise OptionError(
-            "fxquant::linear_int4",
+            "fxquant::linear_intn",
             found=f"{x.dtype} x {list(shape)}, weight {list(weight.shape)} and bias "
             f"{None if bias is None else list(bias.shape)} for {in_features} inputs and "
-            f"{out_features} outputs",
+            f"{out_features} outputs of {bits} bits",
             needed=NEEDED,
             remedy=REMEDY,
         )
     return y
 
 
-@torch.library.impl(_LIBRARY, "linear_int4", "CPU")
-def _linear_int4(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    out_features: int,
-    int8_activations: bool,
-) -> Tensor:
+@torch.library.impl(_LIBRARY, "linear_intn", "CPU")
+def _linear_intn(x: Tensor, weight: Tensor, bias: Tensor | None, *form: Any) -> Tensor:
     """The op for any caller, as an exported program that runs where nothing was built."""
     if not weight.is_cpu or weight.dtype != torch.uint8 or not (bias is None or bias.is_cpu):
         raise OptionError(
-            "fxquant::linear_int4",
+            "fxquant::linear_intn",
             found=f"a {weight.dtype} weight on {weight.device} and a bias on "
             f"{None if bias is None else bias.device}",
             needed="a torch.uint8 weight and a bias on the CPU",
             remedy="Move the layer to the device of x.",
         )
     if NOT_BUILT is not None:
-        spec = spec_of_blocks(weight, in_features, out_features, int8_activations)
+        spec = _spec_of(weight, *form)
         return REFERENCE.matmul(x, REFERENCE.pack(from_blocks(weight, spec), spec), spec, bias)
-    weight = weight.contiguous()
-    return _multiply(x, weight, bias, in_features, out_features, int8_activations)
+    return _multiply(x, weight.contiguous(), bias, *form)
 
 
-def _linear_int4_shape(
-    x: Tensor,
+def _spec_of(
     weight: Tensor,
-    bias: Tensor | None,
     in_features: int,
     out_features: int,
+    bits: int,
+    symmetric: bool,
     int8_activations: bool,
+) -> LinearSpec:
+    """What the op's weight was packed for; its groups are the layout's."""
+    activation = "int8" if int8_activations else "float"
+    group_size = group_size_of(weight, bits, symmetric)
+    return LinearSpec(out_features, in_features, group_size, symmetric, activation, bits)
+
+
+def _linear_intn_shape(
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int, out_features: int, *form: Any
 ) -> Tensor:
     torch._check(x.shape[-1] == in_features, lambda: f"x {list(x.shape)}. {REMEDY}")
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, bias, in_features, out_features, int8_activations = inputs
+    _, weight, bias, *form = inputs
     ctx.save_for_backward(weight)
-    ctx.spec = spec_of_blocks(weight, in_features, out_features, int8_activations)
+    ctx.spec = _spec_of(weight, *form)
     ctx.bias_type = None if bias is None else bias.dtype
 
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     weight = from_blocks(ctx.saved_tensors[0], ctx.spec).dequantize()
     to_x, to_bias = gradients_of_linear(gradient, weight, ctx.bias_type)
-    return to_x, None, to_bias, None, None, None
+    return to_x, None, to_bias, None, None, None, None, None
 
 
-torch.library.register_fake("fxquant::linear_int4", _linear_int4_shape, lib=_LIBRARY)
+torch.library.register_fake("fxquant::linear_intn", _linear_intn_shape, lib=_LIBRARY)
 torch.library.register_autograd(
-    "fxquant::linear_int4", _gradients, setup_context=_keep_for_gradient, lib=_LIBRARY
+    "fxquant::linear_intn", _gradients, setup_context=_keep_for_gradient, lib=_LIBRARY
 )
-LINEAR_INT4 = torch.ops.fxquant.linear_int4.default
+LINEAR_INTN = torch.ops.fxquant.linear_intn.default
 
 
 class NativeBackend:
-    """Calls the op `fxquant::linear_int4`."""
+    """Calls the op `fxquant::linear_intn`."""
 
     name = "native"
 
     def unsupported(self, spec: LinearSpec, device: torch.device) -> str | None:
-        """It is for CPUs and groups that fill 32-bit lanes, and must have passed its check."""
+        """It is for CPUs and groups of whole units, and must have passed its check."""
         if device.type != "cpu":
             return f"it runs on CPUs, not on {device.type}"
-        if spec.bits != BITS:
-            return f"the weight has {spec.bits} bits, not {BITS}"
-        if spec.group_size % 8 or spec.group_size > LARGEST_GROUP:
-            return f"group_size is {spec.group_size}, not a multiple of 8 up to {LARGEST_GROUP}"
+        if kernel_group(spec.group_size, spec.in_features, spec.bits) is None:
+            unit = unit_inputs(spec.bits)
+            return f"group_size is {spec.group_size}, not a multiple of {unit} (beyond 256, of 32)"
         if FAULT is None and spec.activation == "float" and not IS_VECTORIZED:
-            return "it has nothing for this CPU, which torch's own op may know"
+            return "it has nothing for this CPU, where torch's products of floats are faster"
         return FAULT
 
     def pack(self, weight: QuantizedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
@@ -167,9 +173,16 @@ class NativeBackend:
         bias: Tensor | None = None,
     ) -> Tensor:
         """Call the op, past the dispatcher where that changes nothing."""
-        call = _multiply if is_plain(x) and not needs_gradient(x, bias) else LINEAR_INT4
+        call = _multiply if is_plain(x) and not needs_gradient(x, bias) else LINEAR_INTN
         return call(
-            x, tensors[0], bias, spec.in_features, spec.out_features, spec.activation == "int8"
+            x,
+            tensors[0],
+            bias,
+            spec.in_features,
+            spec.out_features,
+            spec.bits,
+            spec.symmetric,
+            spec.activation == "int8",
         )
 
 
@@ -181,11 +194,11 @@ def self_test() -> str | None:
     if NOT_BUILT is not None:
         return NOT_BUILT
     wave = torch.arange(70 * 72, dtype=torch.float32, device="cpu").sin()
-    for symmetric in (True, False):
+    x = wave[: 9 * 72].view(9, 72).bfloat16().float()
+    for bits, symmetric in product(WIDTHS, (True, False)):
+        weight = quantize_weight(wave.view(70, 72), bits, 32, symmetric)
         for activation in ("float", "int8"):
-            spec = LinearSpec(70, 72, 32, symmetric, activation)
-            weight = quantize_weight(wave.view(70, 72), spec.bits, spec.group_size, symmetric)
-            x = wave[: 9 * 72].view(9, 72).bfloat16().float()
+            spec = LinearSpec(70, 72, 32, symmetric, activation, bits)
             expected = REFERENCE.matmul(x, REFERENCE.pack(weight, spec), spec)
             y = NATIVE.matmul(x, NATIVE.pack(weight, spec), spec)
             if not torch.allclose(y, expected, rtol=0, atol=1e-4):

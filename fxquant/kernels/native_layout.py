@@ -1,15 +1,18 @@
 """The layout that the C++ kernel reads: see `Weight` in csrc/linear.h.
 
 Blocks of 64 outputs, cut into groups of inputs; a group holds its 64 scales, its 64 zero points
-(asymmetric weights only) and its codes, so that a product reads one stream from end to end.
+(asymmetric weights only) and its codes (see `code_fields`), so that a product reads one stream from
+end to end.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxquant.kernels.code_fields import BYTES, from_words, to_words, unit_inputs
 from fxquant.kernels.interface import LinearSpec
-from fxquant.numerics.grouping import group_count
+from fxquant.numerics.grouping import activation_group, group_count
+from fxquant.numerics.packing import pack_codes, packed_columns
 from fxquant.numerics.quantized_weight import (
     SCALE_DTYPE,
     ZERO_POINT_DTYPE,
@@ -19,36 +22,70 @@ from fxquant.numerics.quantized_weight import (
 )
 
 BLOCK = 64  # outputs
-BITS = 4  # of an integer
+LARGEST_GROUP = 256  # inputs
+NIBBLE = 4  # bits: the width with a way of its own, which never leaves the packed bytes
 BLOCKS_ELEMENTS = 1 << 22  # of blocks that are rearranged together
 
 
+def kernel_group(group_size: int, in_features: int, bits: int) -> int | None:
+    """Inputs of a group in the layout; None where the layout cannot have such groups.
+
+    Groups larger than the kernel's are cut into groups with the same scale, and a group that holds
+    all inputs ends where they end, but for the rest of a unit.
+
+    >>> kernel_group(64, 512, bits=3), kernel_group(20, 40, bits=4), kernel_group(999, 999, bits=8)
+    (64, None, 128)
+    """
+    size, unit = activation_group(group_size, in_features), unit_inputs(bits)
+    if size >= in_features:
+        size = group_count(in_features, unit) * unit
+    return None if size % unit or size > LARGEST_GROUP else size
+
+
 def to_blocks(weight: QuantizedWeight) -> Tensor:
-    """Rearrange a weight: uint8 [blocks, groups, bytes of a group], 4.125 or 4.25 bits a weight."""
-    groups = group_count(weight.in_features, weight.group_size)
+    """Rearrange a weight: uint8 [blocks, groups, bytes of a group].
+
+    A weight takes its bits, and 0.125 (0.25 with zero points) for groups of 128.
+    """
+    size = _group_of(weight.group_size, weight.in_features, weight.bits)
+    groups = group_count(weight.in_features, size)
     grid_bytes = 2 * BLOCK * (1 if weight.symmetric else 2)
     blocks = weight.packed.new_empty(
-        group_count(len(weight.packed), BLOCK), groups, grid_bytes + weight.group_size * BLOCK // 2
+        group_count(len(weight.packed), BLOCK), groups, grid_bytes + size * BLOCK * weight.bits // 8
     )
-    rows = _blocks_at_once(groups * weight.group_size) * BLOCK
+    rows = _blocks_at_once(groups * size) * BLOCK
     for part, some in zip(blocks.split(rows // BLOCK), weight.split(rows), strict=True):
-        _write_blocks(part, some)
+        _write_blocks(part, some, size)
     return blocks
 
 
 def from_blocks(blocks: Tensor, spec: LinearSpec) -> QuantizedWeight:
     """Undo `to_blocks`."""
-    size, groups = spec.in_features, blocks.shape[1]
-    packed = blocks.new_empty(spec.out_features, -(-size // 2))
-    scales = blocks.new_empty(spec.out_features, groups, dtype=torch.float32)
-    zero_points = torch.full_like(scales, symmetric_zero_point(BITS))
+    out_features, in_features, bits = spec.out_features, spec.in_features, spec.bits
+    packed = blocks.new_empty(out_features, packed_columns(in_features, bits))
+    groups = group_count(in_features, spec.group_size)
+    scales = blocks.new_empty(out_features, groups, dtype=torch.float32)
+    zero_points = torch.full_like(scales, symmetric_zero_point(bits))
     weight = QuantizedWeight(
-        packed, scales, zero_points, spec.group_size, size, spec.symmetric, BITS
+        packed, scales, zero_points, spec.group_size, in_features, spec.symmetric, bits
     )
-    count = _blocks_at_once(groups * spec.group_size)
+    size = _group_of(spec.group_size, in_features, bits)
+    count = _blocks_at_once(blocks.shape[1] * size)
     for part, some in zip(blocks.split(count), weight.split(count * BLOCK), strict=True):
-        _read_blocks(part, some)
+        _read_blocks(part, some, size)
     return weight
+
+
+def _group_of(group_size: int, in_features: int, bits: int) -> int:
+    size = kernel_group(group_size, in_features, bits)
+    assert size is not None  # a backend asks before it packs
+    return size
+
+
+def group_size_of(blocks: Tensor, bits: int, symmetric: bool) -> int:
+    """Inputs of a group of the layout: its scales take 128 bytes, its zero points as many."""
+    size = int(blocks.shape[2])  # a tracer fixes it
+    return (size - 2 * BLOCK * (1 if symmetric else 2)) * 8 // (BLOCK * bits)
 
 
 def _blocks_at_once(columns: int) -> int:
@@ -56,41 +93,52 @@ def _blocks_at_once(columns: int) -> int:
     return rows_of_block(BLOCK * columns, BLOCKS_ELEMENTS)
 
 
-def _write_blocks(blocks: Tensor, weight: QuantizedWeight) -> None:
+def _write_blocks(blocks: Tensor, weight: QuantizedWeight, size: int) -> None:
     count, groups, _ = blocks.shape
     rows = count * BLOCK - len(weight.packed)
-    _write_grid(blocks[..., : 2 * BLOCK], weight.scales, SCALE_DTYPE, rows)
+    of_group = _group_numbers(groups, size, weight.group_size)
+    _write_grid(blocks[..., : 2 * BLOCK], weight.scales[:, of_group], SCALE_DTYPE, rows)
     start = 2 * BLOCK
     if not weight.symmetric:
-        _write_grid(blocks[..., start : 2 * start], weight.zero_points, ZERO_POINT_DTYPE, rows)
+        zero_points = weight.zero_points[:, of_group]
+        _write_grid(blocks[..., start : 2 * start], zero_points, ZERO_POINT_DTYPE, rows)
         start *= 2
-    columns = groups * weight.group_size // 2 - weight.packed.shape[1]
-    lanes = F.pad(weight.packed, (0, columns, 0, rows)).contiguous().view(torch.int32)
+    if weight.bits == NIBBLE:
+        columns = groups * size // 2 - weight.packed.shape[1]
+        lanes = F.pad(weight.packed, (0, columns, 0, rows)).contiguous().view(torch.int32)
+        words = _interleave(lanes).view(count, BLOCK, groups, -1)
+    else:
+        q = F.pad(weight.integers(), (0, groups * size - weight.in_features, 0, rows))
+        words = to_words(q.view(count, BLOCK, groups, size), weight.bits).flatten(-3, -2)
+        words = words.contiguous().view(torch.int32)[..., 0]
     codes = blocks.view(torch.int32)[..., start // 4 :].unflatten(-1, (-1, BLOCK))
-    codes.copy_(_interleave(lanes).view(count, BLOCK, groups, -1).permute(0, 2, 3, 1))
+    codes.copy_(words.permute(0, 2, 3, 1))
 
 
-def _read_blocks(blocks: Tensor, weight: QuantizedWeight) -> None:
-    _read_grid(weight.scales, blocks[..., : 2 * BLOCK], SCALE_DTYPE)
+def _read_blocks(blocks: Tensor, weight: QuantizedWeight, size: int) -> None:
+    # The layout's first group of each of the weight's.
+    count = 1 if weight.group_size >= weight.in_features else blocks.shape[1]
+    first = slice(0, count, max(1, weight.group_size // size))
+    _read_grid(weight.scales, blocks[:, first, : 2 * BLOCK], SCALE_DTYPE)
     start = 2 * BLOCK
     if not weight.symmetric:
-        _read_grid(weight.zero_points, blocks[..., start : 2 * start], ZERO_POINT_DTYPE)
+        _read_grid(weight.zero_points, blocks[:, first, start : 2 * start], ZERO_POINT_DTYPE)
         start *= 2
     codes = blocks.view(torch.int32)[..., start // 4 :].unflatten(-1, (-1, BLOCK))
     lanes = codes.permute(0, 3, 1, 2).reshape(len(blocks) * BLOCK, -1).contiguous()
     rows, columns = weight.packed.shape
-    weight.packed.copy_(_separate(lanes).view(torch.uint8)[:rows, :columns])
+    if weight.bits == NIBBLE:
+        weight.packed.copy_(_separate(lanes).view(torch.uint8)[:rows, :columns])
+        return
+    unit_words = unit_inputs(weight.bits) * weight.bits // 32
+    words = lanes.view(torch.uint8).view(len(lanes), -1, unit_words, BYTES)
+    q = from_words(words[:rows], weight.bits)[:, : weight.in_features]
+    weight.packed.copy_(pack_codes(q, weight.bits))
 
 
-def spec_of_blocks(
-    blocks: Tensor, in_features: int, out_features: int, int8_activations: bool
-) -> LinearSpec:
-    """What `to_blocks` was given: a group has 128 bytes of scales and 32 for each input."""
-    size = int(blocks.shape[2])  # a tracer fixes it
-    symmetric = size % (4 * BLOCK) != 0
-    group_size = (size - 2 * BLOCK * (1 if symmetric else 2)) // (BLOCK // 2)
-    activation = "int8" if int8_activations else "float"
-    return LinearSpec(out_features, in_features, group_size, symmetric, activation)
+def _group_numbers(groups: int, size: int, group_size: int) -> Tensor:
+    """The weight's group of each of the layout's."""
+    return torch.arange(groups) * size // group_size
 
 
 def _write_grid(blocks: Tensor, values: Tensor, dtype: torch.dtype, rows: int) -> None:

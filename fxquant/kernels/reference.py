@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.kernels.interface import LinearSpec, check_input
+from fxquant.numerics.grouping import activation_group
 from fxquant.numerics.integers import INT8
 from fxquant.numerics.quantized_weight import QuantizedWeight
 
@@ -49,7 +50,8 @@ class ReferenceBackend:
         weight = self.unpack(tensors, spec).dequantize()
         values = x.float()
         if spec.activation == "int8":
-            values = quantize_tokens(values, spec.group_size)
+            size = activation_group(spec.group_size, spec.in_features)
+            values = quantize_tokens(values, size)
         return F.linear(values, weight, None if bias is None else bias.float()).to(x.dtype)
 
 

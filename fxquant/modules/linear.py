@@ -168,13 +168,3 @@ def check_linear(linear: object) -> nn.Linear:
         needed="a torch.nn.Linear",
         remedy="Pass the Linear layer itself.",
     )
-
-
-def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    """`y` + `bias` in the dtype of `y`."""
-    return y if bias is None else y + bias.to(y.dtype)
-
-
-def detached(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous buffer without gradient."""
-    return tensor.detach().to(dtype).contiguous()

@@ -6,37 +6,31 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import OptionError
-from fxquant.kernels.int8 import COLUMNS, matmul_int8, pad_int8
-from fxquant.kernels.interface import check_input
-from fxquant.kernels.reference import quantize_tokens
 from fxquant.modules.linear import (
     FLOAT_DTYPES,
-    QuantizedLinear,
-    add_bias,
     check_grid,
     check_linear,
     check_names,
     check_saved,
-    detached,
 )
+from fxquant.modules.linear_intn import QuantizedLinearIntN
 from fxquant.numerics.quantized_weight import SCALE_DTYPE, QuantizedWeight, symmetric_zero_point
 from fxquant.numerics.weights import quantize_weight_int8
 
-ACTIVATION_GROUP = 128  # inputs of a token that share a scale, if activations are quantized
 _TOP_BIT = 0x80  # flips 0..255 to -128..127
 
 
-class QuantizedLinearInt8(QuantizedLinear):
+class QuantizedLinearInt8(QuantizedLinearIntN):
     """`nn.Linear` with weights x ≈ scale · q, q in -127..127, one scale a row.
 
-    Attributes:
-        _weight_int8: int8 [out, in].
-        _scales: bfloat16 [out].
+    Files and `state_dict` hold, derived from the kernel's layout as in `QuantizedLinearIntN`:
+
+    - `_weight_int8`: int8 [out, in].
+    - `_scales`: bfloat16 [out].
     """
 
     bits = 8
-    _weight_int8: Tensor
-    _scales: Tensor
+    _options = ("activation", "dtype")
 
     def __init__(
         self,
@@ -45,7 +39,6 @@ class QuantizedLinearInt8(QuantizedLinear):
         activation: str = "float",
         weight_dtype: torch.dtype = torch.float32,
     ) -> None:
-        out_features, in_features = weight.shape
         form = weight.bits, weight.symmetric, weight.scales.shape[1]
         if form != (self.bits, True, 1):
             raise OptionError(
@@ -54,24 +47,7 @@ class QuantizedLinearInt8(QuantizedLinear):
                 needed="a symmetric one of 8 bits with one group a row",
                 remedy="Use QuantizedLinearIntN for other weights.",
             )
-        super().__init__(in_features, out_features, bias, activation, weight_dtype)
-        q = (weight.packed ^ _TOP_BIT).view(torch.int8)
-        self.register_buffer("_weight_int8", q.contiguous())
-        self.register_buffer("_scales", detached(weight.scales[:, 0], SCALE_DTYPE))
-        self._padded: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def _kernel_weight(self) -> Tensor:
-        """The layout of the kernel, never saved: columns are filled up where that is needed."""
-        weight = self._weight_int8
-        if weight.shape[1] % COLUMNS == 0:
-            return weight
-        if self._padded is None or self._padded[0] is not weight:
-            self._padded = weight, pad_int8(weight)
-        return self._padded[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_padded": None}
+        super().__init__(weight, bias, activation, weight_dtype)
 
     @classmethod
     def from_float(cls, linear: nn.Linear) -> "QuantizedLinearInt8":
@@ -85,34 +61,29 @@ class QuantizedLinearInt8(QuantizedLinear):
         return cls(weight, linear.bias, weight_dtype=linear.weight.dtype)
 
     @property
-    def quantized_weight(self) -> QuantizedWeight:
-        """The integers, plus 128, with a scale for each row."""
-        return _as_weight(self._weight_int8, self._scales)
+    def _weight_int8(self) -> Tensor:
+        return self._saved()["_weight_int8"]
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Map `input` [..., in], of any floating dtype, to [..., out] of the same dtype.
+    def _saved(self) -> dict[str, Tensor]:
+        weight = self.quantized_weight
+        q = (weight.packed ^ _TOP_BIT).view(torch.int8)
+        scales = weight.scales.detach()[:, 0].to(SCALE_DTYPE).contiguous()
+        return {"_weight_int8": q, "_scales": scales}
 
-        float64 is computed in float32: the weight has no more precision than that.
+    def _from_saved(self, saved: dict[str, Tensor]) -> QuantizedWeight:
+        return _as_weight(saved["_weight_int8"], saved["_scales"])
 
-        Raises:
-            OptionError: `input` is not floating, or has another last dimension.
-        """
-        if input.dtype is torch.float64:
-            return self.forward(input.float()).double()
-        check_input(input, self.in_features, self.bits)
-        if self._activation == "int8":
-            input = quantize_tokens(input.float(), ACTIVATION_GROUP).to(input.dtype)
-        y = matmul_int8(input, self._kernel_weight, self._scales)
-        return add_bias(y, self.bias)
+    def _misfit(self, prefix: str, saved: dict[str, Tensor]) -> str | None:
+        return None
 
-    def describe(self) -> dict[str, Any]:
-        """Plain data from which `rebuild` makes the layer again, with `saved_tensors`."""
-        dtype = str(self._weight_dtype).removeprefix("torch.")
-        return {"activation": self._activation, "dtype": dtype}
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of the weight in a file."""
+        return self.out_features * (self.in_features + SCALE_DTYPE.itemsize)
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """The tensors to save."""
-        tensors = {"weight_int8": self._weight_int8, "scales": self._scales}
+        tensors = {name.removeprefix("_"): tensor for name, tensor in self._saved().items()}
         return tensors if self.bias is None else {**tensors, "bias": self.bias}
 
     @classmethod
@@ -125,7 +96,7 @@ class QuantizedLinearInt8(QuantizedLinear):
             OptionError: the tensors do not fit each other.
         """
         where = "QuantizedLinearInt8"
-        check_names(where, description, {"activation", "dtype"}, set())
+        check_names(where, description, set(cls._options), set())
         check_names(where, tensors, {"weight_int8", "scales"}, {"bias"})
         q: Any = tensors.get("weight_int8")
         scales: Any = tensors.get("scales")
@@ -145,6 +116,6 @@ def _as_weight(q: Tensor, scales: Tensor) -> QuantizedWeight:
     """The weight of integers int8 [out, in] and scales [out]."""
     grid = scales.float()[:, None]
     middle = torch.full_like(grid, symmetric_zero_point(QuantizedLinearInt8.bits))
-    packed = q.view(torch.uint8) ^ _TOP_BIT
+    packed = q.contiguous().view(torch.uint8) ^ _TOP_BIT
     in_features = q.shape[1]
     return QuantizedWeight(packed, grid, middle, in_features, in_features, True, 8)

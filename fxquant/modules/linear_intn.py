@@ -22,7 +22,6 @@ from fxquant.numerics.integers import WIDTHS
 from fxquant.numerics.quantized_weight import QuantizedWeight, saved_bytes, symmetric_zero_point
 from fxquant.numerics.weights import quantize_weight
 
-SAVED = ("_packed_weight", "_scales", "_zero_points")  # in a state_dict
 LARGEST_SIZE = 1 << 31
 _PICKLED = "_saved_weight"
 FORM = ("in_features", "group_size", "symmetric")
@@ -107,17 +106,41 @@ class QuantizedLinearIntN(QuantizedLinear):
         """The integers with their scales and zero points, derived from the kernel's layout."""
         return self._backend.unpack(self._kernel_tensors(), self._spec)
 
+    def _saved(self) -> dict[str, Tensor]:
+        """What a `state_dict` holds, by name."""
+        packed, scales, zero_points = self.quantized_weight.to_saved()
+        return {"_packed_weight": packed, "_scales": scales, "_zero_points": zero_points}
+
+    def _from_saved(self, saved: dict[str, Tensor]) -> QuantizedWeight:
+        """Undo `_saved`, for a layer of this form."""
+        return QuantizedWeight(
+            saved["_packed_weight"],
+            saved["_scales"].float(),
+            saved["_zero_points"].float(),
+            self.group_size,
+            self.in_features,
+            self.symmetric,
+            self.bits,
+        )
+
+    def _misfit(self, prefix: str, saved: dict[str, Tensor]) -> str | None:
+        """Why tensors of the right shapes are no weight of this layer's form, or None."""
+        zero_points, middle = saved["_zero_points"], symmetric_zero_point(self.bits)
+        if self.symmetric and not zero_points.is_meta and (zero_points != middle).any():
+            return f"{prefix}_zero_points is not {middle:g} everywhere; this layer is."
+        return None
+
     @property
     def _packed_weight(self) -> Tensor:
-        return self.quantized_weight.to_saved()[0]
+        return self._saved()["_packed_weight"]
 
     @property
     def _scales(self) -> Tensor:
-        return self.quantized_weight.to_saved()[1]
+        return self._saved()["_scales"]
 
     @property
     def _zero_points(self) -> Tensor:
-        return self.quantized_weight.to_saved()[2]
+        return self._saved()["_zero_points"]
 
     @property
     def saved_bytes(self) -> int:
@@ -146,14 +169,13 @@ class QuantizedLinearIntN(QuantizedLinear):
         state["_kernel_names"] = ()
         for name in ("_backend", "_spec"):
             del state[name]
-        packed, scales, zero_points = self.quantized_weight.to_saved()
-        state[_PICKLED] = (packed, scales, zero_points.contiguous())
+        state[_PICKLED] = {name: tensor.contiguous() for name, tensor in self._saved().items()}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        packed, scales, zero_points = state.pop(_PICKLED)
+        saved = state.pop(_PICKLED)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._hold(self._described(packed, scales, zero_points))
+        self._hold(self._from_saved(saved))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedLinearIntN":
         made = type(self).__new__(type(self))
@@ -180,13 +202,6 @@ class QuantizedLinearIntN(QuantizedLinear):
             bits=self.bits,
         )
 
-    def _described(self, packed: Tensor, scales: Tensor, zero_points: Tensor) -> QuantizedWeight:
-        """A weight of this layer's form."""
-        return QuantizedWeight(
-            packed, scales.float(), zero_points.float(),
-            self.group_size, self.in_features, self.symmetric, self.bits,
-        )  # fmt: skip
-
     def _hold(self, weight: QuantizedWeight) -> None:
         """Choose a kernel and keep `weight` in its layout."""
         self._spec = self._current_spec()
@@ -205,18 +220,20 @@ class QuantizedLinearIntN(QuantizedLinear):
             return self
         # Another device may have another kernel, and only this one can unpack its layout.
         weight = self.quantized_weight
-        packed = moved_only(fn, weight.packed)
-        grid = moved_only(fn, weight.scales), moved_only(fn, weight.zero_points)
+        moved = replace(
+            weight,
+            packed=moved_only(fn, weight.packed),
+            scales=moved_only(fn, weight.scales),
+            zero_points=moved_only(fn, weight.zero_points),
+        )
         super()._apply(fn, recurse)
-        self._hold(self._described(packed, *grid))
+        self._hold(moved)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        saved = self.quantized_weight.to_saved()
         # Each a tensor of its own: other libraries refuse to save elements that share memory.
-        named = zip(SAVED, saved, strict=True)
-        destination.update({prefix + name: t.contiguous() for name, t in named})
+        destination.update({prefix + name: t.contiguous() for name, t in self._saved().items()})
 
     def _load_from_state_dict(
         self,
@@ -228,30 +245,31 @@ class QuantizedLinearIntN(QuantizedLinear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = [prefix + name for name in SAVED]
-        rest = {key: value for key, value in state_dict.items() if key not in names}
+        old = self._saved()
+        rest = {k: v for k, v in state_dict.items() if k.removeprefix(prefix) not in old}
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        missing = [name for name in names if name not in state_dict]
+        missing = [prefix + name for name in old if prefix + name not in state_dict]
         missing_keys += missing if strict else []
-        if len(missing) == len(names):
+        if len(missing) == len(old):
             return
-        old = self.quantized_weight.to_saved()
-        new = [state_dict.get(name, tensor) for name, tensor in zip(names, old, strict=True)]
-        for name, one, other in zip(names, old, new, strict=True):
-            if one.shape != other.shape or one.dtype != other.dtype:
+        new = {name: state_dict.get(prefix + name, tensor) for name, tensor in old.items()}
+        for name, tensor in new.items():
+            if tensor.shape != old[name].shape or tensor.dtype != old[name].dtype:
                 error_msgs.append(
-                    f"{name} is {other.dtype} {list(other.shape)}; this layer, with group_size "
-                    f"{self.group_size}, needs {one.dtype} {list(one.shape)}."
+                    f"{prefix}{name} is {tensor.dtype} {list(tensor.shape)}; this layer, with "
+                    f"group_size {self.group_size}, needs {old[name].dtype} "
+                    f"{list(old[name].shape)}."
                 )
                 return
-        middle = symmetric_zero_point(self.bits)
-        if self.symmetric and not other.is_meta and (other != middle).any():
-            error_msgs.append(f"{name} is not {middle:g} everywhere; this layer is.")
+        misfit = self._misfit(prefix, new)
+        if misfit is not None:
+            error_msgs.append(misfit)
             return
         assign = local_metadata.get("assign_to_params_buffers", False)
-        self._hold(self._described(*(t if assign else t.to(self._device) for t in new)))
+        kept = {name: t if assign else t.to(self._device) for name, t in new.items()}
+        self._hold(self._from_saved(kept))
 
     def describe(self) -> dict[str, Any]:
         """Plain data from which `rebuild` makes the layer again, with `saved_tensors`."""

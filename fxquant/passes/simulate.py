@@ -10,6 +10,7 @@ from fxquant.modules.activation import (
     finer_by,
     quantize_activation,
 )
+from fxquant.numerics.grouping import activation_group
 from fxquant.numerics.quantized_weight import is_per_channel, resolved_group_size
 from fxquant.numerics.weights import quantize_weight, quantize_weight_int8
 from fxquant.observers import create_observer
@@ -46,7 +47,8 @@ class SimulatedActivations:
     def __call__(self, x: Tensor) -> Tensor:
         """The rounded input, the shape of `x`."""
         if self.observer == DYNAMIC:
-            return quantize_tokens(x, resolved_group_size(self.group_size, x.shape[-1]))
+            group_size = resolved_group_size(self.group_size, x.shape[-1])
+            return quantize_tokens(x, activation_group(group_size, x.shape[-1]))
         observer = create_observer(self.observer)
         observer(x)
         ends = x.amin(0), x.amax(0)

@@ -9,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "codes.h"
 #include "linear.h"
 #include "numbers.h"
 
@@ -46,17 +47,18 @@ struct Values {
 };
 
 struct Case {
-  int out, in, rows, group_size;
+  int out, in, rows, group_size, bits;
   bool symmetric, int8, has_bias, has_bad;
   Float x_type, bias_type;
 };
 
 Case random_case() {
-  const int sizes[] = {8, 32, 40, 64, 128, 256};
+  const int sizes[] = {8, 32, 40, 64, 128, 256}, widths[] = {2, 3, 4, 5, 6, 8};
   Case c{};
   c.out = pick(1, 200), c.in = pick(1, 400), c.rows = pick(0, 3) ? pick(0, 14) : pick(180, 400);
   if (pick(0, 19) == 0) c.out = pick(130, 140), c.in = pick(4300, 5000), c.rows = pick(61, 63);
-  c.group_size = sizes[pick(0, 5)];
+  c.bits = pick(0, 1) ? 4 : widths[pick(0, 5)];
+  do c.group_size = sizes[pick(0, 5)]; while (c.group_size % unit_of(c.bits) != 0);
   c.symmetric = pick(0, 1), c.int8 = pick(0, 1), c.has_bias = pick(0, 1);
   c.has_bad = pick(0, 3) == 0;
   c.x_type = static_cast<Float>(pick(0, 2)), c.bias_type = static_cast<Float>(pick(0, 2));
@@ -95,27 +97,42 @@ std::vector<double> seen(const Case& c, const Values& x, int row, bool bf16) {
   return values;
 }
 
+// Bit `bit` of the integer of an input of a group, for one output, by the table of codes.h.
+int bit_of(const uint8_t* codes, int bits, int input, int output, int bit) {
+  const int unit = unit_of(bits), low = low_field(bits), is_high = bit >= low;
+  const int field = is_high ? high_field(bits) : low, in_unit = input % unit;
+  const int per_word = 32 / field, word = in_unit / per_word + (is_high ? unit * low / 32 : 0);
+  const int byte = in_unit % 4, place = in_unit % per_word / 4 * field + bit - is_high * low;
+  const int64_t at = input / unit * unit * kColumns * bits / 8 + word * kWord + 4 * output + byte;
+  return codes[at] >> place & 1;
+}
+
+int code_of(const uint8_t* codes, int bits, int input, int output) {
+  int code = 0;
+  for (int bit = 0; bit < bits; ++bit) code |= bit_of(codes, bits, input, output, bit) << bit;
+  return code;
+}
+
 bool is_right(const Case& c, const InstructionSet& set) {
-  Weight weight{nullptr, c.out, c.in, c.group_size, c.symmetric};
+  Weight weight{nullptr, c.out, c.in, c.group_size, c.symmetric, c.bits};
+  const double middle = 1 << (c.bits - 1);
   std::vector<uint8_t> data(weight.blocks() * weight.groups() * weight.group_bytes());
   weight.data = data.data();
   std::vector<double> w(static_cast<size_t>(c.out) * c.in);
   for (int64_t b = 0; b < weight.blocks(); ++b) {
     for (int64_t g = 0; g < weight.groups(); ++g) {
       uint8_t* at = data.data() + (b * weight.groups() + g) * weight.group_bytes();
-      uint8_t* codes = at + (c.symmetric ? 2 : 4) * kColumns;
-      for (int i = 0; i < c.group_size * kColumns / 2; ++i) codes[i] = pick(0, 255);
+      uint8_t* codes = at + weight.grid_bytes();
+      for (int i = 0; i < c.group_size * kColumns * c.bits / 8; ++i) codes[i] = pick(0, 255);
       for (int n = 0; n < kColumns; ++n) {
-        const uint16_t scale = to_bf16(normal() * 0.1f), zero_point = to_f16(7.5f + 2 * normal());
+        const uint16_t scale = to_bf16(normal() * 0.1f), zero_point = to_f16(middle - 0.5f + 2 * normal());
         memcpy(at + 2 * n, &scale, 2);
         if (!c.symmetric) memcpy(at + 2 * kColumns + 2 * n, &zero_point, 2);
         for (int k = 0; k < c.group_size; ++k) {
           const int64_t row = b * kColumns + n, column = g * c.group_size + k;
           if (row >= c.out || column >= c.in) continue;
-          const uint8_t byte = codes[(k / kStep * kColumns + n) * 4 + k % 4];
-          const int code = k % kStep < 4 ? byte & 15 : byte >> 4;
-          const double zero = c.symmetric ? 8 : from_f16(zero_point);
-          w[row * c.in + column] = from_bf16(scale) * (code - zero);
+          const double zero = c.symmetric ? middle : from_f16(zero_point);
+          w[row * c.in + column] = from_bf16(scale) * (code_of(codes, c.bits, k, n) - zero);
         }
       }
     }
@@ -129,9 +146,14 @@ bool is_right(const Case& c, const InstructionSet& set) {
   }
   for (int n = 0; n < c.out; ++n) bias.set(n, normal());
   const void* added = c.has_bias ? bias.data.data() : nullptr;
-  const Call call{weight, c.int8,           x.data.data(), c.x_type, added,
-                  c.bias_type, y.data.data(), c.rows,        pick(1, 3)};
+  Call call{weight, c.int8,           x.data.data(), c.x_type, added,
+            c.bias_type, y.data.data(), c.rows,        pick(1, 3)};
   if (!linear(call, set)) return false;
+  if (c.int8 && !c.has_bad) {  // integers: the bits do not depend on the instructions
+    std::vector<uint8_t> bits(y.data.size());
+    call.y = bits.data();
+    if (!linear(call, *portable()) || bits != y.data) return false;
+  }
 
   const bool bf16 = set.float_kernel.value_bytes == 2;
   const double ulp = c.x_type == Float::f32 ? 0x1p-24 : c.x_type == Float::bf16 ? 0x1p-8 : 0x1p-11;
@@ -178,8 +200,8 @@ int main(int count, char** arguments) {
     for (int i = 0; i < cases; ++i) {
       const Case c = random_case();
       if (is_right(c, *set)) continue;
-      printf("%s is wrong: out %d in %d rows %d group %d symmetric %d int8 %d types %d %d\n",
-             set->name, c.out, c.in, c.rows, c.group_size, c.symmetric, c.int8,
+      printf("%s is wrong: out %d in %d rows %d group %d bits %d symmetric %d int8 %d types %d %d\n",
+             set->name, c.out, c.in, c.rows, c.group_size, c.bits, c.symmetric, c.int8,
              static_cast<int>(c.x_type), c.has_bias ? static_cast<int>(c.bias_type) : -1);
       return 1;
     }

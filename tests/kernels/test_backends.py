@@ -9,9 +9,13 @@ from fxquant.kernels.choose import BACKENDS
 from fxquant.kernels.interface import LinearSpec
 from fxquant.kernels.reference import REFERENCE, quantize_tokens
 from fxquant.numerics.metrics import sqnr_db
+from fxquant.numerics.weights import quantize_weight_int8
 
 CPU = torch.device("cpu")
-every_backend = pytest.mark.parametrize("name", BACKENDS)
+FOUR_BITS = LinearSpec(64, 64, 32, True)
+every_backend = pytest.mark.parametrize(
+    "name", [name for name, b in BACKENDS.items() if b.unsupported(FOUR_BITS, CPU) is None]
+)
 grids = pytest.mark.parametrize("symmetric", [True, False])
 
 
@@ -160,6 +164,24 @@ def test_int8_activations_multiply_as_integers(o, i, group_size, symmetric):
             assert ((y - expected).abs() <= 1e-5 * size + 1e-6).all(), name
 
 
+@given(st.integers(1, 40), st.integers(1, 300), st.integers(0, 17))
+@settings(max_examples=60, deadline=None)
+def test_a_scale_for_each_row_of_int8_is_served_by_several(o, i, rows):
+    spec, weight = LinearSpec(o, i, i, True, bits=8), quantize_weight_int8(torch.randn(o, i))
+    x = torch.randn(rows, i)
+    expected = x.double() @ weight.dequantize().double().T
+    size = x.double().abs() @ weight.dequantize().double().abs().T
+    serving = [name for name, b in BACKENDS.items() if b.unsupported(spec, CPU) is None]
+    assert "aten_int8" in serving
+    for name in serving:
+        y = run(name, x, spec, weight)
+        assert y.shape == (rows, o)
+        assert ((y - expected).abs() <= 1e-2 * size + 1e-6).all(), name
+        again = BACKENDS[name].unpack(BACKENDS[name].pack(weight, spec), spec)
+        assert torch.equal(again.packed, weight.packed)
+        assert torch.equal(again.scales, weight.scales)
+
+
 def test_int8_activations_keep_a_scale_for_each_token_and_group():
     x = torch.randn(4, 64)
     x[0, :32] *= 1000  # must not cost the other group its precision
@@ -179,7 +201,7 @@ def test_int8_activations_pass_gradients_as_if_nothing_was_rounded():
 
 def test_a_gradient_does_not_change_the_bits():
     spec, weight = layer(48, 64, 32, symmetric=False)
-    for backend in BACKENDS.values():
+    for backend in (b for b in BACKENDS.values() if b.unsupported(spec, CPU) is None):
         tensors = backend.pack(weight, spec)
         x = torch.randn(5, 64)
         plain = backend.matmul(x, tensors, spec)

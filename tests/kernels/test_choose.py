@@ -42,7 +42,7 @@ def test_a_backend_can_be_forced_and_a_wrong_name_lists_the_valid_ones(monkeypat
     assert choose_backend(PLAIN, CPU)[0].name == "reference"
     assert "FXQUANT_BACKEND forces reference" in explain_backend(PLAIN, CPU)["aten"]
     monkeypatch.setenv("FXQUANT_BACKEND", "refrence")
-    with pytest.raises(OptionError, match="'aten', 'reference'.*Did you mean 'reference'"):
+    with pytest.raises(OptionError, match="'aten_int8', 'reference'.*Did you mean 'reference'"):
         choose_backend(PLAIN, CPU)
 
 

@@ -8,24 +8,27 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.errors import OptionError
 from fxquant.kernels import native
 from fxquant.kernels.choose import choose_backend
 from fxquant.kernels.interface import LinearSpec
-from fxquant.kernels.native import LINEAR_INT4, NATIVE, NOT_BUILT
-from fxquant.kernels.native_layout import to_blocks
+from fxquant.kernels.native import LINEAR_INTN, NATIVE, NOT_BUILT
+from fxquant.kernels.native_layout import kernel_group, to_blocks
 from fxquant.kernels.reference import REFERENCE, quantize_tokens
+from fxquant.numerics.grouping import activation_group
+from fxquant.numerics.integers import WIDTHS
+from fxquant.numerics.weights import quantize_weight
 
 CPU = torch.device("cpu")
 SETS = native._native.instruction_sets() if NOT_BUILT is None else []
 ULP = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 FLOATS = st.sampled_from(list(ULP))
 every_set = pytest.mark.parametrize("instructions", SETS)
+every_width = pytest.mark.parametrize("bits", WIDTHS)
 both_grids = pytest.mark.parametrize("symmetric", [True, False])
 both_activations = pytest.mark.parametrize("activation", ["float", "int8"])
 
@@ -37,9 +40,9 @@ def _fastest_set_afterwards():
         native._native.use(name)
 
 
-def layer(o, i, group_size=32, symmetric=True, activation="float"):
-    spec = LinearSpec(o, i, group_size, symmetric, activation)
-    weight = round_to_nearest(torch.randn(o, i), group_size=group_size, symmetric=symmetric)
+def layer(o, i, group_size=32, symmetric=True, activation="float", bits=4):
+    spec = LinearSpec(o, i, group_size, symmetric, activation, bits)
+    weight = quantize_weight(torch.randn(o, i), bits, group_size, symmetric)
     return spec, weight, NATIVE.pack(weight, spec)
 
 
@@ -47,7 +50,8 @@ def layer(o, i, group_size=32, symmetric=True, activation="float"):
     o=st.integers(1, 200),
     i=st.integers(1, 300),
     rows=st.integers(0, 20) | st.just(200),
-    group_size=st.sampled_from([8, 32, 40, 64, 128, 256]),
+    group_size=st.sampled_from([8, 32, 40, 64, 128, 256, 512, 2048]),
+    bits=st.just(4) | st.sampled_from(WIDTHS),
     symmetric=st.booleans(),
     activation=st.sampled_from(["float", "int8"]),
     dtype=FLOATS,
@@ -57,9 +61,10 @@ def layer(o, i, group_size=32, symmetric=True, activation="float"):
 )
 @settings(max_examples=1000, deadline=None)
 def test_every_instruction_set_computes_what_float64_computes(
-    o, i, rows, group_size, symmetric, activation, dtype, bias_dtype, zero_row, size
+    o, i, rows, group_size, bits, symmetric, activation, dtype, bias_dtype, zero_row, size
 ):
-    spec, weight, tensors = layer(o, i, group_size, symmetric, activation)
+    assume(kernel_group(group_size, i, bits) is not None)
+    spec, weight, tensors = layer(o, i, group_size, symmetric, activation, bits)
     x = (torch.randn(rows, i) * size + size / 2).to(dtype)
     if rows and zero_row:
         x[0] = 0
@@ -70,7 +75,7 @@ def test_every_instruction_set_computes_what_float64_computes(
         native._native.use(instructions)
         seen = x.bfloat16() if instructions == "avx512_bf16" else x
         if activation == "int8":
-            seen = quantize_tokens(x.float(), group_size)
+            seen = quantize_tokens(x.float(), activation_group(group_size, i))
         expected = seen.double() @ w.T + added
         magnitude = seen.double().abs() @ w.abs().T + added.abs()
         y = NATIVE.matmul(x, tensors, spec, bias)
@@ -161,8 +166,8 @@ def test_the_op_is_registered_properly(instructions, activation):
     for bias in (None, torch.randn(48)):
         for needs_gradient in (False, True):
             x = torch.randn(2, 3, 96, requires_grad=needs_gradient)
-            arguments = (x, packed, bias, 96, spec.out_features, activation == "int8")
-            torch.library.opcheck(LINEAR_INT4, arguments)
+            arguments = (x, packed, bias, 96, spec.out_features, 4, True, activation == "int8")
+            torch.library.opcheck(LINEAR_INTN, arguments)
 
 
 @pytest.mark.parametrize("instructions", SETS[:1])
@@ -174,7 +179,7 @@ def test_tracers_transforms_and_modes_see_the_op(instructions):
     def product(value):
         return NATIVE.matmul(value, tensors, spec)
 
-    assert LINEAR_INT4 in {node.target for node in make_fx(product)(x).graph.nodes}
+    assert LINEAR_INTN in {node.target for node in make_fx(product)(x).graph.nodes}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates the tracer
         traced = torch.jit.trace(product, (torch.zeros_like(x),), check_trace=False)
@@ -215,12 +220,12 @@ import os, warnings
 import torch
 from fxquant.kernels.interface import LinearSpec
 from fxquant.kernels.native import NATIVE
-from fxquant.algorithms.rtn import round_to_nearest
+from fxquant.numerics.weights import quantize_weight
 
 warnings.simplefilter("ignore")  # Python warns of forks in threaded processes
 torch.set_num_threads(2)
 spec = LinearSpec(256, 4096, 128, True)  # few outputs: torch itself hangs on many in the child
-tensors = NATIVE.pack(round_to_nearest(torch.randn(256, 4096)), spec)
+tensors = NATIVE.pack(quantize_weight(torch.randn(256, 4096), 4, 128, True), spec)
 x = torch.randn(64, 4096)
 before = NATIVE.matmul(x, tensors, spec)  # OpenMP's threads exist now
 child = os.fork()
@@ -249,20 +254,21 @@ def test_arguments_that_do_not_fit_say_what_to_give(instructions):
         NATIVE.matmul(torch.randn(2, 96).double(), tensors, spec)
     with pytest.raises(OptionError, match=r"weight \[3, 1000\]"):
         NATIVE.matmul(torch.randn(2, 96), (torch.zeros(3, 1000, dtype=torch.uint8),), spec)
-    arguments = (torch.randn(2, 96), tensors[0].int(), None, 96, 48, False)
+    arguments = (torch.randn(2, 96), tensors[0].int(), None, 96, 48, 4, True, False)
     with pytest.raises(OptionError, match=r"torch.int32 weight.*Move the layer to the device of x"):
-        LINEAR_INT4(*arguments)
+        LINEAR_INTN(*arguments)
     with pytest.raises(ValueError, match="no such instruction set"):
         native._native.use("mmx")
 
 
 @both_grids
 @both_activations
-def test_an_op_that_was_not_built_computes_slowly(symmetric, activation, monkeypatch):
-    spec, weight, tensors = layer(48, 96, 64, symmetric, activation)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_an_op_that_was_not_built_computes_slowly(symmetric, activation, bits, monkeypatch):
+    spec, weight, tensors = layer(48, 96, 64, symmetric, activation, bits)
     monkeypatch.setattr(native, "NOT_BUILT", "it was not built")
     x, bias = torch.randn(3, 96), torch.randn(48)
-    y = LINEAR_INT4(x, tensors[0], bias, 96, 48, activation == "int8")
+    y = LINEAR_INTN(x, tensors[0], bias, 96, 48, bits, symmetric, activation == "int8")
     assert torch.equal(y, REFERENCE.matmul(x, REFERENCE.pack(weight, spec), spec, bias))
 
 
@@ -317,9 +323,34 @@ def test_many_rows_of_a_batch_may_hold_infinities(instructions):
 
 
 @both_grids
-def test_the_layout_takes_little_more_than_four_bits(symmetric):
-    weight = round_to_nearest(torch.randn(256, 1024), symmetric=symmetric)
-    assert to_blocks(weight).nbytes * 8 / (256 * 1024) == (4.125 if symmetric else 4.25)
+@every_width
+def test_the_layout_takes_little_more_than_the_bits_of_its_integers(symmetric, bits):
+    weight = quantize_weight(torch.randn(256, 1024), bits, 128, symmetric)
+    assert to_blocks(weight).nbytes * 8 / (256 * 1024) == bits + (0.125 if symmetric else 0.25)
+
+
+@both_grids
+@every_width
+@pytest.mark.parametrize("group_size", [64, 384, 300])
+def test_every_width_and_a_large_group_come_back_from_the_layout(symmetric, bits, group_size):
+    columns = 300 if group_size == 300 else 800
+    spec, weight, tensors = layer(70, columns, group_size, symmetric, bits=bits)
+    again = NATIVE.unpack(tensors, spec)
+    assert torch.equal(again.packed, weight.packed)
+    assert torch.equal(again.scales, weight.scales)
+    assert torch.equal(again.zero_points, weight.zero_points)
+    assert again.group_size == group_size
+
+
+@every_width
+@both_grids
+def test_integers_give_the_same_bits_with_every_instruction_set(bits, symmetric):
+    spec, _, tensors = layer(150, 700, 64, symmetric, "int8", bits)
+    x, results = torch.randn(31, 700), []
+    for instructions in SETS:
+        native._native.use(instructions)
+        results.append(NATIVE.matmul(x, tensors, spec))
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @pytest.mark.parametrize("instructions", SETS[:1])
@@ -339,7 +370,8 @@ def test_a_cpu_without_vector_instructions_is_left_to_torch(monkeypatch):
 def test_it_says_what_it_does_not_serve():
     assert "not on cuda" in NATIVE.unsupported(LinearSpec(8, 8, 8, True), torch.device("cuda"))
     assert "group_size is 20" in NATIVE.unsupported(LinearSpec(8, 40, 20, True), CPU)
-    assert "group_size is 512" in NATIVE.unsupported(LinearSpec(8, 512, 512, True), CPU)
+    assert "group_size is 300" in NATIVE.unsupported(LinearSpec(8, 512, 300, True), CPU)
+    assert "multiple of 32" in NATIVE.unsupported(LinearSpec(8, 80, 40, True, bits=3), CPU)
 
 
 def test_an_extension_that_is_missing_or_wrong_is_not_used(monkeypatch):

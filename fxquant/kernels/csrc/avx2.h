@@ -1,5 +1,5 @@
 // AVX2 with FMA: what `avx2.cpp` compiles as it is and `avx2_vnni.cpp` with the dot product of
-// AVX-VNNI. A block is multiplied in four slices of 16 outputs, for want of registers.
+// AVX-VNNI. A block is multiplied in slices of 16 outputs or more, as registers allow.
 #pragma once
 
 #include <immintrin.h>
@@ -13,7 +13,10 @@ namespace fxquant {
 namespace {
 
 constexpr int kVectors = 2;  // of 8 outputs, in a slice
-constexpr int kSlice = 8 * kVectors;
+
+// Few rows take more outputs at once: whole lines are read one after another, and eight sums or more
+// are on their way while one waits for the next addition.
+constexpr int vectors_for(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : kVectors; }
 
 inline __m256i load(const uint8_t* at) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
@@ -29,15 +32,32 @@ inline __m256 zero_points_at(const Group& group, int column) {
       _mm_loadu_si128(reinterpret_cast<const __m128i*>(group.zero_points + column)));
 }
 
-// As in avx512.h; a slice takes its quarter of the lines.
-inline void prefetch(const uint8_t* codes) { __builtin_prefetch(codes + 8192); }
+// Asks for the lines of a step that a slice of so many vectors reads.
+template <int Vectors>
+inline void prefetch(const uint8_t* codes) {
+  for (int line = 0; line < 32 * Vectors; line += 64) __builtin_prefetch(codes + line);
+}
+
+// middle − zero point
+inline __m256 offset_at(const Group& group, int column) {
+  const __m256 middle = _mm256_set1_ps(static_cast<float>(group.middle));
+  return _mm256_sub_ps(middle, zero_points_at(group, column));
+}
+
+inline __m256i broadcast(const uint8_t* at) {
+  int bits;
+  memcpy(&bits, at, 4);
+  return _mm256_set1_epi32(bits);
+}
 
 struct Int8Mode {
   using Value = int8_t;
+  static constexpr int code_bytes = 1;
   static constexpr bool sums_may_cancel = false;
 
 #ifdef FXQUANT_AVX_VNNI
   static constexpr int tile_rows = 6, speed = 170;
+  static constexpr bool kHasDot = true;
   static constexpr int steps_at_once = kMaxGroup / kStep;
 
   static __m256i dot(__m256i sum, __m256i codes, __m256i x) {
@@ -45,8 +65,11 @@ struct Int8Mode {
   }
 
   static __m256i widen(__m256i sums) { return sums; }
+
+  static __m256i byte_dot(__m256i sum, __m256i q, __m256i x) { return dot(sum, q, x); }
 #else
   static constexpr int tile_rows = 4, speed = 110;
+  static constexpr bool kHasDot = false;
   static constexpr int steps_at_once = 4;  // 16 bits hold eight pairs of products: 2 · 15 · 127
 
   static __m256i dot(__m256i sum, __m256i codes, __m256i x) {
@@ -54,6 +77,12 @@ struct Int8Mode {
   }
 
   static __m256i widen(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+
+  // |q| · (x with the sign of q): two products of at most 128 · 127 fit in 16 bits.
+  static __m256i byte_dot(__m256i sum, __m256i q, __m256i x) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(x, q));
+    return _mm256_add_epi32(sum, widen(pairs));
+  }
 #endif
 
   static void prepare_group(const float* x, int size, int8_t* to, int stride, float* scale,
@@ -61,45 +90,78 @@ struct Int8Mode {
     prepare_int8(x, size, to, stride, scale, sum);
   }
 
-  template <int R, bool Symmetric>
+  template <int R, bool Bytes>
   static void multiply(const Span& span, float* outputs) {
-    multiply_groups<Int8Mode, R, Symmetric>(span, outputs);
+    multiply_groups<Int8Mode, R, Bytes>(span, outputs);
   }
 
-  template <int R, bool Symmetric>
-  static void multiply_group(const Group& group, int steps, const TileGroup& tile,
+  static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
+
+  template <int R, bool Bytes>
+  static void multiply_group(const Span& span, const Group& group, const TileGroup& tile,
                              float* outputs) {
-    for (int column = 0; column < kColumns; column += kSlice) {
-      __m256i sums[R][kVectors];
+    constexpr int kWide = Bytes ? vectors_for(R) : kVectors;
+    for (int column = 0; column < kColumns; column += 8 * kWide) {
+      __m256i sums[R][kWide];
       unrolled<R>([&](auto r) {
-        // Symmetric: Σ (q − 8) x, the 8 taken off before the codes are multiplied.
-        const int start = Symmetric ? static_cast<int>(-8 * tile.sums[r]) : 0;
-        unrolled<kVectors>([&](auto v) { sums[r][v] = _mm256_set1_epi32(start); });
+        // What unsigned codes give beyond Σ (q − middle) x is taken off beforehand.
+        const bool is_signed = Bytes && !kHasDot;
+        const int start = is_signed ? 0 : static_cast<int>(-group.middle * tile.sums[r]);
+        unrolled<kWide>([&](auto v) { sums[r][v] = _mm256_set1_epi32(start); });
       });
-      for (int done = 0; done < steps; done += steps_at_once) {
-        const int count = steps - done < steps_at_once ? steps - done : steps_at_once;
-        const uint8_t* codes = group.codes + 4 * (kColumns * done + column);
-        add_dots<R>(codes, count, tile.values + kStep * R * done, sums);
+      if constexpr (Bytes) {
+        add_byte_dots<R, kWide>(group.codes + 4 * column, span, group.middle, tile.values, sums);
+      } else {
+        for (int done = 0; done < span.steps; done += steps_at_once) {
+          const int left = span.steps - done, count = left < steps_at_once ? left : steps_at_once;
+          const uint8_t* codes = group.codes + 4 * (kColumns * done + column);
+          add_dots<R>(codes, count, span.ahead, tile.values + kStep * R * done, sums);
+        }
       }
-      unrolled<kVectors>([&](auto v) {
+      unrolled<kWide>([&](auto v) {
         const __m256 scales = scales_at(group, column + 8 * v);
-        __m256 zero_points = _mm256_setzero_ps();
-        if constexpr (!Symmetric) zero_points = zero_points_at(group, column + 8 * v);
+        __m256 offset = _mm256_setzero_ps();
+        if (group.zero_points) offset = offset_at(group, column + 8 * v);
         unrolled<R>([&](auto r) {
+          // The order of `int8_product`.
           __m256 product = _mm256_cvtepi32_ps(sums[r][v]);
-          if constexpr (!Symmetric) {
-            product = _mm256_fnmadd_ps(zero_points, _mm256_set1_ps(tile.sums[r]), product);
+          if (group.zero_points) {
+            const __m256 part = _mm256_mul_ps(offset, _mm256_set1_ps(tile.sums[r]));
+            product = _mm256_add_ps(product, part);
           }
           float* at = outputs + kColumns * r + column + 8 * v;
           product = _mm256_mul_ps(product, _mm256_set1_ps(tile.scales[r]));
-          _mm256_store_ps(at, _mm256_fmadd_ps(product, scales, _mm256_load_ps(at)));
+          product = _mm256_mul_ps(product, scales);
+          _mm256_store_ps(at, _mm256_add_ps(_mm256_load_ps(at), product));
         });
       });
     }
   }
 
+  // Adds Σ q x of bytes q where unsigned ones can be multiplied, else Σ (q − middle) x.
+  template <int R, int kWide>
+  static void add_byte_dots(const uint8_t* codes, const Span& span, int middle, const uint8_t* x,
+                            __m256i (&sums)[R][kWide]) {
+    const __m256i middles = _mm256_set1_epi8(static_cast<char>(middle));
+    for (int step = 0; step < span.steps; ++step, x += kStep * R) {
+      unrolled<2>([&](auto half) {
+        __m256i q[kWide];
+        unrolled<kWide>([&](auto v) {
+          q[v] = load(codes + 32 * v);
+          if constexpr (!kHasDot) q[v] = _mm256_sub_epi8(q[v], middles);
+        });
+        unrolled<R>([&](auto r) {
+          const __m256i value = broadcast(x + kStep * r + 4 * half);
+          unrolled<kWide>([&](auto v) { sums[r][v] = byte_dot(sums[r][v], q[v], value); });
+        });
+        prefetch<kWide>(codes + span.ahead);
+        codes += kWord;
+      });
+    }
+  }
+
   template <int R>
-  static void add_dots(const uint8_t* codes, int steps, const uint8_t* x,
+  static void add_dots(const uint8_t* codes, int steps, int ahead, const uint8_t* x,
                        __m256i (&sums)[R][kVectors]) {
     const __m256i low = _mm256_set1_epi8(0xf);
     __m256i partial[R][kVectors];
@@ -115,13 +177,11 @@ struct Int8Mode {
           q[v] = _mm256_and_si256(q[v], low);
         });
         unrolled<R>([&](auto r) {
-          int bits;
-          memcpy(&bits, x + kStep * r + 4 * half, 4);
-          const __m256i value = _mm256_set1_epi32(bits);
+          const __m256i value = broadcast(x + kStep * r + 4 * half);
           unrolled<kVectors>([&](auto v) { partial[r][v] = dot(partial[r][v], q[v], value); });
         });
       });
-      prefetch(codes);
+      prefetch<kVectors>(codes + ahead);
     }
     unrolled<R>([&](auto r) {
       unrolled<kVectors>(
@@ -133,56 +193,44 @@ struct Int8Mode {
 // float32 throughout: these CPUs have no bfloat16 products.
 struct FloatMode {
   using Value = float;
-  static constexpr int tile_rows = 6, speed = 60;
+  static constexpr int tile_rows = 6, speed = 60, code_bytes = 1;
   static constexpr bool sums_may_cancel = true;
 
   static void prepare_group(const float* x, int size, float* to, int stride, float*, float* sum) {
     prepare_float32(x, size, to, stride, sum);
   }
 
-  template <int R, bool Symmetric>
+  static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
+
+  template <int R, bool Bytes>
   static void multiply(const Span& span, float* outputs) {
-    multiply_groups<FloatMode, R, Symmetric>(span, outputs);
+    multiply_groups<FloatMode, R, Bytes>(span, outputs);
   }
 
-  template <int R, bool Symmetric>
-  static void multiply_group(const Group& group, int steps, const TileGroup& tile,
+  template <int R, bool Bytes>
+  static void multiply_group(const Span& span, const Group& group, const TileGroup& tile,
                              float* outputs) {
-    const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x88888888));
-    for (int column = 0; column < kColumns; column += kSlice) {
-      __m256 sums[R][kVectors];
+    constexpr int kWide = vectors_for(R);
+    for (int column = 0; column < kColumns; column += 8 * kWide) {
+      __m256 sums[R][kWide];
       unrolled<R>([&](auto r) {
-        unrolled<kVectors>([&](auto v) { sums[r][v] = _mm256_setzero_ps(); });
+        unrolled<kWide>([&](auto v) { sums[r][v] = _mm256_setzero_ps(); });
       });
       const auto* x = reinterpret_cast<const float*>(tile.values);
       const uint8_t* codes = group.codes + 4 * column;
-      for (int step = 0; step < steps; ++step, x += kStep * R, codes += 4 * kColumns) {
-        unrolled<kStep>([&](auto k) {
-          constexpr int shift = 8 * (k % 4) + 4 * (k / 4);
-          __m256 w[kVectors];
-          unrolled<kVectors>([&](auto v) {
-            // With its top bit flipped, a nibble is q − 8 in two's complement.
-            const __m256i lanes = _mm256_xor_si256(load(codes + 32 * v), sign);
-            const __m256i top = _mm256_slli_epi32(lanes, 28 - shift);
-            w[v] = _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 28));
-          });
-          unrolled<R>([&](auto r) {
-            const __m256 value = _mm256_broadcast_ss(x + kStep * r + k);
-            unrolled<kVectors>(
-                [&](auto v) { sums[r][v] = _mm256_fmadd_ps(w[v], value, sums[r][v]); });
-          });
-        });
-        prefetch(codes);
+      for (int step = 0; step < span.steps; ++step, x += kStep * R) {
+        add_step<R, kWide, Bytes>(codes, group.middle, x, sums);
+        for (int word = 0; word < (Bytes ? 2 : 1); ++word, codes += kWord) {
+          prefetch<kWide>(codes + span.ahead);
+        }
       }
-      unrolled<kVectors>([&](auto v) {
+      unrolled<kWide>([&](auto v) {
         const __m256 scales = scales_at(group, column + 8 * v);
         __m256 offset = _mm256_setzero_ps();
-        if constexpr (!Symmetric) {
-          offset = _mm256_sub_ps(_mm256_set1_ps(8), zero_points_at(group, column + 8 * v));
-        }
+        if (group.zero_points) offset = offset_at(group, column + 8 * v);
         unrolled<R>([&](auto r) {
           __m256 product = sums[r][v];
-          if constexpr (!Symmetric) {
+          if (group.zero_points) {
             product = _mm256_fmadd_ps(offset, _mm256_set1_ps(tile.sums[r]), product);
           }
           float* at = outputs + kColumns * r + column + 8 * v;
@@ -190,6 +238,30 @@ struct FloatMode {
         });
       });
     }
+  }
+
+  // Adds Σ (q − middle) x of eight inputs. In two's complement q − 8 is a nibble with its top bit
+  // flipped.
+  template <int R, int Wide, bool Bytes>
+  static void add_step(const uint8_t* codes, int middle, const float* x,
+                       __m256 (&sums)[R][Wide]) {
+    const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x88888888));
+    const __m256i middles = _mm256_set1_epi8(static_cast<char>(middle));
+    constexpr int kWidth = Bytes ? 8 : 4;
+    unrolled<kStep>([&](auto k) {
+      constexpr int shift = 8 * (k % kFour) + (Bytes ? 0 : 4 * (k / kFour));
+      const uint8_t* word = codes + (Bytes ? k / kFour * kWord : 0);
+      unrolled<Wide>([&](auto v) {
+        const __m256i lanes = load(word + 32 * v);
+        const __m256i q = Bytes ? _mm256_sub_epi8(lanes, middles) : _mm256_xor_si256(lanes, sign);
+        const __m256i top = _mm256_slli_epi32(q, 32 - kWidth - shift);
+        const __m256 w = _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 32 - kWidth));
+        unrolled<R>([&](auto r) {
+          const __m256 value = _mm256_broadcast_ss(x + kStep * r + k);
+          sums[r][v] = _mm256_fmadd_ps(w, value, sums[r][v]);
+        });
+      });
+    });
   }
 };
 

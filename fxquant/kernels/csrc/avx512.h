@@ -43,39 +43,43 @@ inline __m512 zero_points_at(const Group& group, int vector) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(at));
 }
 
-// Two groups of 128 ahead, which hides the latency of memory when each weight is used once.
+// middle − zero point
+inline __m512 offset_at(const Group& group, int vector) {
+  const __m512 middle = _mm512_set1_ps(static_cast<float>(group.middle));
+  return _mm512_sub_ps(middle, zero_points_at(group, vector));
+}
+
+// Asks for the lines of a word.
 inline void prefetch(const uint8_t* codes) {
-  for (int line = 0; line < 4; ++line) __builtin_prefetch(codes + 8192 + 64 * line);
+  for (int line = 0; line < kWord; line += 64) __builtin_prefetch(codes + line);
 }
 
 // Walks through the groups of a span; `add(group, tile, totals)` adds the product of a group. What
 // does not fit in registers beside a group's sums waits on the stack, which never leaves the cache.
-template <int R, bool Symmetric, class Add>
+template <int R, class Add>
 inline void for_groups(const Span& span, float* outputs, const Add& add) {
   __m512 totals[R][kVectors];
   const auto at = [outputs](int r, int v) { return outputs + kColumns * r + 16 * v; };
   unrolled<R>([&](auto r) {
     unrolled<kVectors>([&](auto v) { totals[r][v] = _mm512_load_ps(at(r, v)); });
   });
-  for (int i = 0; i < span.groups; ++i) add(span.group<Symmetric>(i), span.tile(i), totals);
+  for (int i = 0; i < span.groups; ++i) add(span.group(i), span.tile(i), totals);
   unrolled<R>([&](auto r) {
     unrolled<kVectors>([&](auto v) { _mm512_store_ps(at(r, v), totals[r][v]); });
   });
 }
 
-// Adds the sums of a group, of q − 8 times x in float32, to the outputs.
-template <int R, bool Symmetric>
+// Adds the sums of a group, of q − middle times x in float32, to the outputs.
+template <int R>
 FXQUANT_INLINE void add_sums(const Group& group, const TileGroup& tile,
                              const __m512 (&sums)[R][kVectors], __m512 (&totals)[R][kVectors]) {
   unrolled<kVectors>([&](auto v) {
     const __m512 scales = scales_at(group, v);
     __m512 offset;
-    if constexpr (!Symmetric) {
-      offset = _mm512_sub_ps(_mm512_set1_ps(8), zero_points_at(group, v));
-    }
+    if (group.zero_points) offset = offset_at(group, v);
     unrolled<R>([&](auto r) {
       __m512 product = sums[r][v];
-      if constexpr (!Symmetric) {
+      if (group.zero_points) {
         product = _mm512_fmadd_ps(offset, _mm512_set1_ps(tile.sums[r]), product);
       }
       totals[r][v] = _mm512_fmadd_ps(product, scales, totals[r][v]);
@@ -85,8 +89,10 @@ FXQUANT_INLINE void add_sums(const Group& group, const TileGroup& tile,
 
 struct Int8Mode {
   using Value = int8_t;
-  static constexpr int tile_rows = 6, speed = 400;
+  static constexpr int tile_rows = 6, speed = 400, code_bytes = 1;
   static constexpr bool sums_may_cancel = false;
+
+  static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
 
   static void prepare_group(const float* x, int size, int8_t* to, int stride, float* scale,
                             float* sum) {
@@ -113,46 +119,52 @@ struct Int8Mode {
     if (both) _mm_storel_epi64(reinterpret_cast<__m128i*>(to + stride), _mm_srli_si128(q, 8));
   }
 
-  template <int R, bool Symmetric>
+  // Four inputs of 16 outputs, as bytes: the half of a nibble's step, or a word.
+  template <bool Bytes>
+  static __m512i codes_at(const uint8_t* codes, int vector, int half) {
+    if (Bytes) return load(codes + kWord * half + 64 * vector);
+    const __m512i lanes = load(codes + 64 * vector);
+    return _mm512_and_si512(half ? _mm512_srli_epi16(lanes, 4) : lanes, _mm512_set1_epi8(0xf));
+  }
+
+  template <int R, bool Bytes>
   static void multiply(const Span& span, float* outputs) {
-    const __m512i low = _mm512_set1_epi8(0xf);
-    for_groups<R, Symmetric>(span, outputs, [&](const Group& group, const TileGroup& tile,
-                                                __m512(&totals)[R][kVectors]) {
+    for_groups<R>(span, outputs, [&](const Group& group, const TileGroup& tile,
+                                     __m512(&totals)[R][kVectors]) {
       __m512i sums[R][kVectors];
       unrolled<R>([&](auto r) {
-        // Symmetric: Σ (q − 8) x, the 8 taken off before the codes are multiplied.
-        const __m512 sum = _mm512_set1_ps(Symmetric ? tile.sums[r] : 0);
-        const __m512i start = _mm512_cvtps_epi32(_mm512_mul_ps(sum, _mm512_set1_ps(-8)));
+        // Σ (q − middle) x: what is taken off comes before the codes are multiplied.
+        const __m512i start = _mm512_set1_epi32(static_cast<int>(-group.middle * tile.sums[r]));
         unrolled<kVectors>([&](auto v) { sums[r][v] = start; });
       });
       const uint8_t* x = tile.values;
       const uint8_t* codes = group.codes;
-      for (int step = 0; step < span.steps; ++step, x += kStep * R, codes += 4 * kColumns) {
+      for (int step = 0; step < span.steps; ++step, x += kStep * R) {
         unrolled<2>([&](auto half) {
           __m512i q[kVectors];
-          unrolled<kVectors>([&](auto v) {
-            q[v] = load(codes + 64 * v);
-            if constexpr (half) q[v] = _mm512_srli_epi16(q[v], 4);
-            q[v] = _mm512_and_si512(q[v], low);
-          });
+          unrolled<kVectors>([&](auto v) { q[v] = codes_at<Bytes>(codes, v, half); });
           unrolled<R>([&](auto r) {
             const __m512i value = broadcast(x + kStep * r + 4 * half);
             unrolled<kVectors>([&](auto v) { sums[r][v] = dot_int8(sums[r][v], q[v], value); });
           });
         });
-        prefetch(codes);
+        for (int word = 0; word < (Bytes ? 2 : 1); ++word, codes += kWord) {
+          prefetch(codes + span.ahead);
+        }
       }
       unrolled<kVectors>([&](auto v) {
         const __m512 scales = scales_at(group, v);
-        __m512 zero_points;
-        if constexpr (!Symmetric) zero_points = zero_points_at(group, v);
+        __m512 offset;
+        if (group.zero_points) offset = offset_at(group, v);
         unrolled<R>([&](auto r) {
+          // The order of `int8_product`.
           __m512 product = _mm512_cvtepi32_ps(sums[r][v]);
-          if constexpr (!Symmetric) {
-            product = _mm512_fnmadd_ps(zero_points, _mm512_set1_ps(tile.sums[r]), product);
+          if (group.zero_points) {
+            const __m512 part = _mm512_mul_ps(offset, _mm512_set1_ps(tile.sums[r]));
+            product = _mm512_add_ps(product, part);
           }
           product = _mm512_mul_ps(product, _mm512_set1_ps(tile.scales[r]));
-          totals[r][v] = _mm512_fmadd_ps(product, scales, totals[r][v]);
+          totals[r][v] = _mm512_add_ps(totals[r][v], _mm512_mul_ps(product, scales));
         });
       });
     });

@@ -23,7 +23,7 @@ inline __m512 dot_bf16(__m512 sum, __m512i codes, __m512i x) {
 
 struct FloatMode {
   using Value = uint16_t;  // bfloat16
-  static constexpr int tile_rows = 6, speed = 230;
+  static constexpr int tile_rows = 6, speed = 230, code_bytes = 2;
   static constexpr bool sums_may_cancel = true;
 
   static void prepare_group(const float* x, int size, uint16_t* to, int stride, float*,
@@ -75,28 +75,76 @@ struct FloatMode {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(bits));
   }
 
-  template <int R, bool Symmetric>
+  // Nibbles are looked up where they are used; wider codes are made bfloat16 once for all tiles.
+  static UnpackBytes unpacking(int bits) {
+    switch (bits) {
+      case 2: return unpack_pairs<2>;
+      case 3: return unpack_pairs<3>;
+      case 5: return unpack_pairs<5>;
+      case 6: return unpack_pairs<6>;
+      case 8: return unpack_pairs<8>;
+      default: return nullptr;
+    }
+  }
+
+  // bfloat16 pairs [inputs / 8][4][64] of q − middle, in the order of `pairs_at`.
+  template <int Bits>
+  static void unpack_pairs(const uint8_t* codes, int inputs, uint8_t* pairs) {
+    constexpr int kUnit = unit_of(Bits), kUnitBytes = kUnit * kColumns * Bits / 8;
+    alignas(64) uint8_t bytes[kUnit * kColumns];
+    for (int done = 0; done < inputs; done += kUnit, codes += kUnitBytes) {
+      for (int line = 0; line < kUnitBytes; line += 64) __builtin_prefetch(codes + kAhead + line);
+      unpack_unit<Bits>(codes, bytes);
+      for (int step = 0; step < kUnit / kStep; ++step, pairs += 4 * kWord) {
+        for (int word = 0; word < 2; ++word) {
+          const uint8_t* from = bytes + (2 * step + word) * kWord;
+          for (int at = 0; at < kWord; at += 64) {
+            const __m512i middles = _mm512_set1_epi8(static_cast<char>(1 << (Bits - 1)));
+            const __m512i q = _mm512_sub_epi8(load(from + at), middles);
+            const __m512i even = pair_of<0, 2>(q), odd = pair_of<1, 3>(q);
+            _mm512_store_si512(pairs + kWord * word + at, even);
+            _mm512_store_si512(pairs + kWord * (2 + word) + at, odd);
+          }
+        }
+      }
+    }
+  }
+
+  // Two signed bytes of each lane as bfloat16, exactly: the upper halves of two float32.
+  template <int Low, int High>
+  static __m512i pair_of(__m512i q) {
+    const auto upper = [q](int byte) {
+      const __m512i value = _mm512_srai_epi32(_mm512_slli_epi32(q, 24 - 8 * byte), 24);
+      return _mm512_castps_si512(_mm512_cvtepi32_ps(value));
+    };
+    return _mm512_or_si512(_mm512_srli_epi32(upper(Low), 16), upper(High));
+  }
+
+  template <int R, bool Bytes>
   static void multiply(const Span& span, float* outputs) {
-    for_groups<R, Symmetric>(span, outputs, [&](const Group& group, const TileGroup& tile,
-                                                __m512(&totals)[R][kVectors]) {
+    for_groups<R>(span, outputs, [&](const Group& group, const TileGroup& tile,
+                                     __m512(&totals)[R][kVectors]) {
       __m512 sums[R][kVectors];
       unrolled<R>([&](auto r) {
         unrolled<kVectors>([&](auto v) { sums[r][v] = _mm512_setzero_ps(); });
       });
       const uint8_t* x = tile.values;
       const uint8_t* codes = group.codes;
-      for (int step = 0; step < span.steps; ++step, x += 2 * kStep * R, codes += 4 * kColumns) {
+      for (int step = 0; step < span.steps; ++step, x += 2 * kStep * R) {
         unrolled<4>([&](auto pair) {
           __m512i q[kVectors];
-          unrolled<kVectors>([&](auto v) { q[v] = pairs_at(codes + 64 * v, pair); });
+          unrolled<kVectors>([&](auto v) {
+            q[v] = Bytes ? load(codes + kWord * pair + 64 * v) : pairs_at(codes + 64 * v, pair);
+          });
           unrolled<R>([&](auto r) {
             const __m512i value = broadcast(x + 2 * kStep * r + 4 * pair);
             unrolled<kVectors>([&](auto v) { sums[r][v] = dot_bf16(sums[r][v], q[v], value); });
           });
         });
-        prefetch(codes);
+        if (!Bytes) prefetch(codes + span.ahead);
+        codes += (Bytes ? 4 : 1) * kWord;
       }
-      add_sums<R, Symmetric>(group, tile, sums, totals);
+      add_sums<R>(group, tile, sums, totals);
     });
   }
 };

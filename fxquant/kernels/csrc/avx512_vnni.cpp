@@ -17,41 +17,54 @@ namespace {
 
 struct FloatMode {
   using Value = float;
-  static constexpr int tile_rows = 6, speed = 120;
+  static constexpr int tile_rows = 6, speed = 120, code_bytes = 1;
   static constexpr bool sums_may_cancel = true;
+
+  static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
 
   static void prepare_group(const float* x, int size, float* to, int stride, float*, float* sum) {
     prepare_float32(x, size, to, stride, sum);
   }
 
-  template <int R, bool Symmetric>
-  static void multiply(const Span& span, float* outputs) {
-    // q − 8 of a nibble: of an index, only the low four bits count.
+  // q − middle of one input of a step, for 16 outputs.
+  template <bool Bytes>
+  static __m512 weights_at(const uint8_t* codes, int vector, int k, int middle) {
+    if (Bytes) {
+      const __m512i lanes = load(codes + k / kFour * kWord + 64 * vector);
+      const __m512i q = _mm512_sub_epi8(lanes, _mm512_set1_epi8(static_cast<char>(middle)));
+      return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(q, 24 - 8 * (k % kFour)), 24));
+    }
+    // Of an index, only the low four bits count.
     const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    for_groups<R, Symmetric>(span, outputs, [&](const Group& group, const TileGroup& tile,
-                                                __m512(&totals)[R][kVectors]) {
+    const __m512i lanes = load(codes + 64 * vector);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, 8 * (k % kFour) + 4 * (k / kFour)), table);
+  }
+
+  template <int R, bool Bytes>
+  static void multiply(const Span& span, float* outputs) {
+    for_groups<R>(span, outputs, [&](const Group& group, const TileGroup& tile,
+                                     __m512(&totals)[R][kVectors]) {
       __m512 sums[R][kVectors];
       unrolled<R>([&](auto r) {
         unrolled<kVectors>([&](auto v) { sums[r][v] = _mm512_setzero_ps(); });
       });
       const auto* x = reinterpret_cast<const float*>(tile.values);
       const uint8_t* codes = group.codes;
-      for (int step = 0; step < span.steps; ++step, x += kStep * R, codes += 4 * kColumns) {
+      for (int step = 0; step < span.steps; ++step, x += kStep * R) {
         unrolled<kStep>([&](auto k) {
-          constexpr int shift = 8 * (k % 4) + 4 * (k / 4);
           __m512 w[kVectors];
-          unrolled<kVectors>([&](auto v) {
-            const __m512i lanes = load(codes + 64 * v);
-            w[v] = _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, shift), table);
-          });
+          unrolled<kVectors>(
+              [&](auto v) { w[v] = weights_at<Bytes>(codes, v, k, group.middle); });
           unrolled<R>([&](auto r) {
             const __m512 value = _mm512_set1_ps(x[kStep * r + k]);
             unrolled<kVectors>([&](auto v) { sums[r][v] = fma(w[v], value, sums[r][v]); });
           });
         });
-        prefetch(codes);
+        for (int word = 0; word < (Bytes ? 2 : 1); ++word, codes += kWord) {
+          prefetch(codes + span.ahead);
+        }
       }
-      add_sums<R, Symmetric>(group, tile, sums, totals);
+      add_sums<R>(group, tile, sums, totals);
     });
   }
 

@@ -6,26 +6,32 @@
 //   prepare_group(...)         a group of one row, from float32, zeros behind it up to `kLanes`; the
 //                              sum is null where nobody reads it
 //   prepare_bf16(...)          the same from bfloat16, if Value is that
-//   multiply<R, Symmetric>(...)  adds the products of a span of groups to the outputs of a tile of
-//                              R rows
+//   unpacking(bits)            what unpacks codes before they are multiplied, or null
+//   code_bytes                 of a code unpacked
+//   multiply<R, Bytes>(...)  adds the products of a span of groups to the outputs of a
+//                              tile of R rows; codes are nibbles, or else bytes (or what `unpacking`
+//                              made of them)
 // Each output is summed in the same order whatever the number of rows and threads, so a row's
 // result does not depend on what else is in its batch.
 #pragma once
 
 #include <type_traits>
 
+#include "codes.h"
 #include "numbers.h"
 
 namespace fxquant {
 namespace {
 
 constexpr int kLanes = 16;         // float32 in a register, at most
-constexpr int kSpanInputs = 512;  // of a span: its codes stay in the nearest cache for all tiles
+// Inputs of a span, whose codes stay in the nearest cache for all tiles: nibbles, and wider ones.
+constexpr int kSpanInputs = 512, kWideSpanInputs = kMaxGroup;
 
 struct Group {
   const uint16_t* scales;
-  const uint16_t* zero_points;  // null where every zero point is 8
+  const uint16_t* zero_points;  // null where every zero point is the middle
   const uint8_t* codes;
+  int middle;  // 2^(bits - 1)
 };
 
 struct TileGroup {
@@ -37,19 +43,21 @@ struct TileGroup {
 // Consecutive groups of a block, and the values of a tile that they are multiplied with.
 struct Span {
   int groups;
-  int steps;  // of a group
-  const uint8_t* weight;
-  int64_t weight_stride;  // bytes from group to group
+  int steps;   // of a group
+  int middle;  // of the codes
+  bool symmetric;
+  int ahead;   // bytes from codes in use to those that memory should bring
+  const uint8_t* grid;
+  int64_t grid_stride;  // bytes from group to group
+  const uint8_t* codes;
+  int64_t code_stride;
   TileGroup first;
   int64_t value_stride;  // bytes
   int64_t row_stride;    // rows
 
-  template <bool Symmetric>
   Group group(int i) const {
-    const uint8_t* at = weight + i * weight_stride;
-    const auto* grid = reinterpret_cast<const uint16_t*>(at);
-    if constexpr (Symmetric) return {grid, nullptr, at + 2 * kColumns};
-    return {grid, grid + kColumns, at + 4 * kColumns};
+    const auto* scales = reinterpret_cast<const uint16_t*>(grid + i * grid_stride);
+    return {scales, symmetric ? nullptr : scales + kColumns, codes + i * code_stride, middle};
   }
 
   TileGroup tile(int i) const {
@@ -113,22 +121,46 @@ void prepare(const Call& call, const Panel& panel, int64_t first, int64_t last) 
   }
 }
 
-// For modes that multiply one group after another, by `multiply_group<R, Symmetric>(...)`.
-template <class Mode, int R, bool Symmetric>
+// For modes that multiply one group after another, by `multiply_group<R, Bytes>(...)`.
+template <class Mode, int R, bool Bytes>
 void multiply_groups(const Span& span, float* outputs) {
   for (int i = 0; i < span.groups; ++i) {
-    Mode::template multiply_group<R, Symmetric>(span.group<Symmetric>(i), span.steps, span.tile(i),
-                                                outputs);
+    Mode::template multiply_group<R, Bytes>(span, span.group(i), span.tile(i),
+                                                       outputs);
   }
 }
 
 using Multiply = void (*)(const Span&, float* outputs);
 
-template <class Mode, bool Symmetric, int R = Mode::tile_rows>
-Multiply multiply_of(int rows) {
-  if (rows == R) return Mode::template multiply<R, Symmetric>;
-  if constexpr (R > 1) return multiply_of<Mode, Symmetric, R - 1>(rows);
+template <class Mode, bool Bytes, int R = Mode::tile_rows>
+Multiply multiply_by_rows(int rows) {
+  if (rows == R) return Mode::template multiply<R, Bytes>;
+  if constexpr (R > 1) return multiply_by_rows<Mode, Bytes, R - 1>(rows);
   return nullptr;
+}
+
+template <class Mode>
+Multiply multiply_of(const Weight& weight, int rows) {
+  return weight.bits == 4 ? multiply_by_rows<Mode, false>(rows) : multiply_by_rows<Mode, true>(rows);
+}
+
+// Some groups of a block, unpacked into `buffer` where the mode wants that.
+template <class Mode>
+Span span_of(const Weight& weight, int64_t block, int64_t group, int groups, uint8_t* buffer) {
+  const auto unpack = Mode::unpacking(weight.bits);
+  Span span{};
+  span.groups = groups, span.steps = weight.steps(), span.middle = 1 << (weight.bits - 1);
+  span.grid = weight.data + (block * weight.groups() + group) * weight.group_bytes();
+  span.grid_stride = weight.group_bytes();
+  span.codes = span.grid + weight.grid_bytes(), span.code_stride = span.grid_stride;
+  span.symmetric = weight.symmetric, span.ahead = kAhead;
+  if (!unpack) return span;
+  const int64_t stride = static_cast<int64_t>(weight.group_size) * kColumns * Mode::code_bytes;
+  for (int i = 0; i < groups; ++i) {
+    unpack(span.codes + i * span.code_stride, weight.group_size, buffer + i * stride);
+  }
+  span.codes = buffer, span.code_stride = stride, span.ahead = 0;
+  return span;
 }
 
 template <class Mode>
@@ -136,13 +168,12 @@ void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last)
   alignas(64) float outputs[kPanelRows * kColumns];
   const Weight& weight = call.weight;
   const int64_t value_bytes = weight.group_size * sizeof(typename Mode::Value);
-  const int64_t span_groups =
-      weight.group_size < kSpanInputs ? kSpanInputs / weight.group_size : 1;
+  alignas(64) uint8_t unpacked[kWideSpanInputs * kColumns * Mode::code_bytes];
+  const int span_inputs = weight.bits == 4 ? kSpanInputs : kWideSpanInputs;
+  const int span_groups = weight.group_size < span_inputs ? span_inputs / weight.group_size : 1;
   const int tallest = (panel.rows + panel.tiles - 1) / panel.tiles;  // others are one row lower
-  const Multiply tall = weight.symmetric ? multiply_of<Mode, true>(tallest)
-                                         : multiply_of<Mode, false>(tallest);
-  const Multiply low = weight.symmetric ? multiply_of<Mode, true>(tallest - 1)
-                                        : multiply_of<Mode, false>(tallest - 1);
+  const Multiply tall = multiply_of<Mode>(weight, tallest);
+  const Multiply low = multiply_of<Mode>(weight, tallest - 1);
   while (first < last) {
     const int64_t block = first / panel.tiles;
     const int begin = static_cast<int>(first % panel.tiles);
@@ -161,16 +192,13 @@ void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last)
 
     for (int64_t g = 0; g < weight.groups(); g += span_groups) {
       const int64_t left = weight.groups() - g;
+      const int groups = left < span_groups ? static_cast<int>(left) : span_groups;
+      Span span = span_of<Mode>(weight, block, g, groups, unpacked);
       for (int tile = begin; tile < end; ++tile) {
         const int height = panel.height(tile);
         const int64_t at = panel.index(tile, g);
-        const Span span{static_cast<int>(left < span_groups ? left : span_groups),
-                        weight.steps(),
-                        weight.data + (block * weight.groups() + g) * weight.group_bytes(),
-                        weight.group_bytes(),
-                        {panel.values + at * value_bytes, panel.scales + at, panel.sums + at},
-                        height * value_bytes,
-                        height};
+        span.first = {panel.values + at * value_bytes, panel.scales + at, panel.sums + at};
+        span.value_stride = height * value_bytes, span.row_stride = height;
         float* to = outputs + (panel.tile_start(tile) - first_row) * kColumns;
         (height == tallest ? tall : low)(span, to);
       }
@@ -186,6 +214,16 @@ template <class Mode>
 constexpr Kernel kernel_of() {
   return {Mode::tile_rows,       sizeof(typename Mode::Value), Mode::speed,
           Mode::sums_may_cancel, prepare<Mode>,                multiply<Mode>};
+}
+
+// How 8-bit integers add to an output: Σ (q − middle) x is exact, and every instruction set rounds
+// what follows in the same order, so that all of them give the same bits.
+//   asymmetric: (Σ + (middle − zero point) · Σ x) · scale of x · scale
+//   symmetric:  Σ · scale of x · scale
+inline float int8_product(float sum, float offset, float sum_of_x, float x_scale, float scale,
+                          bool symmetric) {
+  const float product = symmetric ? sum : sum + offset * sum_of_x;
+  return product * x_scale * scale;
 }
 
 // Copies a group of one row. The sum is null where nobody reads it.

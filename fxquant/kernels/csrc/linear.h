@@ -1,4 +1,5 @@
-// The INT4 matrix product y = x · wᵀ + bias: what is asked for, and what an instruction set offers.
+// The matrix product y = x · wᵀ + bias with integer weights of 2 to 8 bits: what is asked for, and
+// what an instruction set offers.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +8,7 @@
 namespace fxquant {
 
 constexpr int kColumns = 64;   // outputs of a block: the rows of the weight that are kept together
-constexpr int kStep = 8;       // inputs that share 32-bit lanes
+constexpr int kStep = 8;       // inputs that are multiplied in one turn of a loop
 constexpr int kMaxGroup = 256; // inputs of a group
 constexpr int kPanelRows = 192; // rows of x that are prepared at a time
 
@@ -15,21 +16,22 @@ enum class Float : int { f32, bf16, f16 };
 
 // A weight, cut into blocks of 64 outputs and groups of inputs. A (block, group) is contiguous:
 //   scales       bfloat16 [64]
-//   zero points  float16 [64], absent where every zero point is 8
-//   codes        uint32 [group_size / 8][64]; lane n of a step holds the inputs k .. k + 7 of output
-//                n: byte j has input k + j in its low nibble and input k + 4 + j in its high one
+//   zero points  float16 [64], absent where every zero point is 2^(bits - 1)
+//   codes        see codes.h
 struct Weight {
   const uint8_t* data;
   int64_t out_features;
   int64_t in_features;
   int group_size;
   bool symmetric;
+  int bits;  // 2, 3, 4, 5, 6 or 8
 
   int64_t groups() const { return (in_features + group_size - 1) / group_size; }
   int64_t blocks() const { return (out_features + kColumns - 1) / kColumns; }
   int steps() const { return group_size / kStep; }
+  int64_t grid_bytes() const { return kColumns * (symmetric ? 2 : 4); }
   int64_t group_bytes() const {
-    return kColumns * (symmetric ? 2 : 4) + static_cast<int64_t>(steps()) * kColumns * 4;
+    return grid_bytes() + static_cast<int64_t>(steps()) * kColumns * bits;
   }
 };
 
@@ -74,8 +76,8 @@ struct Kernel {
   int tile_rows;    // at most so many rows in a tile
   int value_bytes;  // of a prepared value
   int speed;        // about so many multiplications in a nanosecond
-  // Whether a zero point other than 8 is taken off as a multiple of Σ x: then an infinite x would
-  // give ∞ − ∞, and its row is left to the portable kernel.
+  // Whether a zero point other than 2^(bits - 1) is taken off as a multiple of Σ x: then an infinite
+  // x would give ∞ − ∞, and its row is left to the portable kernel.
   bool sums_may_cancel;
   // Fills the pairs (tile, group) numbered first .. last - 1 of the panel, groups varying fastest.
   void (*prepare)(const Call&, const Panel&, int64_t first, int64_t last);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "codes.h"
 #include "linear.h"
 #include "rounding.h"
 
@@ -56,23 +57,23 @@ PyObject* use(PyObject*, PyObject* name) {
   return nullptr;
 }
 
-// A weight [blocks, groups, bytes of a group]. Scales and zero points are 128 bytes each, the codes
-// of 8 inputs 256.
-fxquant::Weight weight_of(const void* data, int64_t out, int64_t in, int64_t group_bytes) {
-  constexpr int64_t kGrid = 2 * fxquant::kColumns, kInput = fxquant::kColumns / 2;
-  fxquant::Weight weight{};
-  weight.data = static_cast<const uint8_t*>(data);
-  weight.out_features = out;
-  weight.in_features = in;
-  weight.symmetric = group_bytes % (2 * kGrid) != 0;
-  weight.group_size = static_cast<int>((group_bytes - (weight.symmetric ? 1 : 2) * kGrid) / kInput);
+// A weight [blocks, groups, bytes of a group]; its group size is 0 where there is no such group.
+fxquant::Weight weight_of(const void* data, int64_t out, int64_t in, int64_t group_bytes, int64_t bits,
+                          bool symmetric) {
+  fxquant::Weight weight{static_cast<const uint8_t*>(data), out, in, 0, symmetric, 0};
+  if (bits < 2 || bits > 8 || bits == 7) return weight;
+  weight.bits = static_cast<int>(bits);
+  const int64_t size = (group_bytes - weight.grid_bytes()) * 8 / (fxquant::kColumns * bits);
+  const bool is_known = size > 0 && size <= fxquant::kMaxGroup &&
+                        size % fxquant::unit_of(weight.bits) == 0;
+  if (is_known) weight.group_size = static_cast<int>(size);
   return weight;
 }
 
-bool is_sound(const fxquant::Weight& weight, int64_t blocks, int64_t groups) {
+bool is_sound(const fxquant::Weight& weight, const int64_t* shape) {
   return weight.out_features > 0 && weight.in_features > 0 && weight.group_size > 0 &&
-         weight.group_size <= fxquant::kMaxGroup && weight.group_size % fxquant::kStep == 0 &&
-         weight.blocks() == blocks && weight.groups() == groups;
+         weight.blocks() == shape[0] && weight.groups() == shape[1] &&
+         weight.group_bytes() == shape[2];
 }
 
 // Reads a tuple of ints; false with an error set, or if there are more than 8.
@@ -91,13 +92,13 @@ struct Arguments {
   void* address(int i) const { return reinterpret_cast<void*>(number(i)); }
 };
 
-// linear(x, x_shape, x_type, bias, bias_type, y, weight, weight_shape, in, out, int8, threads) ->
-// whether the shapes belong together; with addresses as int, and types as 0 (float32),
+// linear(x, x_shape, x_type, bias, bias_type, y, weight, weight_shape, in, out, bits, symmetric, int8,
+// threads) -> whether the shapes belong together; with addresses as int, and types as 0 (float32),
 // 1 (bfloat16) or 2 (float16).
 PyObject* linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  constexpr Py_ssize_t kCount = 12;
+  constexpr Py_ssize_t kCount = 14;
   if (count != kCount) {
-    PyErr_SetString(PyExc_TypeError, "linear takes 12 arguments");
+    PyErr_SetString(PyExc_TypeError, "linear takes 14 arguments");
     return nullptr;
   }
   const Arguments given{arguments};
@@ -116,12 +117,13 @@ PyObject* linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   call.y = given.address(5);
   call.rows = 1;
   for (Py_ssize_t i = 0; i + 1 < x_dimensions; ++i) call.rows *= x_shape[i];
-  call.weight = weight_of(given.address(6), given.number(9), given.number(8), weight_shape[2]);
-  call.int8 = given.number(10) != 0;
-  call.threads = static_cast<int>(given.number(11));
+  call.weight = weight_of(given.address(6), given.number(9), given.number(8), weight_shape[2],
+                          given.number(10), given.number(11) != 0);
+  call.int8 = given.number(12) != 0;
+  call.threads = static_cast<int>(given.number(13));
   if (PyErr_Occurred()) return nullptr;
   if (x_shape[x_dimensions - 1] != call.weight.in_features ||
-      !is_sound(call.weight, weight_shape[0], weight_shape[1])) {
+      !is_sound(call.weight, weight_shape)) {
     Py_RETURN_FALSE;
   }
 
@@ -205,7 +207,7 @@ PyMethodDef methods[] = {
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           "_native",
-                          "The INT4 matrix product, and rounding weights, in C++.",
+                          "Matrix products with integer weights, and rounding weights, in C++.",
                           -1,
                           methods,
                           nullptr,

@@ -10,71 +10,108 @@ namespace {
 constexpr int kRows = 4;   // of a tile
 constexpr int kSlice = 8;  // outputs that stay in registers
 
-// q − zero point of a group, [input][64].
-inline void decode(const Group& group, int steps, float* to) {
-  float zero_points[kColumns];
-  for (int n = 0; n < kColumns; ++n) {
-    zero_points[n] = group.zero_points ? from_f16(group.zero_points[n]) : 8.0f;
-  }
-  for (int step = 0; step < steps; ++step) {
-    uint32_t lanes[kColumns];
-    memcpy(lanes, group.codes + sizeof(lanes) * step, sizeof(lanes));
+// q − zero of a group, [input][64], with a zero for each output.
+template <bool Bytes>
+inline void decode(const uint8_t* codes, int steps, const float* zeros, float* to) {
+  constexpr uint32_t mask = Bytes ? 0xff : 0xf;
+  for (int step = 0; step < steps; ++step, codes += (Bytes ? 2 : 1) * kWord) {
+    uint32_t lanes[(Bytes ? 2 : 1) * kColumns];
+    memcpy(lanes, codes, sizeof(lanes));
     for (int k = 0; k < kStep; ++k, to += kColumns) {
-      const int shift = 8 * (k % 4) + 4 * (k / 4);
+      const uint32_t* word = Bytes ? lanes + k / kFour * kColumns : lanes;
+      const int shift = 8 * (k % kFour) + (Bytes ? 0 : 4 * (k / kFour));
       for (int n = 0; n < kColumns; ++n) {
-        to[n] = static_cast<float>(static_cast<int32_t>((lanes[n] >> shift) & 0xf)) - zero_points[n];
+        to[n] = static_cast<float>(static_cast<int32_t>((word[n] >> shift) & mask)) - zeros[n];
       }
     }
   }
 }
 
-struct FloatMode {
+// Σ w x of R rows for outputs from `column` on.
+template <int R>
+inline void sum_slice(const float* weights, int steps, const float* x, int column,
+                      float (&sums)[R][kSlice]) {
+  const float* w = weights + column;
+  for (int step = 0; step < steps; ++step, x += kStep * R) {
+    for (int k = 0; k < kStep; ++k, w += kColumns) {
+      unrolled<R>([&](auto r) {
+        unrolled<kSlice>([&](auto n) { sums[r][n] += w[n] * x[kStep * r + k]; });
+      });
+    }
+  }
+}
+
+struct PortableMode {
   using Value = float;
-  static constexpr int tile_rows = kRows, speed = 15;
+  static constexpr int tile_rows = kRows, speed = 15, code_bytes = 1;
   static constexpr bool sums_may_cancel = false;
 
-  static void prepare_group(const float* x, int size, float* to, int stride, float* scale, float*) {
+  static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
+};
+
+struct FloatMode : PortableMode {
+  static void prepare_group(const float* x, int size, float* to, int stride, float*, float*) {
     for (int k = 0; k < size; k += kStep) memcpy(to + k / kStep * stride, x + k, 4 * kStep);
-    *scale = 1;
   }
 
-  template <int R, bool Symmetric>
+  template <int R, bool Bytes>
   static void multiply(const Span& span, float* outputs) {
-    multiply_groups<FloatMode, R, Symmetric>(span, outputs);
+    multiply_groups<FloatMode, R, Bytes>(span, outputs);
   }
 
-  template <int R, bool Symmetric>
-  static void multiply_group(const Group& group, int steps, const TileGroup& tile,
+  template <int R, bool Bytes>
+  static void multiply_group(const Span& span, const Group& group, const TileGroup& tile,
                              float* outputs) {
-    float weights[kMaxGroup * kColumns];
-    decode(group, steps, weights);
+    float zeros[kColumns], weights[kMaxGroup * kColumns];
+    for (int n = 0; n < kColumns; ++n) {
+      zeros[n] = group.zero_points ? from_f16(group.zero_points[n]) : static_cast<float>(group.middle);
+    }
+    decode<Bytes>(group.codes, span.steps, zeros, weights);
     for (int column = 0; column < kColumns; column += kSlice) {
       float sums[R][kSlice] = {};
-      const auto* x = reinterpret_cast<const float*>(tile.values);
-      const float* w = weights + column;
-      for (int step = 0; step < steps; ++step, x += kStep * R) {
-        for (int k = 0; k < kStep; ++k, w += kColumns) {
-          unrolled<R>([&](auto r) {
-            unrolled<kSlice>([&](auto n) { sums[r][n] += w[n] * x[kStep * r + k]; });
-          });
-        }
-      }
+      sum_slice<R>(weights, span.steps, reinterpret_cast<const float*>(tile.values), column, sums);
       for (int r = 0; r < R; ++r) {
         for (int n = 0; n < kSlice; ++n) {
-          const float scale = tile.scales[r] * from_bf16(group.scales[column + n]);
-          outputs[kColumns * r + column + n] += scale * sums[r][n];
+          outputs[kColumns * r + column + n] += from_bf16(group.scales[column + n]) * sums[r][n];
         }
       }
     }
   }
 };
 
-struct Int8Mode : FloatMode {
+struct Int8Mode : PortableMode {
   static void prepare_group(const float* x, int size, float* to, int stride, float* scale,
                             float* sum) {
     int8_t q[kMaxGroup];
     prepare_int8(x, size, q, kStep, scale, sum);
     for (int k = 0; k < size; ++k) to[k / kStep * stride + k % kStep] = q[k];
+  }
+
+  template <int R, bool Bytes>
+  static void multiply(const Span& span, float* outputs) {
+    multiply_groups<Int8Mode, R, Bytes>(span, outputs);
+  }
+
+  template <int R, bool Bytes>
+  static void multiply_group(const Span& span, const Group& group, const TileGroup& tile,
+                             float* outputs) {
+    float zeros[kColumns], weights[kMaxGroup * kColumns];
+    for (float& zero : zeros) zero = static_cast<float>(group.middle);
+    decode<Bytes>(group.codes, span.steps, zeros, weights);
+    for (int column = 0; column < kColumns; column += kSlice) {
+      float sums[R][kSlice] = {};
+      sum_slice<R>(weights, span.steps, reinterpret_cast<const float*>(tile.values), column, sums);
+      for (int n = 0; n < kSlice; ++n) {
+        const int at = column + n;
+        const float offset =
+            group.zero_points ? zeros[at] - from_f16(group.zero_points[at]) : 0.0f;
+        for (int r = 0; r < R; ++r) {
+          outputs[kColumns * r + at] += int8_product(sums[r][n], offset, tile.sums[r],
+                                                     tile.scales[r], from_bf16(group.scales[at]),
+                                                     !group.zero_points);
+        }
+      }
+    }
   }
 };
 
