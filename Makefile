@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-models test-browser fuzz docs lint sanitize benchmark wheel test-wheel clean
+.PHONY: demo test test-models test-browser fuzz docs lint sanitize arm benchmark wheel test-wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/fxquant demo
@@ -51,6 +51,25 @@ sanitize: $(CHECKS)
 
 $(CHECKS): %: %.o $(KERNEL)
 	$(CXX) -fopenmp $(SANITIZERS) $^ -o $@
+
+# The same checks for 64-bit Arm, cross-compiled and emulated: Debian's packages g++-aarch64-linux-gnu
+# and qemu-user. The emulated CPUs have and have not the dot product of bytes.
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_ROOT ?= /usr/aarch64-linux-gnu
+ARM_CHECKS := build/arm/check_linear build/arm/check_rounding
+ARM_KERNEL := $(patsubst build/sanitize/%,build/arm/%,$(KERNEL))
+
+arm: $(ARM_CHECKS)
+	for check in $^; do for cpu in max cortex-a53; do \
+	    OMP_WAIT_POLICY=passive qemu-aarch64 -L $(ARM_ROOT) -cpu $$cpu $$check 60 || exit 1; \
+	    done; done
+
+$(ARM_CHECKS): %: %.o $(ARM_KERNEL)
+	$(ARM_CXX) -fopenmp $^ -o $@
+
+build/arm/%.o: %.cpp $(wildcard $(CSRC)/*.h)
+	mkdir -p $(@D)
+	$(ARM_CXX) -std=c++17 -O2 -fopenmp -ffp-contract=off -Wall -Wextra -I$(CSRC) -c $< -o $@
 
 vpath %.cpp $(CSRC) tests/kernels
 build/sanitize/%.o: %.cpp $(wildcard $(CSRC)/*.h)

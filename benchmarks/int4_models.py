@@ -1,4 +1,4 @@
-"""End to end: the embedded language model and all-MiniLM-L6-v2, as float models and with INT4."""
+"""End to end: the embedded language model and all-MiniLM-L6-v2, in float, INT4 and INT8."""
 
 import copy
 import importlib.util
@@ -25,27 +25,42 @@ except ImportError:
 
 
 def versions(model: nn.Module, example: Any, skipped: list[str]) -> dict[str, nn.Module]:
-    """One model in every format; INT4 by rounding to nearest, since only time is measured."""
+    """One model in every format, by rounding to nearest, since only time is measured."""
+    four, eight = (_quantized(model, example, skipped, bits) for bits in (4, 8))
+    int4, int8 = (_rounding_activations(quantized) for quantized in (four, eight))
+    return {
+        "float32": model,
+        "bfloat16": copy.deepcopy(model).bfloat16(),
+        "fxquant W4A16": four,
+        "W4A16, bfloat16": copy.deepcopy(four).bfloat16(),
+        "fxquant W4A8": int4,
+        "W4A8, bfloat16": copy.deepcopy(int4).bfloat16(),
+        "fxquant W8A16": eight,
+        "fxquant W8A8": int8,
+        "W8A8, bfloat16": copy.deepcopy(int8).bfloat16(),
+    }
+
+
+def _quantized(model: nn.Module, example: Any, skipped: list[str], bits: int) -> nn.Module:
     qmodel, _ = fxquant.quantize(
         model,
+        bits=bits,
         example_inputs=example,
         method="rtn",
         modules_to_not_convert=skipped,
         accuracy_warning="ignore",
     )
-    float_activations = fxquant.swap_modules(model, qmodel)
-    int8_activations = copy.deepcopy(float_activations)
-    for module in int8_activations.modules():
-        if isinstance(module, fxquant.QuantizedLinearInt4):
+    swapped: nn.Module = fxquant.swap_modules(model, qmodel)
+    return swapped
+
+
+def _rounding_activations(model: nn.Module) -> nn.Module:
+    """A copy whose layers round their activations to int8 on the fly."""
+    made = copy.deepcopy(model)
+    for module in made.modules():
+        if isinstance(module, fxquant.QuantizedLinearIntN):
             module.activation = "int8"
-    return {
-        "float32": model,
-        "bfloat16": copy.deepcopy(model).bfloat16(),
-        "fxquant W4A16": float_activations,
-        "W4A16, bfloat16": copy.deepcopy(float_activations).bfloat16(),
-        "fxquant W4A8": int8_activations,
-        "W4A8, bfloat16": copy.deepcopy(int8_activations).bfloat16(),
-    }
+    return made
 
 
 def row(

@@ -1,4 +1,4 @@
-"""The products with weights of 2 to 8 bits in C++, for AVX-512, AVX2 and any other CPU: see csrc/.
+"""The products with weights of 2 to 8 bits in C++, for AVX-512, AVX2, NEON and others: csrc/.
 
 Float activations are multiplied as bfloat16 (float32 on CPUs that cannot), int8 ones as integers;
 both sum in float32 and read one layout. A row's result does not depend on the other rows or on the

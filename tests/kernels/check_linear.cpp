@@ -187,16 +187,54 @@ bool conversions_are_right() {
          to_f16(0x1.8p-25f) == 1 && to_f16(1 + 0x1p-11f) == 0x3c00 && to_bf16(1 + 0x1p-8f) == 0x3f80;
 }
 
+// A number in -2 .. 2 that is the same with every compiler and library.
+float plain_value() { return (static_cast<int>(random_bits() >> 16 & 0x7fff) - 0x4000) * 0x1p-13f; }
+
+// A digest of integer products of every width: one number for all instruction sets and CPUs.
+uint64_t digest_of_integers(const InstructionSet& set) {
+  random_bits.seed(1);
+  uint64_t digest = 14695981039346656037u;  // FNV-1a
+  for (const int bits : {2, 3, 4, 5, 6, 8}) {
+    for (const bool symmetric : {true, false}) {
+      Weight weight{nullptr, 150, 300, 64, symmetric, bits};
+      std::vector<uint8_t> data(weight.blocks() * weight.groups() * weight.group_bytes());
+      for (uint8_t& byte : data) byte = static_cast<uint8_t>(random_bits() >> 24);
+      for (int64_t group = 0; group < weight.blocks() * weight.groups(); ++group) {
+        uint8_t* at = data.data() + group * weight.group_bytes();
+        for (int n = 0; n < kColumns; ++n) {
+          const uint16_t scale = to_bf16(plain_value()), zero_point = to_f16(plain_value());
+          memcpy(at + 2 * n, &scale, 2);
+          if (!symmetric) memcpy(at + 2 * kColumns + 2 * n, &zero_point, 2);
+        }
+      }
+      weight.data = data.data();
+      std::vector<float> x(13 * 300), y(13 * 150);
+      for (float& value : x) value = plain_value();
+      const Call call{weight, true, x.data(), Float::f32, nullptr, Float::f32, y.data(), 13, 2};
+      if (!linear(call, set)) return 0;
+      for (const float value : y) digest = (digest ^ as_bits(value)) * 1099511628211u;
+    }
+  }
+  return digest;
+}
+
 }  // namespace
 }  // namespace fxquant
+
+// Of every instruction set of every CPU. A change of the arithmetic of integers changes it.
+constexpr unsigned long long kDigest = 0xb767d20f5310ee52;
 
 int main(int count, char** arguments) {
   using namespace fxquant;
   const int cases = count > 1 ? atoi(arguments[1]) : 200;
   if (!conversions_are_right()) return printf("a conversion is wrong\n"), 1;
   for (const InstructionSet* set :
-       {avx512_bf16(), avx512_vnni(), avx2_vnni(), avx2(), portable()}) {
+       {avx512_bf16(), avx512_vnni(), avx2_vnni(), avx2(), neon_dot(), neon(), portable()}) {
     if (!set) continue;
+    const unsigned long long digest = digest_of_integers(*set);
+    if (digest != kDigest) {
+      return printf("%s multiplies integers to %016llx\n", set->name, digest), 1;
+    }
     for (int i = 0; i < cases; ++i) {
       const Case c = random_case();
       if (is_right(c, *set)) continue;

@@ -90,7 +90,8 @@ bool is_right() {
   unfitted.refits = 0;
   if (!round_with(*portable(), call, shrinks, &expected)) return false;
   if (!round_with(*portable(), unfitted, full, &plain)) return false;
-  for (const InstructionSet* set : {avx512_bf16(), avx512_vnni(), avx2_vnni(), avx2()}) {
+  for (const InstructionSet* set :
+       {avx512_bf16(), avx512_vnni(), avx2_vnni(), avx2(), neon_dot(), neon()}) {
     Result found;
     if (!set) continue;
     if (!round_with(*set, call, shrinks, &found) || !(found == expected)) return false;

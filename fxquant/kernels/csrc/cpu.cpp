@@ -40,3 +40,26 @@ bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx
 }  // namespace fxquant
 
 #endif
+
+#ifdef FXQUANT_ARM
+
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
+
+namespace fxquant {
+
+bool has_dot_product() {
+#if defined(__ARM_FEATURE_DOTPROD)  // whatever runs this has it
+  return true;
+#elif defined(__linux__)
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP) & kDotProduct;
+#else
+  return false;
+#endif
+}
+
+}  // namespace fxquant
+
+#endif

@@ -8,4 +8,6 @@ bool has_avx_vnni();
 bool has_avx512_vnni();  // with F, BW, VL and DQ
 bool has_avx512_bf16();
 
+bool has_dot_product();  // of bytes, on 64-bit Arm
+
 }  // namespace fxquant

@@ -100,6 +100,8 @@ const InstructionSet* avx512_bf16();
 const InstructionSet* avx512_vnni();
 const InstructionSet* avx2_vnni();
 const InstructionSet* avx2();
+const InstructionSet* neon_dot();
+const InstructionSet* neon();
 const InstructionSet* portable();
 
 // False when memory runs out.

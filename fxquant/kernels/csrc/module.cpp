@@ -16,8 +16,10 @@ using fxquant::InstructionSet;
 const InstructionSet* in_use = nullptr;
 
 struct Candidates {
-  const InstructionSet* sets[5] = {fxquant::avx512_bf16(), fxquant::avx512_vnni(),
-                                   fxquant::avx2_vnni(), fxquant::avx2(), fxquant::portable()};
+  const InstructionSet* sets[7] = {fxquant::avx512_bf16(), fxquant::avx512_vnni(),
+                                   fxquant::avx2_vnni(),   fxquant::avx2(),
+                                   fxquant::neon_dot(),    fxquant::neon(),
+                                   fxquant::portable()};
 };
 
 const Candidates& candidates() {

@@ -1,0 +1,180 @@
+// NEON of 64-bit Arm: what `neon.cpp` compiles as it is and `neon_dot.cpp` with the dot product of
+// bytes. A block is multiplied in four slices of 16 outputs. Integers give the bits of `portable.cpp`;
+// the speed was not measured on an Arm CPU.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "blocked.h"
+#include "rounding_rows.h"
+#include "unrolled.h"
+
+namespace fxquant {
+namespace {
+
+constexpr int kVectors = 4;  // of 4 outputs, in a slice
+constexpr int kSlice = 4 * kVectors;
+
+inline float32x4_t scales_at(const Group& group, int column) {
+  return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(group.scales + column), 16));
+}
+
+// middle − zero point
+inline float32x4_t offset_at(const Group& group, int column) {
+  const float16x4_t zero_points = vreinterpret_f16_u16(vld1_u16(group.zero_points + column));
+  return vsubq_f32(vdupq_n_f32(static_cast<float>(group.middle)), vcvt_f32_f16(zero_points));
+}
+
+// q − middle of four inputs of 4 outputs, as bytes: half of a nibble's step, or a word.
+template <bool Bytes>
+inline int8x16_t codes_at(const uint8_t* codes, int vector, int half, int middle) {
+  uint8x16_t q = vld1q_u8(codes + 16 * vector + (Bytes ? kWord * half : 0));
+  if (!Bytes) q = half ? vshrq_n_u8(q, 4) : vandq_u8(q, vdupq_n_u8(0xf));
+  return vreinterpretq_s8_u8(vsubq_u8(q, vdupq_n_u8(static_cast<uint8_t>(middle))));
+}
+
+template <int Vectors>
+inline void prefetch(const uint8_t* codes) {
+  for (int line = 0; line < 16 * Vectors; line += 64) __builtin_prefetch(codes + line);
+}
+
+struct Int8Mode {
+  using Value = int8_t;
+  static constexpr int code_bytes = 1;
+  static constexpr bool sums_may_cancel = false;
+
+  static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
+
+  static void prepare_group(const float* x, int size, int8_t* to, int stride, float* scale,
+                            float* sum) {
+    prepare_int8(x, size, to, stride, scale, sum);
+  }
+
+#ifdef FXQUANT_ARM_DOT
+  static constexpr int tile_rows = 6, speed = 80;
+
+  // Adds the products of the inputs 4 · Half .. 4 · Half + 3 of a step.
+  template <int Half>
+  static int32x4_t dot(int32x4_t sum, int8x16_t q, int8x8_t x) {
+    return vdotq_lane_s32(sum, q, x, Half);
+  }
+#else
+  static constexpr int tile_rows = 4, speed = 30;
+
+  template <int Half>
+  static int32x4_t dot(int32x4_t sum, int8x16_t q, int8x8_t x) {
+    const int8x8_t four = vreinterpret_s8_s32(vdup_lane_s32(vreinterpret_s32_s8(x), Half));
+    const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(q), four));
+    const int32x4_t high = vpaddlq_s16(vmull_s8(vget_high_s8(q), four));
+    return vaddq_s32(sum, vpaddq_s32(low, high));
+  }
+#endif
+
+  template <int R, bool Bytes>
+  static void multiply(const Span& span, float* outputs) {
+    multiply_groups<Int8Mode, R, Bytes>(span, outputs);
+  }
+
+  template <int R, bool Bytes>
+  static void multiply_group(const Span& span, const Group& group, const TileGroup& tile,
+                             float* outputs) {
+    for (int column = 0; column < kColumns; column += kSlice) {
+      int32x4_t sums[R][kVectors];
+      unrolled<R>([&](auto r) {
+        unrolled<kVectors>([&](auto v) { sums[r][v] = vdupq_n_s32(0); });
+      });
+      const auto* x = reinterpret_cast<const int8_t*>(tile.values);
+      const uint8_t* codes = group.codes + 4 * column;
+      for (int step = 0; step < span.steps; ++step, x += kStep * R) {
+        unrolled<2>([&](auto half) {
+          int8x16_t q[kVectors];
+          unrolled<kVectors>(
+              [&](auto v) { q[v] = codes_at<Bytes>(codes, v, half, group.middle); });
+          unrolled<R>([&](auto r) {
+            const int8x8_t value = vld1_s8(x + kStep * r);
+            unrolled<kVectors>(
+                [&](auto v) { sums[r][v] = dot<half.value>(sums[r][v], q[v], value); });
+          });
+        });
+        for (int word = 0; word < (Bytes ? 2 : 1); ++word, codes += kWord) {
+          prefetch<kVectors>(codes + span.ahead);
+        }
+      }
+      unrolled<kVectors>([&](auto v) {
+        const float32x4_t scales = scales_at(group, column + 4 * v);
+        float32x4_t offset = vdupq_n_f32(0);
+        if (group.zero_points) offset = offset_at(group, column + 4 * v);
+        unrolled<R>([&](auto r) {
+          // The order of `int8_product`.
+          float32x4_t product = vcvtq_f32_s32(sums[r][v]);
+          if (group.zero_points) product = vaddq_f32(product, vmulq_n_f32(offset, tile.sums[r]));
+          float* at = outputs + kColumns * r + column + 4 * v;
+          product = vmulq_f32(vmulq_n_f32(product, tile.scales[r]), scales);
+          vst1q_f32(at, vaddq_f32(vld1q_f32(at), product));
+        });
+      });
+    }
+  }
+};
+
+struct FloatMode {
+  using Value = float;
+  static constexpr int tile_rows = 4, speed = 20, code_bytes = 1;
+  static constexpr bool sums_may_cancel = true;
+
+  static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
+
+  static void prepare_group(const float* x, int size, float* to, int stride, float*, float* sum) {
+    prepare_float32(x, size, to, stride, sum);
+  }
+
+  template <int R, bool Bytes>
+  static void multiply(const Span& span, float* outputs) {
+    multiply_groups<FloatMode, R, Bytes>(span, outputs);
+  }
+
+  template <int R, bool Bytes>
+  static void multiply_group(const Span& span, const Group& group, const TileGroup& tile,
+                             float* outputs) {
+    for (int column = 0; column < kColumns; column += kSlice) {
+      float32x4_t sums[R][kVectors];
+      unrolled<R>([&](auto r) {
+        unrolled<kVectors>([&](auto v) { sums[r][v] = vdupq_n_f32(0); });
+      });
+      const auto* x = reinterpret_cast<const float*>(tile.values);
+      const uint8_t* codes = group.codes + 4 * column;
+      for (int step = 0; step < span.steps; ++step, x += kStep * R) {
+        unrolled<kStep>([&](auto k) {
+          float32x4_t w[kVectors];
+          unrolled<kVectors>([&](auto v) {
+            const int8x16_t q = codes_at<Bytes>(codes, v, k / kFour, group.middle);
+            constexpr int byte = k % kFour;
+            const int32x4_t top = vshlq_n_s32(vreinterpretq_s32_s8(q), 24 - 8 * byte);
+            w[v] = vcvtq_f32_s32(vshrq_n_s32(top, 24));
+          });
+          unrolled<R>([&](auto r) {
+            const float value = x[kStep * r + k];
+            unrolled<kVectors>([&](auto v) { sums[r][v] = vfmaq_n_f32(sums[r][v], w[v], value); });
+          });
+        });
+        for (int word = 0; word < (Bytes ? 2 : 1); ++word, codes += kWord) {
+          prefetch<kVectors>(codes + span.ahead);
+        }
+      }
+      unrolled<kVectors>([&](auto v) {
+        const float32x4_t scales = scales_at(group, column + 4 * v);
+        float32x4_t offset = vdupq_n_f32(0);
+        if (group.zero_points) offset = offset_at(group, column + 4 * v);
+        unrolled<R>([&](auto r) {
+          float32x4_t product = sums[r][v];
+          if (group.zero_points) product = vfmaq_n_f32(product, offset, tile.sums[r]);
+          float* at = outputs + kColumns * r + column + 4 * v;
+          vst1q_f32(at, vfmaq_f32(vld1q_f32(at), product, scales));
+        });
+      });
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fxquant
