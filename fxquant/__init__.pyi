@@ -19,6 +19,7 @@ from .errors import (
 )
 from .exporters.export import check_export, export
 from .exporters.findings import Finding
+from .exporters.stream import quantize_checkpoint
 from .measure.quantization_info import (
     AccuracyWarning,
     QuantizationInfo,
@@ -104,6 +105,7 @@ __all__ = [
     "pareto",
     "plan",
     "quantize",
+    "quantize_checkpoint",
     "quantize_weight_int4",
     "save_model",
     "sensitivity",

@@ -17,9 +17,9 @@ PUBLIC = [
     "calibrate", "check_accuracy_warnings", "check_export", "create_observer",
     "dequantize_model", "dequantize_weight_int4", "diff", "draw", "export", "info",
     "insert_observers",
-    "load_into", "load_model", "pareto", "plan", "quantize", "quantize_weight_int4", "save_model",
-    "sensitivity", "sqnr_db", "static_quantize", "swap_modules", "to_networkx", "trace",
-    "trace_report",
+    "load_into", "load_model", "pareto", "plan", "quantize", "quantize_checkpoint",
+    "quantize_weight_int4", "save_model", "sensitivity", "sqnr_db", "static_quantize",
+    "swap_modules", "to_networkx", "trace", "trace_report",
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from fxquant.cli.output import CHECK_FAILED, Output
 from fxquant.cli.sources import load_data, load_source
 from fxquant.config.quant_config import QuantConfig
 from fxquant.errors import OptionError
+from fxquant.exporters.stream import quantize_checkpoint
 from fxquant.graph.calls import Call
 from fxquant.measure.quantization_info import QuantizationInfo
 from fxquant.passes.calibration_data import as_call
@@ -38,7 +39,11 @@ SHOWN_WARNINGS = 3
 )
 @click.argument("model")
 @data_option
-@path_option("--output", "Where to save the model.")
+@path_option(
+    "--output",
+    "Where to save the model. Of a FOLDER without --data, a path that does not end in .safetensors "
+    "is a new compressed-tensors folder, made tensor by tensor without the model in memory.",
+)
 @click.option("--dry-run", is_flag=True, help="The same as `fxquant plan`.")
 @click.option("--table", is_flag=True, help="Print a line for each layer.")
 @rule_options
@@ -70,6 +75,12 @@ def quantize_command(
         config = config_of(rules).changed(accuracy_warning="ignore")
         if dry_run:
             print_plan(out, model, data, config)
+            return
+        if output is not None and data is None and _is_folder_to_folder(model, output):
+            _refuse_measuring(average_bits, min_sqnr)
+            info = quantize_checkpoint(model, output, config)
+            out.text(info.table() if table else summary(info, output, None))
+            out.result(info.to_dict())
             return
         source, batches = load_source(model), load_data(data, model)
         qmodel, info = quantize(source, batches, config, average_bits=average_bits, memory=memory)
@@ -134,6 +145,22 @@ def summary(info: QuantizationInfo, output: Path | None, missed: float | None) -
         f"file         {file}",
     ]
     return "\n".join(lines)
+
+
+def _is_folder_to_folder(model: str, output: Path) -> bool:
+    """Whether a folder becomes a folder: then no more of it than a file's part is in memory."""
+    return output.suffix != ".safetensors" and Path(model).is_dir()
+
+
+def _refuse_measuring(average_bits: float | None, min_sqnr: float | None) -> None:
+    for option, value in (("--average-bits", average_bits), ("--min-sqnr", min_sqnr)):
+        if value is not None:
+            raise OptionError(
+                option,
+                found=f"{value:g} for a folder that is quantized without data",
+                needed="data to measure on",
+                remedy="Pass --data, and an --output that ends in .safetensors.",
+            )
 
 
 def _example(batches: Any, model: Any) -> Call | None:

@@ -16,6 +16,8 @@ written, and every weight is read back from the new files and compared.
 | `checkpoint.py`, `shards.py` | writing one: config, other files, shards and their index |
 | `verify.py` | weights read back from what was written |
 | `compressed_tensors.py`, `gptq.py`, `awq.py` | the formats that are Hugging Face folders |
+| `stream.py`, `meta_model.py` | a folder quantized tensor by tensor, without the model in memory |
+| `unfinished.py` | a folder on its way, which a killed run is gone on with |
 
 Each format is an `ExportFormat`: what it would lose of a source, and writing it.
 """

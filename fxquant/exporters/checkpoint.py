@@ -145,7 +145,7 @@ class CheckpointFormat(ABC):
         write_folder_atomically(path, lambda folder: self._fill(Path(folder), source, base))
 
     def _fill(self, folder: Path, source: Source, base: FolderReader) -> None:
-        _copy_other_files(base.path, folder)
+        copy_other_files(base.path, folder)
         schemes: dict[str, Scheme] = {}
         write_shards(folder, self._tensors(source, base, schemes), self.max_shard_bytes)
         config = dict(base.config)
@@ -204,7 +204,8 @@ def _base_findings(source: Source, base: FolderReader, target: Target) -> Iterat
             yield Finding(name, "base has another shape of it", remedy)
 
 
-def _copy_other_files(base: Path, folder: Path) -> None:
+def copy_other_files(base: Path, folder: Path) -> None:
+    """Copy all files of a folder but those with weights."""
     for path in sorted(base.rglob("*")):
         relative = path.relative_to(base)
         is_hidden = any(part.startswith(".") for part in relative.parts)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxquant.config.targets import TARGETS
 from fxquant.exporters.checkpoint import CheckpointFormat, Scheme, most_common
-from fxquant.exporters.folder_reader import FolderReader
+from fxquant.exporters.folder_reader import TensorReader
 from fxquant.exporters.integer_layer import IntegerLayer
 from fxquant.exporters.source import Source
 from fxquant.exporters.verify import read_words
@@ -42,7 +42,7 @@ class CompressedTensors(CheckpointFormat):
             tensors["weight_zero_point"] = pack_rows(layer.zero_points.T, layer.bits).T
         return tensors
 
-    def read_layer(self, folder: FolderReader, name: str, scheme: Scheme) -> Tensor:
+    def read_layer(self, folder: TensorReader, name: str, scheme: Scheme) -> Tensor:
         """The float32 weight [out, in] in the files."""
         rows, columns = folder.tensor(f"{name}.weight_shape").tolist()
         q = read_words(folder.tensor(f"{name}.weight_packed"), scheme.bits)[:, :columns]

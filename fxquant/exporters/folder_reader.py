@@ -1,18 +1,45 @@
 """The Hugging Face folder of a model: its config, and its tensors one at a time."""
 
 import json
+import math
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fxquant.errors import OptionError
 
 CONFIG = "config.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+
+class TensorReader(Protocol):
+    """What tensors can be read from by name."""
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor called `name`."""
+
+
+class ShardReader:
+    """One safetensors file.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file: Any = safe_open(path, framework="pt")
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor called `name`."""
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
 
 
 class FolderReader:
@@ -58,3 +85,13 @@ class FolderReader:
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape; its data is not read."""
         return tuple(self._open[self.files[name]].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Its dtype, where it is one of floats; its data is not read."""
+        return DTYPES.get(self._open[self.files[name]].get_slice(name).get_dtype())
+
+    def nbytes(self, name: str) -> int:
+        """How many bytes it has; its data is not read."""
+        kind = self._open[self.files[name]].get_slice(name).get_dtype()
+        bits = int(re.sub(r"\D.*", "", re.sub(r"^\D+", "", kind)) or 8)  # BOOL has no number
+        return math.prod(self.shape(name)) * bits // 8
