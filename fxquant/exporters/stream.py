@@ -9,21 +9,19 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxquant.config.method import parse_method
-from fxquant.config.quant_config import QuantConfig, QuantOptions, as_config
+from fxquant.config.quant_config import QuantConfig, as_config
 from fxquant.errors import OptionError
 from fxquant.exporters.checkpoint import Scheme, copy_other_files
 from fxquant.exporters.compressed_tensors import CompressedTensors
-from fxquant.exporters.findings import refuse_losses
 from fxquant.exporters.folder_reader import CONFIG, FolderReader, ShardReader
 from fxquant.exporters.integer_layer import integer_layer
 from fxquant.exporters.meta_model import meta_model
-from fxquant.exporters.requirements import known_width
 from fxquant.exporters.source import Source
 from fxquant.exporters.unfinished import UnfinishedFolder
 from fxquant.exporters.verify import verify_weights
@@ -47,12 +45,12 @@ def quantize_checkpoint(
     data: Iterable[object] | None = None,
     *,
     resume: bool = True,
-    **options: Unpack[QuantOptions],
 ) -> QuantizationInfo:
     """Quantize a folder of any size into another, without the model in memory.
 
     Weights are rounded one by one, by `"rtn"` or `"hqq"`. The result is a compressed-tensors
     folder, which transformers and vLLM read; each weight is read back before its file counts.
+    What the format cannot hold is avoided, as with `target="compressed-tensors"`.
 
     Args:
         source: a folder that `save_pretrained` wrote, with safetensors.
@@ -62,17 +60,15 @@ def quantize_checkpoint(
         data: None; fitting to data needs the model, see `quantize`.
         resume: whether to go on with what an interrupted run of the same call left. The files have
             the same bits then.
-        **options: the fields of `QuantConfig`; they change `config`.
 
     Returns:
         The record, without figures of accuracy.
 
     Raises:
         OptionError: an option or the source is not usable, or there is data.
-        SaveError: the format cannot hold what was asked for, or the target cannot be written.
+        SaveError: the target cannot be written, or a weight does not read back.
     """
-    made = as_config(config, options)
-    _check_without_data(made, data)
+    made = _for_folder(as_config(config, {}), data)
     recipe = parse_method(made.method, has_data=False)
     base = FolderReader(source)
     decisions, model = _decided(base, made)
@@ -117,7 +113,6 @@ class _Stream:
         self.source = Source(model, {}, float_linears, tensors)
         self.format = CompressedTensors(base=base.path)
         self.schemes = {name: self._scheme(name) for name in self.bits}
-        refuse_losses(self.format.name, self.format.source_findings(self.schemes))
 
     def identity(self) -> dict[str, Any]:
         """What a run is made of: an interrupted one is gone on with if this is the same."""
@@ -139,10 +134,7 @@ class _Stream:
                 continue
             layers[name] = layer = self._quantized(name)
             integers = integer_layer(layer)
-            refuse_losses(self.format.name, known_width(name, integers, self.format.widths))
-            assert integers is not None  # a finding otherwise
-            findings = self.format.layer_findings(name, integers, self.source)
-            refuse_losses(self.format.name, findings)
+            assert integers is not None  # all that are made here are known
             for key, tensor in self.format.layer_tensors(integers, self.source).items():
                 tensors[f"{name}.{key}"] = tensor.contiguous()
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -175,19 +167,27 @@ class _Stream:
         weight = self._tensor(f"{name}.weight")
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        layers = RoundedLayers(self.config.group_size, self.config.symmetric, self.rounding)
-        return layers.quantize(name, linear, self.bits[name])
+        return RoundedLayers(self.config, self.rounding).quantize(name, linear, self.bits[name])
 
 
-def _check_without_data(config: QuantConfig, data: object) -> None:
-    if data is None and config.activation_bits is None:
-        return
-    raise OptionError(
-        "quantize_checkpoint",
-        found="calibration data" if data is not None else "activation_bits",
-        needed="weights alone to be quantized, each on its own",
-        remedy="Load the model, call fxquant.quantize with them, and fxquant.export.",
-    )
+def _for_folder(config: QuantConfig, data: object) -> QuantConfig:
+    """The config, kept to what the format of the new folder can hold."""
+    if data is not None:
+        raise OptionError(
+            "quantize_checkpoint",
+            found="calibration data",
+            needed="weights alone to be quantized, each on its own",
+            remedy="Load the model, call fxquant.quantize with the data, and fxquant.export.",
+        )
+    name = CompressedTensors.target.name
+    if config.target not in (None, name):
+        raise OptionError(
+            "target",
+            found=repr(config.target),
+            needed=f"{name!r}, the format of the new folder",
+            remedy="Leave it out, or load the model, quantize it and call fxquant.export.",
+        )
+    return config.changed(target=name)
 
 
 def _decided(base: FolderReader, config: QuantConfig) -> tuple[list[Decision], nn.Module]:
@@ -201,6 +201,13 @@ def _decided(base: FolderReader, config: QuantConfig) -> tuple[list[Decision], n
         )
     model = meta_model(base.path)
     decisions = decide(graph_around(model, None), config)
+    if all(decision.bits is None for decision in decisions):
+        raise OptionError(
+            "config",
+            found="rules that leave every layer float",
+            needed="a layer that is quantized",
+            remedy="Choose a group_size that divides the layers' inputs, or skip fewer layers.",
+        )
     for decision in decisions:
         weight = f"{decision.module}.weight"
         is_there = weight in base.files and base.shape(weight) == decision.shape

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxquant
+from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.cli.main import cli
 from fxquant.errors import OptionError, SaveError
 from fxquant.exporters import stream
@@ -56,7 +57,7 @@ def digest(folder):
 
 @pytest.mark.usefixtures("small_shards")
 def test_the_new_folder_holds_each_weight_rounded_on_its_own(source, tmp_path):
-    info = fxquant.quantize_checkpoint(source, tmp_path / "new", **OPTIONS)
+    info = fxquant.quantize_checkpoint(source, tmp_path / "new", OPTIONS)
     old, new = FolderReader(source), FolderReader(tmp_path / "new")
     assert len(set(new.files.values())) > 3
     assert len(info.selected_layers) == 21
@@ -67,7 +68,7 @@ def test_the_new_folder_holds_each_weight_rounded_on_its_own(source, tmp_path):
     scheme = stream.Scheme(4, 32, symmetric=True)
     for name in info.selected_layers:
         weight = old.tensor(f"{name}.weight")
-        expected = fxquant.QuantizedLinearInt4.from_float(_linear(weight), 32).weight.float()
+        expected = round_to_nearest(weight, group_size=32).dequantize()
         assert torch.equal(reader.read_layer(new, name, scheme), expected)
     rest = [n for n in old.files if n.removesuffix(".weight") not in info.selected_layers]
     assert rest
@@ -77,15 +78,9 @@ def test_the_new_folder_holds_each_weight_rounded_on_its_own(source, tmp_path):
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-def _linear(weight):
-    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    layer.weight = torch.nn.Parameter(weight)
-    return layer
-
-
 @pytest.mark.usefixtures("small_shards")
 def test_a_run_that_failed_goes_on_and_ends_in_the_same_bits(source, tmp_path, monkeypatch):
-    fxquant.quantize_checkpoint(source, tmp_path / "whole", **OPTIONS)
+    fxquant.quantize_checkpoint(source, tmp_path / "whole", OPTIONS)
     accept, made = UnfinishedFolder.accept, []
 
     def failing(self, number):
@@ -96,17 +91,17 @@ def test_a_run_that_failed_goes_on_and_ends_in_the_same_bits(source, tmp_path, m
 
     monkeypatch.setattr(UnfinishedFolder, "accept", failing)
     with pytest.raises(KeyboardInterrupt):
-        fxquant.quantize_checkpoint(source, tmp_path / "new", **OPTIONS)
+        fxquant.quantize_checkpoint(source, tmp_path / "new", OPTIONS)
     assert not (tmp_path / "new").exists()
     with pytest.raises(SaveError, match="interrupted run of another.*resume=False"):
-        fxquant.quantize_checkpoint(source, tmp_path / "new", group_size=64)
+        fxquant.quantize_checkpoint(source, tmp_path / "new", {"group_size": 64})
     made.clear()
     made += [-1, -1, -1]
-    fxquant.quantize_checkpoint(source, tmp_path / "new", **OPTIONS)
+    fxquant.quantize_checkpoint(source, tmp_path / "new", OPTIONS)
     assert made[3] == 2  # the two before it were there
     assert digest(tmp_path / "new") == digest(tmp_path / "whole")
     with pytest.raises(SaveError, match="something there already"):
-        fxquant.quantize_checkpoint(source, tmp_path / "new", **OPTIONS)
+        fxquant.quantize_checkpoint(source, tmp_path / "new", OPTIONS)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -115,7 +110,7 @@ def test_without_resuming_a_run_begins_anew(source, tmp_path):
     work.mkdir(parents=True)
     (work / "run.json").write_text("{}")
     (work.parent / "model-00001-of-00009.safetensors").write_text("junk")
-    fxquant.quantize_checkpoint(source, tmp_path / "new", resume=False, **OPTIONS)
+    fxquant.quantize_checkpoint(source, tmp_path / "new", OPTIONS, resume=False)
     assert {p.name for p in tmp_path.iterdir()} == {"new"}
     assert not (tmp_path / "new" / ".fxquant").exists()
 
@@ -125,13 +120,13 @@ import sys, fxquant
 from fxquant.exporters import stream
 stream.SHARD_BYTES = 10**5
 print("begin", flush=True)
-fxquant.quantize_checkpoint(sys.argv[1], sys.argv[2], group_size=32)
+fxquant.quantize_checkpoint(sys.argv[1], sys.argv[2], {"group_size": 32})
 """
 
 
 @pytest.mark.usefixtures("small_shards")
 def test_a_killed_process_is_gone_on_with(source, tmp_path):
-    fxquant.quantize_checkpoint(source, tmp_path / "whole", **OPTIONS)
+    fxquant.quantize_checkpoint(source, tmp_path / "whole", OPTIONS)
     target, draw = tmp_path / "new", random.Random(0)
     command = [sys.executable, "-c", SCRIPT, str(source), str(target)]
     for _ in range(3):
@@ -153,15 +148,15 @@ def test_what_cannot_be_streamed_is_refused_before_anything_is_written(source, t
     target = tmp_path / "new"
     with pytest.raises(OptionError, match="got calibration data"):
         fxquant.quantize_checkpoint(source, target, data=[torch.zeros(1)])
-    with pytest.raises(OptionError, match="got activation_bits"):
-        fxquant.quantize_checkpoint(source, target, activation_bits=8)
     with pytest.raises(OptionError, match="without calibration data"):
-        fxquant.quantize_checkpoint(source, target, method="gptq")
-    with pytest.raises(SaveError, match="no 3 bits"):
-        fxquant.quantize_checkpoint(source, target, bits=3)
+        fxquant.quantize_checkpoint(source, target, {"method": "gptq"})
+    for options in ({"bits": 3}, {"activation_bits": 8}, {"target": "awq"}):
+        with pytest.raises(OptionError, match="target|compressed-tensors"):
+            fxquant.quantize_checkpoint(source, target, options)
+    assert not list(tmp_path.iterdir())
     with pytest.raises(OptionError, match="cannot be read"):
         fxquant.quantize_checkpoint(tmp_path, target)
-    fxquant.quantize_checkpoint(source, target, **OPTIONS)
+    fxquant.quantize_checkpoint(source, target, OPTIONS)
     with pytest.raises(OptionError, match="quantized already"):
         fxquant.quantize_checkpoint(target, tmp_path / "again")
     other = tmp_path / "other"
@@ -172,6 +167,20 @@ def test_what_cannot_be_streamed_is_refused_before_anything_is_written(source, t
     (other / "config.json").write_text(json.dumps(config | {"hidden_size": 256}))
     with pytest.raises(OptionError, match="no tensor .* of shape"):
         fxquant.quantize_checkpoint(other, tmp_path / "again")
+
+
+def test_what_the_format_cannot_hold_is_avoided(source, tmp_path):
+    with pytest.raises(OptionError, match="leave every layer float.*group_size that divides"):
+        fxquant.quantize_checkpoint(source, tmp_path / "new", {"group_size": 96})
+    assert not list(tmp_path.iterdir())
+    options = {"group_size": 32, "symmetric": False, "bits": {"*.q_proj": 8, "*.up_proj": 4}}
+    fxquant.quantize_checkpoint(source, tmp_path / "mixed", options)
+    old, new = FolderReader(source), FolderReader(tmp_path / "mixed")
+    name, scheme = "model.layers.1.mlp.up_proj", stream.Scheme(4, 32, symmetric=False)
+    found = CompressedTensors().read_layer(new, name, scheme)
+    weight = old.tensor(f"{name}.weight").float()
+    assert fxquant.sqnr_db(weight, found) > 18
+    assert len(new.config["quantization_config"]["config_groups"]) == 2
 
 
 def test_the_command_line_makes_a_folder_of_a_folder(source, tmp_path):
