@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.loops import calls_of, loop
-from fxquant.graph.ops import op_name, op_of, target_name
+from fxquant.graph.ops import is_own, op_name, op_of, target_name
 
 _IN_PLACE_OPERATORS = frozenset(
     [
@@ -105,6 +105,8 @@ def _function_writes(node: Node) -> bool:
     target: Any = node.target
     if target is loop:
         return any(map(_function_writes, calls_of(node)))
+    if is_own(target):
+        return False  # an output of a model may be called `out`
     if op_name(node) in ("batch_norm", "instance_norm") and _updates_statistics(node):
         return True
     if isinstance(target, torch._ops.OpOverload):

@@ -155,6 +155,11 @@ def target_name(target: Any) -> str:
     return str(getattr(target, "__name__", target)).split(".")[0]
 
 
+def is_own(target: Any) -> bool:
+    """Whether it is one of fxquant's functions for graphs."""
+    return str(getattr(target, "__module__", "")).startswith("fxquant.")
+
+
 def op_of(node: Node) -> Op:
     """The row of the node's op; a row that says nothing where the table has none."""
     name = op_name(node)

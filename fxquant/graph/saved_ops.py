@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fxquant.graph.ops import target_name
+from fxquant.graph.ops import is_own, target_name
 
 
 def _words(text: str) -> frozenset[str]:
@@ -215,10 +215,11 @@ def fault_of_call(node: Node) -> str | None:
     if target is getattr:
         is_read = len(node.args) == 2 and not node.kwargs and node.args[1] in ATTRIBUTES
         return None if is_read else f"a read of {node.args[1:]!r}"
-    if node.kwargs.get("out") is not None or node.kwargs.get("generator") is not None:
-        return "an argument out= or generator="
-    if node.kwargs.get("pin_memory"):
-        return "an argument pin_memory="
+    if not is_own(target):  # else a keyword may be the name of an output
+        if node.kwargs.get("out") is not None or node.kwargs.get("generator") is not None:
+            return "an argument out= or generator="
+        if node.kwargs.get("pin_memory"):
+            return "an argument pin_memory="
     if name == "view" and any(isinstance(value, torch.dtype) for value in values):
         return "a view as another dtype"  # it could make booleans of any byte
     for value in values:

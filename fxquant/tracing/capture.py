@@ -17,6 +17,8 @@ class Capture:
         guards: conditions on the inputs' sizes under which the graph is right.
         fixed: sizes of inputs that it may be right for only.
         left_out: outputs that a graph cannot hold.
+        has_short_loops: whether a loop over a size was unrolled because it has too few rounds in
+            the example to tell what a round does.
     """
 
     graph: Graph
@@ -25,6 +27,7 @@ class Capture:
     guards: list[str] = field(default_factory=list)
     fixed: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    has_short_loops: bool = False
 
 
 def describe_error(error: BaseException) -> str:

@@ -100,7 +100,9 @@ def _attempt(
             return marks.fault
         capture = _capture(program, arguments, flat.output)
         free = DYNAMIC_DIMENSIONS if are_sizes_free else 0
-        return replace(capture, fixed=_fixed_sizes(arguments, free))
+        is_short = marks is not None and marks.has_short_loops
+        fixed = _fixed_sizes(arguments, free)
+        return replace(capture, fixed=fixed, has_short_loops=is_short)
     except (CannotRollError, _UnsupportedError) as error:
         return str(error)
     except Exception as error:  # a user's forward may raise anything at all

@@ -5,6 +5,7 @@ often as in the example, and the exported graph is right for that size only. Her
 often as in the example, but the size stays what it is, a number that may change. The rounds are
 told apart by nodes `mark(count, loop, round)`, and a list of what the rounds made becomes one
 tensor by `collect`, whose size is that number again. `rolling.py` makes one node of the rounds.
+`len(x)`, too, gives the size as it is.
 
 What a round does must not depend on its number in another way than as an index: a number that is
 compared makes the loop one that cannot be rolled.
@@ -55,12 +56,14 @@ class LoopMarks(TorchFunctionMode):
     Attributes:
         count: how many loops were marked.
         fault: why they cannot be rolled, or None.
+        has_short_loops: whether a loop was left as it is, since it has too few rounds.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
         self.fault: str | None = None
+        self.has_short_loops = False
         self._current: tuple[int, int] | None = None  # the loop and round that run
         self._sizes: dict[int, Any] = {}  # of the loops that ended
         self._made: dict[int, tuple[int, int, Tensor]] = {}  # by identity: the round it is from
@@ -69,13 +72,15 @@ class LoopMarks(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Where `range` of a size that may change is a loop to mark."""
-        kept = builtins.range
+        kept, length = builtins.range, builtins.len
         builtins.range = self._range_class(kept)  # type: ignore[misc]
+        builtins.len = lambda value: _length(length, value)
         try:
             with self:
                 yield
         finally:
             builtins.range = kept  # type: ignore[misc]
+            builtins.len = length
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -114,7 +119,8 @@ class LoopMarks(TorchFunctionMode):
         """The numbers of a loop's rounds."""
         often = _hint(count)
         if often < FEWEST_ROUNDS:
-            return builtins.iter([start + step * i for i in _plain_range(int(count))])
+            self.has_short_loops = True
+            return iter([start + step * i for i in _plain_range(int(count))])
         return self._marked(count, often, start, step)
 
     def _marked(self, count: Any, often: int, start: int, step: int) -> Iterator[int]:
@@ -134,7 +140,10 @@ class LoopMarks(TorchFunctionMode):
         if not isinstance(source, Tensor) or not source.ndim:
             return None
         size = source.shape[dim]
-        if not _may_change(size) or _hint(size) < FEWEST_ROUNDS:
+        if not _may_change(size):
+            return None
+        if _hint(size) < FEWEST_ROUNDS:
+            self.has_short_loops = True
             return None
         self._iterated = _user_frame()
         return _Parts(self, source, dim, size)
@@ -228,6 +237,12 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "neg", "pos"):
 for _name in ("eq", "ne", "lt", "le", "gt", "ge", "bool", "mod", "rmod", "floordiv", "rfloordiv",
               "divmod", "and", "or", "xor"):  # fmt: skip
     setattr(_Index, f"__{_name}__", _compares(f"__{_name}__"))
+
+
+def _length(length: Any, value: Any) -> Any:
+    """`len` for a forward that is exported: of a tensor it is its first size."""
+    is_sized = isinstance(value, Tensor) and value.ndim and _may_change(value.shape[0])
+    return value.shape[0] if is_sized and not _is_torch(sys._getframe(2)) else length(value)
 
 
 def _may_change(size: Any) -> bool:

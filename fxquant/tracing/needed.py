@@ -1,12 +1,12 @@
 """Which of an exported graph's assumptions about sizes are needed: tried on the model itself."""
 
 from collections.abc import Iterator
+from itertools import islice
 
 from torch.fx import GraphModule
 
 from fxquant.graph.calls import Call
 from fxquant.tracing.guards import holds, is_about_sizes
-from fxquant.tracing.loop_marks import FEWEST_ROUNDS
 from fxquant.tracing.oracle import Answer, Oracle, describe_axis
 from fxquant.tracing.variations import Axis
 
@@ -14,18 +14,21 @@ LONGEST_PROBE = 130  # sizes up to which the bounds of guards are tried
 
 
 def export_examples(oracle: Oracle) -> Iterator[tuple[Call, bool]]:
-    """Calls to export with: sizes that may change, then other lengths, then fixed sizes.
-
-    A size of 1 would be taken as fixed, and the rounds of a loop are told apart from 3 on.
-    """
-    call = oracle.example
-    for axis in oracle.axes:
-        if axis.size < FEWEST_ROUNDS:
-            call = axis.resized(call, FEWEST_ROUNDS)
+    """Calls to export with: sizes above 1 that may change, then other lengths, then fixed sizes."""
+    call = with_least_sizes(oracle, 2)  # a size of 1 would be taken as fixed
     yield call, True
     for axis in oracle.axes[1:]:  # a window or a block may ask for longer inputs
         yield axis.resized(call, 2 * axis.size + 3), True
-    yield call, False
+    yield oracle.example, False
+
+
+def with_least_sizes(oracle: Oracle, least: int) -> Call:
+    """The example with no size below `least` along an axis on which sizes may change."""
+    call = oracle.example
+    for axis in oracle.axes:
+        if axis.size < least:
+            call = axis.resized(call, least)
+    return call
 
 
 def needed_guards(
@@ -48,6 +51,7 @@ def needed_guards(
     """
     needed = []
     answers = list(oracle.answers)
+    probes = _Probes(gm, oracle)
     agreed: dict[int, bool] = {}
 
     def agrees(answer: Answer) -> bool:
@@ -56,11 +60,11 @@ def needed_guards(
         return agreed[id(answer)]
 
     for guard in (*guards, *fixed):
-        broken = [a for a in answers if _breaks(gm, guard, a.call)]
+        broken = [a for a in answers if holds(guard, probes.arguments(a.call)) is False]
         if not broken:
             if guard in fixed:
                 continue
-            found = _call_that_breaks(gm, guard, oracle)
+            found = probes.answer_that_breaks(guard)
             if found is not None:
                 answers.append(found)
                 broken = [found]
@@ -74,27 +78,43 @@ def needed_guards(
     return needed
 
 
-def _breaks(gm: GraphModule, guard: str, call: Call) -> bool:
-    return holds(guard, _arguments(gm, call)) is False
+class _Probes:
+    """Calls of other sizes, to find one that breaks a guard; each is made once for all guards."""
 
+    def __init__(self, gm: GraphModule, oracle: Oracle) -> None:
+        self.oracle = oracle
+        self.names = {
+            str(n.target): (*n.args, None)[0] for n in gm.graph.nodes if n.op == "placeholder"
+        }
+        self.example = oracle.example.map(lambda tensor: tensor.to("meta"))
+        self._sized: dict[tuple[Axis, int], dict[str, object]] = {}
+        self._answers: dict[tuple[Axis, int], Answer | None] = {}
 
-def _arguments(gm: GraphModule, call: Call) -> dict[str, object]:
-    names = {str(n.target): (*n.args, None)[0] for n in gm.graph.nodes if n.op == "placeholder"}
-    return call.bind(names)
+    def arguments(self, call: Call) -> dict[str, object]:
+        """The inputs of the graph by name."""
+        return call.bind(self.names)
 
+    def answer_that_breaks(self, guard: str) -> Answer | None:
+        """The model's answer to the nearest call that breaks the guard and that it takes."""
+        for axis in self.oracle.axes:
+            near = (
+                s for gap in range(1, LONGEST_PROBE) for s in (axis.size - gap, axis.size + gap)
+            )
+            breaking = (s for s in near if s > 0 and holds(guard, self._at(axis, s)) is False)
+            for size in islice(breaking, 2):
+                answer = self._answer(axis, size)
+                if answer is not None:
+                    return answer
+        return None
 
-def _call_that_breaks(gm: GraphModule, guard: str, oracle: Oracle) -> Answer | None:
-    """The model's answer to the nearest call that breaks the guard and that the model takes."""
-    for axis in oracle.axes:
-        sizes = [s for gap in range(1, LONGEST_PROBE) for s in (axis.size - gap, axis.size + gap)]
-        breaking = [s for s in sizes if s > 0 and _breaks(gm, guard, _as_meta(axis, oracle, s))]
-        for size in breaking[:2]:
-            answer = oracle.ask(axis.resized(oracle.example, size), describe_axis(axis, size))
-            if answer is not None:
-                return answer
-    return None
+    def _at(self, axis: Axis, size: int) -> dict[str, object]:
+        """The inputs of the graph at another size, with tensors that have sizes only."""
+        if (axis, size) not in self._sized:
+            self._sized[axis, size] = self.arguments(axis.resized(self.example, size))
+        return self._sized[axis, size]
 
-
-def _as_meta(axis: Axis, oracle: Oracle, size: int) -> Call:
-    """The call of another size with tensors that have sizes only."""
-    return axis.resized(oracle.example.map(lambda tensor: tensor.to("meta")), size)
+    def _answer(self, axis: Axis, size: int) -> Answer | None:
+        if (axis, size) not in self._answers:
+            call = axis.resized(self.oracle.example, size)
+            self._answers[axis, size] = self.oracle.ask(call, describe_axis(axis, size))
+        return self._answers[axis, size]

@@ -81,6 +81,7 @@ class Answer:
     label: str
     results: tuple[Any, ...]
     axis: Axis | None = None  # along which the call differs from the example
+    longer: Call | None = None  # the call at the example's own lengths, where it is a shorter one
 
     @property
     def call(self) -> Call:
@@ -115,6 +116,10 @@ class Oracle:
         checked = 0
         for answer in self.answers:
             wrong, refusal = self.compare(gm, answer)
+            if refusal is not None and answer.longer is not None:
+                # is it the other size that is refused, or only the shorter length?
+                again = self.ask(answer.longer, answer.label)
+                wrong, refusal = (wrong, refusal) if again is None else self.compare(gm, again)
             if refusal is not None and answer.axis is not None:
                 refused.append(Refusal(answer.label, refusal, answer.axis))
             elif wrong is not None or refusal is not None:
@@ -172,7 +177,8 @@ class Oracle:
                 results = self._run(call)
                 if results is not None:
                     label = describe_axis(axis, size)
-                    self.answers.append(Answer((call,), label, results, axis))
+                    longer = axis.resized(self.example, size) if short is not self.example else None
+                    self.answers.append(Answer((call,), label, results, axis, longer))
         if len(self.axes) > 1:  # two at once: one row of another length
             batch, other = self.axes[0], self.axes[1]
             size = max(1, min(other.size, LONG) // 2)
@@ -215,7 +221,8 @@ def describe_axis(axis: Axis, size: int) -> str:
     if axis.is_batch:
         return f"batch size {size}"
     dimension = min(axis.places)[1]
-    return f"length {size}" if dimension == 1 else f"size {size} of dimension {dimension}"
+    is_length = dimension == 1 and not axis.is_minor
+    return f"length {size}" if is_length else f"size {size} of dimension {dimension}"
 
 
 def run_alone(module: nn.Module, calls: Sequence[Call], *, spy: Any = None) -> tuple[Any, ...]:

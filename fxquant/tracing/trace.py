@@ -40,7 +40,8 @@ from fxquant.tracing.coverage import weigh
 from fxquant.tracing.export import capture_export
 from fxquant.tracing.guards import insert_guards
 from fxquant.tracing.inline import inline_children
-from fxquant.tracing.needed import export_examples, needed_guards
+from fxquant.tracing.loop_marks import FEWEST_ROUNDS
+from fxquant.tracing.needed import export_examples, needed_guards, with_least_sizes
 from fxquant.tracing.opaque import describe_opaque, graph_around
 from fxquant.tracing.oracle import Oracle, Verdict
 from fxquant.tracing.prepare import check_initialized, prepare, unwrap
@@ -200,16 +201,24 @@ class _Search:
         return None if self.oracle is None else self.oracle.example
 
     def _exported(self, oracle: Oracle) -> Iterator[_Found]:
+        reasons: list[str] = []
         for call, are_sizes_free in export_examples(oracle):
             if self.best is not None:  # other examples are for models that refuse this one
                 return
+            if are_sizes_free and len(reasons) > 1 and len(set(reasons)) == 1:
+                continue  # it is not the sizes that are in the way
             capture = capture_export(self.prepared, call, are_sizes_free=are_sizes_free)
             if isinstance(capture, str):
+                reasons.append(capture)
                 self.attempts.append(f"model: export: {capture}")
                 if capture.startswith("GuardOnDataDependent"):
                     return  # a branch on values, whatever the sizes
-            else:
-                yield self._judged(capture, "export")
+                continue
+            if capture.has_short_loops:
+                longer = capture_export(self.prepared, with_least_sizes(oracle, FEWEST_ROUNDS))
+                if not isinstance(longer, str):
+                    yield self._judged(longer, "export")
+            yield self._judged(capture, "export")
 
     def _judged(self, capture: Capture, way: str) -> _Found:
         opaque = dict(capture.opaque)

@@ -2,7 +2,8 @@
 
 Nobody says which dimension of which input is the batch and which is a length, so it is tried.
 Dimensions that have the same size may belong together: those at the same position first (the batch
-of all inputs), then all of that size (a mask [T, T] beside inputs [B, T, C]).
+of all inputs), then all of that size (a mask [T, T] beside inputs [B, T, C]), then first
+dimensions that are multiples of it (4 rows of codes for each row of text).
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from fxquant.graph.calls import Call
 
 Place = tuple[int, int]  # which tensor of the call, which dimension of it
 MOST_AXES = 4
+LENGTH_DIMS = 3  # of a tensor with more, the second dimension is no length
 LONG = 32  # beyond it, comparing at sizes around it costs more than it tells
 SHORT = 24
 ROWS = 3  # of a batch that are enough to compare
@@ -26,21 +28,19 @@ class Axis:
 
     Attributes:
         places: which they are.
-        size: what they are in the example.
+        size: what they are in the example, or what each is a multiple of.
+        is_minor: whether it is neither a batch nor a length: the height or width of a picture, its
+            channels, the pictures of a film.
     """
 
     places: frozenset[Place]
     size: int
+    is_minor: bool = False
 
     @property
     def is_batch(self) -> bool:
         """Whether it is the first dimension of the first tensor."""
         return (0, 0) in self.places
-
-    @property
-    def is_minor(self) -> bool:
-        """Whether it is neither a batch nor a length: the height or width of a picture."""
-        return min(dimension for _, dimension in self.places) > 1
 
     def resized(self, call: Call, size: int) -> Call:
         """The call with another size along the axis: elements are left out or repeated."""
@@ -51,7 +51,8 @@ class Axis:
             for dimension in range(tensor.ndim):
                 if (number, dimension) in self.places:
                     length = tensor.shape[dimension]
-                    index = torch.arange(size, device=tensor.device) % length
+                    wanted = size * (length // self.size)
+                    index = torch.arange(wanted, device=tensor.device) % length
                     tensor = tensor.index_select(dimension, index)
             return tensor
 
@@ -84,8 +85,18 @@ def candidate_axes(call: Call) -> Iterator[list[Axis]]:
             )
             alone = frozenset([(number, dimension)])
             seen |= aligned
+            multiples = frozenset(
+                (i, 0) for i, s in enumerate(shapes) if s and s[0] and s[0] % size == 0
+            )
             groups = dict.fromkeys((aligned, everywhere, alone))
-            yield [Axis(places, size) for places in groups]
+            if dimension == 0 and size > 1:
+                groups[multiples] = None
+            yield [Axis(places, size, _is_minor(places, shapes)) for places in groups]
+
+
+def _is_minor(places: frozenset[Place], shapes: list[tuple[int, ...]]) -> bool:
+    """Of tokens [B, T] and features [B, T, C], T is a length; of [B, T, C, H, W] it is not."""
+    return all(d > 1 or (d == 1 and len(shapes[number]) > LENGTH_DIMS) for number, d in places)
 
 
 def free_axes(call: Call, accepts: Callable[[Call], bool]) -> list[Axis]:

@@ -290,3 +290,52 @@ class TensorsAsDefaults(Base):
 
     def forward(self, x, gain=torch.full((1,), 0.5), seen=()):  # noqa: B008 (that is the habit)
         return self.apply_both(x * gain) + len(seen)
+
+
+def texts_and_codes(batch, length):
+    return torch.randn(batch, length, W), torch.randn(4 * batch, W)
+
+
+@awkward(inputs=texts_and_codes, sizes=((2, 5), (1, 5), (3, 9)))
+class FourRowsForEachRow(nn.Module):
+    """The second input has four rows for each row of the first; a single row goes another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.texts, self.codes = nn.Linear(W, W), nn.Linear(W, W)
+
+    def forward(self, x, codes):
+        mixed = self.codes(codes).view(-1, 4, W).sum(1, keepdim=True)
+        if codes.shape[0] // 4 == 1:
+            mixed = mixed + 0.0
+        return self.texts(x) + mixed
+
+
+@awkward(sizes=((3, 5), (1, 5), (2, 9)))
+class MeasuresTheBatch(Base):
+    """The batch size by `len`, in a view and in a scale."""
+
+    def forward(self, x):
+        h = self.first(x)
+        flat = h.reshape(len(h) * x.shape[1], W)
+        return self.second(flat.view(len(x), -1, W)) / len(x)
+
+
+def films(batch, length):
+    return (torch.randn(batch, 4, 3, 8, 8),)
+
+
+@awkward(inputs=films, sizes=((2, 0), (1, 0), (3, 0)))
+class HasAFixedNumberOfFrames(nn.Module):
+    """A film of four pictures has a table of times; for another number it is interpolated."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.out = nn.Linear(3 * 64, W), nn.Linear(W, W)
+        self.times = nn.Parameter(torch.randn(1, 4, W))
+
+    def forward(self, x):
+        times = self.times
+        if x.shape[1] != times.shape[1]:
+            times = nn.functional.interpolate(times.mT, size=(x.shape[1],), mode="nearest").mT
+        return self.out(self.patch(x.flatten(2)) + times)

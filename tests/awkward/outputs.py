@@ -95,6 +95,15 @@ class ReturnsAnOrderedDict(Base):
 
 
 @awkward()
+class CallsAnOutputOut(Base):
+    """A key of the outputs is the name of an argument of torch's functions."""
+
+    def forward(self, x):
+        h = torch.relu(self.first(x))
+        return collections.OrderedDict(out=self.second(h), generator=h)
+
+
+@awkward()
 class ReturnsAModelOutput(Base):
     """A ModelOutput that leaves fields out."""
 
