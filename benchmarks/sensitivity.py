@@ -48,7 +48,7 @@ def naive(gm: Any, candidates: Any, layers: RoundedLayers, calls: Any) -> None:
             gm(*args)
             for candidate in candidates:
                 for width in WIDTHS:
-                    module = layers.quantize(candidate.name, candidate.linear, width)
+                    module = layers.quantize(candidate.name, candidate.layer, width)
                     with candidate.replaced_by(module):
                         gm(*args)
 
@@ -64,7 +64,7 @@ def measure(name: str, model: nn.Module, inputs: list[torch.Tensor]) -> dict[str
     common = (gm, candidates, WIDTHS, calls, layers.quantize, main_output)
     for candidate in candidates:
         for width in WIDTHS:
-            layers.quantize(candidate.name, candidate.linear, width)
+            layers.quantize(candidate.name, candidate.layer, width)
 
     def float_pass() -> None:
         with torch.no_grad():

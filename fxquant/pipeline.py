@@ -34,6 +34,7 @@ def static_quantize(
     calibration_data: Iterable[object],
     *,
     bits: int | Mapping[str, int] = 4,
+    embeddings: int | None = None,
     group_size: int = 128,
     symmetric: bool = True,
     zero_points: str = "float",
@@ -59,6 +60,7 @@ def static_quantize(
             (positional arguments) or a mapping (keyword arguments). The first item also serves as
             example inputs for tracing.
         bits: see `QuantConfig`, as for all that follow.
+        embeddings: see there.
         group_size: see there.
         symmetric: see there.
         zero_points: see there.
@@ -84,6 +86,7 @@ def static_quantize(
     """
     config = QuantConfig(
         bits=bits,
+        embeddings=embeddings,
         group_size=group_size,
         symmetric=symmetric,
         zero_points=zero_points,

@@ -19,7 +19,10 @@ from fxquant.graph.identity import FINGERPRINT, first_difference
 from fxquant.graph.layers import replace_layer, sites, tensor_attribute, user_name
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
 from fxquant.measure.quantization_info import INFO_KEY
+from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.weight_forms import form_of
+from fxquant.passes.rewrite import share_tables
 from fxquant.serialization.files import load_model
 from fxquant.tracing.prepare import COMPUTING_HOOKS, unwrap
 from fxquant.tracing.product_only import is_product_only
@@ -100,7 +103,7 @@ def load_into(model: M, path: str | os.PathLike[str]) -> M:
 class _Plan:
     """What changes in a model, worked out before anything is changed."""
 
-    modules: dict[str, QuantizedLinear] = field(default_factory=dict)
+    modules: dict[str, QuantizedLayer] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     left_float: list[str] = field(default_factory=list)
 
@@ -122,13 +125,8 @@ def _plan(model: nn.Module, qmodel: GraphModule, *, with_parameters: bool) -> _P
     read_only = set(report.read_only) if isinstance(report, TraceReport) else set()
     for site in sites(qmodel):
         original = own.get(site.name)
-        if isinstance(site.module, QuantizedLinear):
-            if (
-                original is None
-                or site.name in read_only
-                or not is_product_only(original)
-                or not _fits(original, site.module)
-            ):
+        if isinstance(site.module, QuantizedLayer):
+            if original is None or site.name in read_only or not _may_become(original, site.module):
                 plan.left_float.append(site.name)
                 unmatched.append(site.name)
             else:
@@ -179,6 +177,16 @@ def _note_parameter(plan: _Plan, model: nn.Module, name: str, value: object) -> 
         plan.parameters[name] = value
 
 
+def _may_become(original: nn.Module, quantized: QuantizedLayer) -> bool:
+    """Whether the quantized layer computes what `original` does."""
+    if isinstance(quantized, QuantizedLinear):
+        return is_product_only(original) and _fits(original, quantized)
+    form = form_of(original)
+    if form is None or not isinstance(original, type(quantized).replaces):
+        return False
+    return form.matrix(original).shape == quantized.quantized_weight.shape
+
+
 def _fits(original: nn.Module, quantized: QuantizedLinear) -> bool:
     """Whether the layer has the quantized one's weight, rather than one of which that is a part."""
     needed = sorted((quantized.in_features, quantized.out_features))
@@ -195,9 +203,10 @@ def _apply(model: nn.Module, plan: _Plan) -> nn.Module:
     for name, parameter in plan.parameters.items():
         current = model.get_parameter(name)
         current.data = parameter.detach().to(current.dtype).clone()
+    memo: dict[int, Any] = {}  # one for all: what they share, their copies share
     for name, quantized in plan.modules.items():
         layer = model.get_submodule(name)
-        if isinstance(layer, QuantizedLinear):  # one layer under two names
+        if isinstance(layer, QuantizedLayer):  # one layer under two names
             continue
         if parametrize.is_parametrized(layer):
             layer.__class__ = type(layer).__bases__[0]
@@ -206,8 +215,9 @@ def _apply(model: nn.Module, plan: _Plan) -> nn.Module:
                 del layer._forward_pre_hooks[key]
                 vars(layer).pop("weight", None)
         mode = layer.training
-        replace_layer(layer, copy.deepcopy(quantized))
+        replace_layer(layer, copy.deepcopy(quantized, memo))
         layer.training = mode
+    share_tables(model)
     for part in model.modules():
         if isinstance(part, nn.TransformerEncoderLayer) and _has_quantized(part):
             part.activation_relu_or_gelu = 0  # torch's fast path would read the weights itself
@@ -222,7 +232,7 @@ def _apply(model: nn.Module, plan: _Plan) -> nn.Module:
 
 
 def _has_quantized(module: nn.Module) -> bool:
-    return any(isinstance(part, QuantizedLinear) for part in module.modules())
+    return any(isinstance(part, QuantizedLayer) for part in module.modules())
 
 
 def _refuse_save_pretrained(class_name: str, *args: Any, **kwargs: Any) -> NoReturn:

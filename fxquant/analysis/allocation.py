@@ -119,7 +119,7 @@ def _groups(
     return [
         _Group(
             tuple(r.module for r in rows),
-            sum(r.shape[0] * r.shape[1] for r in rows),
+            sum(math.prod(r.shape) for r in rows),
             {b: sum(_error(r, b) for r in rows) for b in choices},
         )
         for rows in members.values()

@@ -24,9 +24,9 @@ from fxquant.graph.calls import Call
 from fxquant.graph.effects import has_effects
 from fxquant.graph.stepper import HeldBytes, Stepper, last_used_at
 from fxquant.measure.output_metric import Metric, OutputError
-from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.layer import QuantizedLayer
 from fxquant.passes.calibrate import run_call
-from fxquant.passes.rewrite import QuantizeLinear
+from fxquant.passes.rewrite import QuantizeLayer
 
 Errors = dict[str, dict[int, float]]
 
@@ -36,7 +36,7 @@ def measure_exact(
     candidates: Sequence[Candidate],
     bits: Sequence[int],
     calls: Iterable[Call],
-    quantize_linear: QuantizeLinear,
+    quantize_layer: QuantizeLayer,
     select: Callable[[Any], Tensor],
     metric: Metric = "sqnr",
     advance: Callable[[], object] = lambda: None,
@@ -48,7 +48,7 @@ def measure_exact(
         candidates: the layers.
         bits: the widths to try.
         calls: the batches.
-        quantize_linear: makes a quantized layer from `(name, linear, bits)`.
+        quantize_layer: makes a quantized layer from `(name, layer, bits)`.
         select: picks the tensor of the output that is compared.
         metric: of the output's error.
         advance: called after each candidate of each batch, for a progress bar.
@@ -63,7 +63,7 @@ def measure_exact(
             reference = select(run_call(gm, call, index))
             for candidate in candidates:
                 for width in bits:
-                    made = quantize_linear(candidate.name, candidate.linear, width)
+                    made = quantize_layer(candidate.name, candidate.layer, width)
                     with candidate.replaced_by(made):
                         found = select(run_call(gm, call, index))
                     meters[candidate.name][width].add(reference, found)
@@ -80,7 +80,7 @@ def measure_exact(
         for candidate in candidates:
             rerun = dependents(stepper.nodes, candidate.roots)
             stepper.free(values, stepper.nodes.index(rerun[0]))
-            modules = [quantize_linear(candidate.name, candidate.linear, b) for b in bits]
+            modules = [quantize_layer(candidate.name, candidate.layer, b) for b in bits]
             results, held = _run_widths(stepper, candidate, rerun, values, repeated, modules)
             if repeated is not None and not verified.issuperset(rerun):
                 plain, _ = _run_widths(stepper, candidate, rerun, values, None, modules)
@@ -110,7 +110,7 @@ def _run_widths(
     rerun: list[Node],
     values: dict[Node, Any],
     repeated: RepeatedValues | None,
-    modules: Sequence[QuantizedLinear],
+    modules: Sequence[QuantizedLayer],
 ) -> tuple[list[Any], int]:
     """The model's output with each of `modules` in the candidate's place, and the bytes held."""
     if repeated is None:

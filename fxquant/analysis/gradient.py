@@ -19,11 +19,15 @@ from torch.fx import GraphModule
 from fxquant.analysis.candidates import Candidate
 from fxquant.analysis.exact import Errors
 from fxquant.graph.calls import Call
-from fxquant.graph.layers import layer_input
+from fxquant.graph.layers import layer_arguments
 from fxquant.graph.left_alone import graph_left_alone
 from fxquant.measure.output_metric import Metric, probe
+from fxquant.modules.layer import QuantizedLayer
+from fxquant.modules.weight_forms import with_weight
 from fxquant.numerics.metrics import squared_sum
-from fxquant.passes.rewrite import QuantizeLinear
+from fxquant.passes.rewrite import QuantizeLayer
+
+Seen = dict[str, list[tuple[tuple[Any, ...], Tensor]]]  # arguments and output of each call
 
 
 def measure_gradient(
@@ -31,7 +35,7 @@ def measure_gradient(
     candidates: Sequence[Candidate],
     bits: Sequence[int],
     calls: Iterable[Call],
-    quantize_linear: QuantizeLinear,
+    quantize_layer: QuantizeLayer,
     select: Callable[[Any], Tensor],
     metric: Metric = "sqnr",
     advance: Callable[[], object] = lambda: None,
@@ -46,7 +50,7 @@ def measure_gradient(
         The error by name and width, in the metric's unit.
     """
     differences = {
-        c.name: {b: _weight_error(quantize_linear(c.name, c.linear, b), c.linear) for b in bits}
+        c.name: {b: _weight_error(quantize_layer(c.name, c.layer, b), c.layer) for b in bits}
         for c in candidates
     }
     sums = {c.name: dict.fromkeys(bits, 0.0) for c in candidates}
@@ -55,7 +59,7 @@ def measure_gradient(
     for index, call in enumerate(calls):
         own = call.clone()
         torch.manual_seed(index)
-        seen: dict[str, list[tuple[Tensor, Tensor]]] = {c.name: [] for c in candidates}
+        seen: Seen = {c.name: [] for c in candidates}
         with torch.enable_grad(), graph_left_alone(gm), _recording(candidates, seen):
             output = select(gm(*own.args, **own.kwargs))
             direction = probe(output.detach(), metric, generator)
@@ -65,27 +69,31 @@ def measure_gradient(
             )
         weight += _batch_weight(output.detach(), metric)
         by_output = {id(y): g for (_, y), g in zip(flat, gradients, strict=True)}
-        for name, pairs in seen.items():
-            for width, difference in differences[name].items():
+        for candidate in candidates:
+            for width, difference in differences[candidate.name].items():
                 products = [
-                    _sample_products(x, difference, by_output[id(y)], output.shape[0])
-                    for x, y in pairs
+                    _sample_products(
+                        with_weight(candidate.layer, difference, arguments).float(),
+                        by_output[id(y)].float(),
+                        output.shape[0],
+                    )
+                    for arguments, y in seen[candidate.name]
                     if by_output[id(y)] is not None
                 ]
                 total = torch.stack(products).sum(0) if products else torch.zeros(1)
-                sums[name][width] += squared_sum(total).item()
+                sums[candidate.name][width] += squared_sum(total).item()
             advance()
     return {name: {b: v / weight for b, v in row.items()} for name, row in sums.items()}
 
 
-def _weight_error(quantized: Any, linear: nn.Linear) -> Tensor:
-    return (quantized.dequantize() - linear.weight.detach().float()).to(linear.weight.dtype)
+def _weight_error(quantized: QuantizedLayer, layer: nn.Module) -> Tensor:
+    weight = layer.get_parameter("weight").detach()
+    return (quantized.dequantize() - weight.float()).to(weight.dtype)
 
 
-def _sample_products(x: Tensor, difference: Tensor, gradient: Tensor, samples: int) -> Tensor:
+def _sample_products(error: Tensor, gradient: Tensor, samples: int) -> Tensor:
     """G · e for each sample, [samples], or [1] where samples cannot be told apart."""
-    error = torch.nn.functional.linear(x, difference).float()
-    product = error * gradient.float()
+    product = error * gradient
     if product.ndim > 1 and product.shape[0] == samples:
         return product.flatten(1).sum(1)
     return product.sum()[None]
@@ -99,22 +107,24 @@ def _batch_weight(output: Tensor, metric: Metric) -> float:
 
 
 @contextmanager
-def _recording(
-    candidates: Sequence[Candidate], seen: dict[str, list[tuple[Tensor, Tensor]]]
-) -> Any:
-    """Note each layer's input and output, and let gradients begin at the first layers."""
+def _recording(candidates: Sequence[Candidate], seen: Seen) -> Any:
+    """Note each layer's arguments and output, and let gradients begin at the first layers."""
 
     def hook_for(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            seen[name].append((layer_input(args, kwargs).detach().clone(), output))
+            arguments = tuple(
+                a.detach().clone() if isinstance(a, Tensor) else a
+                for a in layer_arguments(args, kwargs)
+            )
+            seen[name].append((arguments, output))
             return output.clone()  # the graph may change its value in place
 
         return hook
 
     handles = [
-        c.linear.register_forward_hook(hook_for(c.name), with_kwargs=True) for c in candidates
+        c.layer.register_forward_hook(hook_for(c.name), with_kwargs=True) for c in candidates
     ]
     try:
         yield

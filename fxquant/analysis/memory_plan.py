@@ -11,6 +11,7 @@ from fxquant.analysis.exact import dependents
 from fxquant.graph.ops import is_view
 from fxquant.graph.shapes import DTYPE, SHAPE
 from fxquant.graph.stepper import last_uses
+from fxquant.modules.weight_forms import matrix_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def plan_exact(gm: GraphModule, candidates: Sequence[Candidate], rows: int) -> M
         start = nodes.index(rerun[0])
         alive = {n for n in alive if last[n] >= start}
         peak = max(peak, sum(size[n] for n in alive) + _suffix_peak(rerun, size))
-    largest = max((c.linear.weight.numel() * 4 for c in candidates), default=0)
+    largest = max((matrix_of(c.layer).numel() * 4 for c in candidates), default=0)
     return MemoryPlan(round(peak / max(traced, 1)) * rows, largest)
 
 

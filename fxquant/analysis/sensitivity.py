@@ -28,6 +28,7 @@ from fxquant.measure.measured_rows import measure_rows
 from fxquant.measure.output_metric import Metric, db_of
 from fxquant.measure.paired_run import output_sqnr
 from fxquant.measure.sensitivity_row import SensitivityRow
+from fxquant.modules.weight_forms import matrix_of
 from fxquant.passes.calibration_data import calls, check_batches
 from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import ACTIONS, Decision, decide
@@ -54,6 +55,7 @@ def sensitivity(
     symmetric: bool = True,
     zero_points: str = "float",
     target: str | None = None,
+    embeddings: int | None = None,
     metric: Metric = "sqnr",
     select: Callable[[Any], Tensor] = main_output,
     modules_to_not_convert: Sequence[str] | None = None,
@@ -62,7 +64,7 @@ def sensitivity(
     num_samples: int = 150,
     progress: bool | None = None,
 ) -> SensitivityReport:
-    """Measure what quantizing each Linear layer costs.
+    """Measure what quantizing each layer costs.
 
     The layers are those that `static_quantize` would ship. Part of the data is held out when they
     are made, and everything is measured on that part alone.
@@ -85,6 +87,7 @@ def sensitivity(
         symmetric: one fixed zero point, or one for each group.
         zero_points: `"float"` or `"integer"`, as in `QuantConfig`.
         target: a format that the model will be exported to, as in `QuantConfig`.
+        embeddings: bits of the rows of embeddings, which are measured too; None leaves them float.
         metric: of the output's error: `"sqnr"`, `"kl"` where the output is logits, or (with
             `"exact"`) a callable `(float, quantized) -> number`, smaller is better.
         select: picks the tensor of the model's output; by default its first floating tensor.
@@ -106,6 +109,7 @@ def sensitivity(
     check_choice("rounding", rounding, ROUNDINGS)
     options = QuantConfig(
         bits=bits,
+        embeddings=embeddings,
         group_size=group_size,
         symmetric=symmetric,
         zero_points=zero_points,
@@ -213,7 +217,7 @@ def _with_errors(row: SensitivityRow, errors: Errors, report: SensitivityReport)
 def _shared_inputs(candidates: Sequence[Candidate]) -> dict[str, str]:
     """A text for each layer that is the same for layers that read one value or share a weight."""
     weights: dict[int, str] = {}
-    return {c.name: weights.setdefault(c.linear.weight.data_ptr(), c.shares) for c in candidates}
+    return {c.name: weights.setdefault(matrix_of(c.layer).data_ptr(), c.shares) for c in candidates}
 
 
 class _Evaluation:

@@ -12,12 +12,12 @@ from fxquant.graph.layers import sites
 from fxquant.measure.heldout import hold_out
 from fxquant.measure.paired_run import output_sqnr
 from fxquant.measure.row_parts import takes
-from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.layer import QuantizedLayer
 from fxquant.passes.decide import Decision
 from fxquant.passes.fitted_layers import FittedLayers
 from fxquant.passes.observe_inputs import expected_inputs, observe_inputs
 from fxquant.passes.quantize_sequentially import quantize_sequentially
-from fxquant.passes.rewrite import QuantizeLinear, rewrite
+from fxquant.passes.rewrite import QuantizeLayer, rewrite
 from fxquant.passes.rounded_layers import RoundedLayers
 
 ROUNDINGS = ("auto", "rtn", "hqq", "gptq", "best")
@@ -28,14 +28,14 @@ class ShippedLayers:
     """Layers as a method makes them, and the data that did not choose their integers.
 
     Attributes:
-        quantize: gives the layer of `(name, linear, bits)`.
+        quantize: gives the layer of `(name, layer, bits)`.
         rounding: the method that made them; of `"auto"`, the one that it took.
         fitted: the batches that the integers were chosen on.
         held_out: the others, to measure on; all of them where nothing could be held out.
         heldout_samples: rows that were held out.
     """
 
-    quantize: QuantizeLinear
+    quantize: QuantizeLayer
     rounding: str
     fitted: list[Call]
     held_out: list[Call]
@@ -82,12 +82,12 @@ def shipped_layers(
         nearest = rewrite(gm, in_4_bits, rounded.quantize)
         if output_sqnr(gm, nearest, held_out).db > output_sqnr(gm, qmodel, held_out).db:
             return ShippedLayers(rounded.quantize, "rtn", fitted, measured, rows)
-    made = {s.name: s.module for s in sites(qmodel) if isinstance(s.module, QuantizedLinear)}
+    made = {s.name: s.module for s in sites(qmodel) if isinstance(s.module, QuantizedLayer)}
 
-    def quantize(name: str, linear: nn.Linear, bits: int) -> QuantizedLinear:
+    def quantize(name: str, layer: nn.Module, bits: int) -> QuantizedLayer:
         found = made.get(name)
         return found if found is not None and found.bits == bits else rounded.quantize(
-            name, linear, bits
+            name, layer, bits
         )  # fmt: skip
 
     taken = "gptq" if rounding == "auto" else rounding

@@ -41,6 +41,8 @@ _RULES = (
     click.option("--config", metavar="RECIPE", help="A preset (w4a16, w4a8, w8a8) or a recipe file "
                  "(.toml) with the fields of QuantConfig; the options below change it."),
     bits_option,
+    click.option("--embeddings", type=click.Choice([str(bits) for bits in WIDTHS]),
+                 help="Bits of embeddings and of heads tied to them.  [default: float]"),
     group_option,
     click.option("--asymmetric", is_flag=True, help="A zero point for each group."),
     click.option("--zero-points", type=click.Choice(ZERO_POINTS),
@@ -74,16 +76,18 @@ def config_of(rules: dict[str, Any]) -> QuantConfig:
     Raises:
         OptionError: a value is not usable.
     """
-    bits, activation_bits = rules["bits"], rules["activation_bits"]
+    numbers = {
+        name: None if rules[name] is None else int(rules[name])
+        for name in ("bits", "embeddings", "activation_bits")
+    }
     given = {
-        "bits": None if bits is None else int(bits),
+        **numbers,
         "group_size": rules["group_size"],
         "symmetric": False if rules["asymmetric"] else None,
         "zero_points": rules["zero_points"],
         "target": rules["target"],
         "method": rules["method"],
         "observer": rules["observer"],
-        "activation_bits": None if activation_bits is None else int(activation_bits),
         "modules_to_not_convert": list(rules["keep_float"]) or None,
         "skip_param_threshold": rules["skip_param_threshold"],
         "num_calibration_samples": rules["samples"],

@@ -7,10 +7,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict
 
-from torch import nn
-
 from fxquant.config.method import parse_method
-from fxquant.config.skip_rules import NameRule, is_type_match, type_rule
+from fxquant.config.skip_rules import (
+    QUANTIZABLE_TYPES,
+    NameRule,
+    is_type_match,
+    type_name,
+    type_rule,
+)
 from fxquant.config.targets import TARGETS, Target
 from fxquant.errors import (
     OptionError,
@@ -47,6 +51,7 @@ class QuantOptions(TypedDict, total=False):
     """The fields of `QuantConfig` as keywords, for editors and type checkers."""
 
     bits: int | Mapping[str, int]
+    embeddings: int | None
     group_size: int
     symmetric: bool
     zero_points: ZeroPoints
@@ -72,6 +77,8 @@ class QuantConfig:
     Attributes:
         bits: 2, 3, 4, 5, 6, 8, or a mapping from module name (or name rule) to bits; 16 leaves it
             float. 8 has one scale a row, whatever `group_size` says.
+        embeddings: bits of the rows of embeddings, 2 to 8, and of heads that are tied to them. None
+            leaves them float, unless `bits` names them.
         group_size: weights along `in_features` that share a scale; -1: all of a row. A layer with
             fewer inputs gets 8 bits.
         symmetric: one fixed zero point, or one for each group.
@@ -113,6 +120,7 @@ class QuantConfig:
     """
 
     bits: int | Mapping[str, int] = 4
+    embeddings: int | None = None
     group_size: int = 128
     symmetric: bool = True
     zero_points: str = "float"
@@ -138,6 +146,7 @@ class QuantConfig:
         for name in ("layer_types", "skip_layer_types"):
             self._set(name, _types(name, getattr(self, name)))
         _check_bits(self.bits)
+        _check_embeddings(self.embeddings)
         check_group_size(self.group_size)
         check_positive_int("num_calibration_samples", self.num_calibration_samples)
         _check_flag("symmetric", self.symmetric)
@@ -153,11 +162,12 @@ class QuantConfig:
             check_choice("target", self.target, TARGETS)
             self._keep_to(TARGETS[self.target])
         for kind in self.layer_types or ():
-            if not is_type_match(kind, nn.Linear):
+            if not any(is_type_match(kind, layer) for layer in QUANTIZABLE_TYPES):
                 raise OptionError(
                     "layer_types",
                     found=str(kind),
-                    needed="a type that has an integer kernel: Linear",
+                    needed="a type whose weight can be quantized: "
+                    + ", ".join(map(type_name, QUANTIZABLE_TYPES)),
                     remedy="Leave layer_types out to quantize all of them.",
                 )
 
@@ -363,6 +373,16 @@ def _check_bits(bits: int | Mapping[str, int]) -> None:
                 needed=f"one of {', '.join(map(str, allowed))}",
                 remedy="Choose one of these widths (in a mapping, 16 leaves a module float).",
             )
+
+
+def _check_embeddings(value: Any) -> None:
+    if value is not None and (isinstance(value, bool | float) or value not in WIDTHS):
+        raise OptionError(
+            "embeddings",
+            found=repr(value),
+            needed=f"None, or one of {', '.join(map(str, WIDTHS))}",
+            remedy="Leave it None for float embeddings.",
+        )
 
 
 def _check_flag(name: str, value: Any) -> None:

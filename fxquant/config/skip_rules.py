@@ -36,6 +36,12 @@ class SkipRules:
         return getattr(self, name)
 
 
+# What `layer_types` may name: classes whose weight has a `LayerForm`.
+QUANTIZABLE_TYPES: tuple[Any, ...] = (
+    nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
+    nn.ConvTranspose2d, nn.ConvTranspose3d, "GroupedLinear",
+)  # fmt: skip
+
 DEFAULT_INT4_SKIP = SkipRules(
     skip_types=(
         nn.Embedding,

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from fxquant.errors import OptionError, check_type
 from fxquant.graph.layers import is_plain_linear, sites, user_name
 from fxquant.modules.activation import quantize_activation
+from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.serialization.files import load_model
 
@@ -67,6 +68,14 @@ def source_of(model: nn.Module | str | os.PathLike[str]) -> Source:
         model = load_model(model)
     check_type("model", model, nn.Module, "Pass a quantized model, or the path of a saved one.")
     modules = dict(_named_layers(model))
+    others = [name for name, m in modules.items() if _is_no_linear(m)]
+    if others:
+        raise OptionError(
+            "export",
+            found=f"quantized layers of other kinds than Linear: {', '.join(others[:3])}",
+            needed="quantized Linear layers only, which is what these formats hold",
+            remedy="Quantize with layer_types=[torch.nn.Linear] and without embeddings.",
+        )
     layers = {name: m for name, m in modules.items() if isinstance(m, QuantizedLinear)}
     if not layers:
         raise OptionError(
@@ -80,6 +89,10 @@ def source_of(model: nn.Module | str | os.PathLike[str]) -> Source:
     inside = tuple(f"{name}." for name in layers)
     tensors = {name: t for name, t in _named_tensors(model) if not name.startswith(inside)}
     return Source(model, layers, float_linears, tensors)
+
+
+def _is_no_linear(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedLayer) and not isinstance(module, QuantizedLinear)
 
 
 def _named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -167,7 +167,10 @@ class _Stream:
         weight = self._tensor(f"{name}.weight")
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        return RoundedLayers(self.config, self.rounding).quantize(name, linear, self.bits[name])
+        layers = RoundedLayers(self.config, self.rounding)
+        made = layers.quantize(name, linear, self.bits[name])
+        assert isinstance(made, QuantizedLinear)  # it was made of one
+        return made
 
 
 def _for_folder(config: QuantConfig, data: object) -> QuantConfig:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.layer import QuantizedLayer
 
 NAMES = "fxquant_names"  # gm.meta: the user's name of each target that is spelled otherwise
 ROOT = "model"  # what the model itself is called
@@ -105,8 +105,8 @@ def _asks_for_parameters(module: nn.Module) -> bool:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer, float or quantized, that does nothing else."""
-    return isinstance(module, QuantizedLinear) or is_plain_linear(module)
+    """Whether `module` is a quantized layer, or a linear layer that does nothing else."""
+    return isinstance(module, QuantizedLayer) or is_plain_linear(module)
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -129,11 +129,17 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
+def layer_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of a layer in order, the input first, however it was called."""
+    given = (*args, *kwargs.values()) if args else (kwargs["input"],)
+    return tuple(unbatched(a) if isinstance(a, Tensor) else a for a in given)
+
+
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The input of a linear layer, however it was called."""
-    value = args[0] if args else kwargs["input"]
-    assert isinstance(value, Tensor)  # a linear layer takes nothing else
-    return unbatched(value)
+    """The input of a layer, however it was called."""
+    value = layer_arguments(args, kwargs)[0]
+    assert isinstance(value, Tensor)  # a layer takes nothing else
+    return value
 
 
 def unbatched(tensor: Tensor) -> Tensor:

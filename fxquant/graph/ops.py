@@ -25,6 +25,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from fxquant.modules.grouped_linear import GroupedLinear
+
 
 @dataclass(frozen=True)
 class Op:
@@ -106,6 +108,7 @@ OPS: dict[str, Op] = {row.name: row for row in _TABLE}
 # The same column for torch's modules: their parameters that are factors of a product, by kind.
 _MODULES: tuple[tuple[type[nn.Module], tuple[str, ...], str], ...] = (
     (nn.Linear, ("weight",), "linear"),
+    (GroupedLinear, ("weight",), "expert"),
     (nn.Bilinear, ("weight",), "other product"),
     (nn.modules.conv._ConvNd, ("weight",), "convolution"),
     (nn.RNNBase, ("weight_",), "recurrent"),

@@ -90,6 +90,12 @@ class AtenBackend:
             BITS,
         )
 
+    def rows(
+        self, tensors: tuple[Tensor, ...], spec: LinearSpec, places: Tensor
+    ) -> QuantizedWeight:
+        """Picks rows after unpacking all: nobody but the op knows where a row lies."""
+        return self.unpack(tensors, spec).rows(places)
+
     def matmul(
         self,
         x: Tensor,

@@ -48,6 +48,12 @@ class AtenInt8Backend:
             packed, scales, middle, spec.group_size, spec.in_features, True, BITS
         )
 
+    def rows(
+        self, tensors: tuple[Tensor, ...], spec: LinearSpec, places: Tensor
+    ) -> QuantizedWeight:
+        """Picks rows of the layout."""
+        return self.unpack(tuple(tensor[places] for tensor in tensors), spec)
+
     def matmul(
         self,
         x: Tensor,

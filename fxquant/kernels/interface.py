@@ -64,6 +64,11 @@ class LinearBackend(Protocol):
     def unpack(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> QuantizedWeight:
         """Undo `pack`, exactly."""
 
+    def rows(
+        self, tensors: tuple[Tensor, ...], spec: LinearSpec, places: Tensor
+    ) -> QuantizedWeight:
+        """Some rows of what `unpack` gives; `places` are whole numbers [n] in 0..out - 1."""
+
     def matmul(
         self,
         x: Tensor,

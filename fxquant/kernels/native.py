@@ -17,7 +17,13 @@ from fxquant.kernels.eager import is_plain
 from fxquant.kernels.extension import FLOAT_TYPES, NOT_BUILT, _native
 from fxquant.kernels.gradient import gradients_of_linear, needs_gradient
 from fxquant.kernels.interface import LinearSpec
-from fxquant.kernels.native_layout import from_blocks, group_size_of, kernel_group, to_blocks
+from fxquant.kernels.native_layout import (
+    from_blocks,
+    group_size_of,
+    kernel_group,
+    rows_of_blocks,
+    to_blocks,
+)
 from fxquant.kernels.reference import REFERENCE
 from fxquant.numerics.integers import WIDTHS
 from fxquant.numerics.quantized_weight import QuantizedWeight
@@ -164,6 +170,12 @@ class NativeBackend:
     def unpack(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> QuantizedWeight:
         """Rearrange the tensor back."""
         return from_blocks(tensors[0], spec)
+
+    def rows(
+        self, tensors: tuple[Tensor, ...], spec: LinearSpec, places: Tensor
+    ) -> QuantizedWeight:
+        """Picks the codes of the rows out of their blocks."""
+        return rows_of_blocks(tensors[0], spec, places)
 
     def matmul(
         self,

@@ -72,8 +72,36 @@ def from_blocks(blocks: Tensor, spec: LinearSpec) -> QuantizedWeight:
     size = _group_of(spec.group_size, in_features, bits)
     count = _blocks_at_once(blocks.shape[1] * size)
     for part, some in zip(blocks.split(count), weight.split(count * BLOCK), strict=True):
-        _read_blocks(part, some, size)
+        _read_blocks(part, some)
     return weight
+
+
+def rows_of_blocks(blocks: Tensor, spec: LinearSpec, places: Tensor) -> QuantizedWeight:
+    """Some rows of what `from_blocks` gives, without reading the others.
+
+    Args:
+        blocks: from `to_blocks`.
+        spec: what `to_blocks` was given.
+        places: whole numbers [n] in 0..out - 1.
+    """
+    in_features, bits, block, lane = spec.in_features, spec.bits, places // BLOCK, places % BLOCK
+    first = _first_groups(blocks, spec.group_size, in_features, bits)
+    scales = blocks.view(SCALE_DTYPE)[block, :, lane][:, first].float()
+    zero_points, start = torch.full_like(scales, symmetric_zero_point(bits)), 2 * BLOCK
+    if not spec.symmetric:
+        zero_points = blocks.view(ZERO_POINT_DTYPE)[block, :, lane + BLOCK][:, first].float()
+        start *= 2
+    codes = blocks.view(torch.int32)[..., start // 4 :].unflatten(-1, (-1, BLOCK))
+    packed = _packed_rows(codes[block, :, :, lane].flatten(1), in_features, bits)
+    return QuantizedWeight(
+        packed, scales, zero_points, spec.group_size, in_features, spec.symmetric, bits
+    )
+
+
+def _first_groups(blocks: Tensor, group_size: int, in_features: int, bits: int) -> slice:
+    """The layout's first group of each of the weight's."""
+    count = 1 if group_size >= in_features else blocks.shape[1]
+    return slice(0, count, max(1, group_size // _group_of(group_size, in_features, bits)))
 
 
 def _group_of(group_size: int, in_features: int, bits: int) -> int:
@@ -115,10 +143,8 @@ def _write_blocks(blocks: Tensor, weight: QuantizedWeight, size: int) -> None:
     codes.copy_(words.permute(0, 2, 3, 1))
 
 
-def _read_blocks(blocks: Tensor, weight: QuantizedWeight, size: int) -> None:
-    # The layout's first group of each of the weight's.
-    count = 1 if weight.group_size >= weight.in_features else blocks.shape[1]
-    first = slice(0, count, max(1, weight.group_size // size))
+def _read_blocks(blocks: Tensor, weight: QuantizedWeight) -> None:
+    first = _first_groups(blocks, weight.group_size, weight.in_features, weight.bits)
     _read_grid(weight.scales, blocks[:, first, : 2 * BLOCK], SCALE_DTYPE)
     start = 2 * BLOCK
     if not weight.symmetric:
@@ -126,14 +152,17 @@ def _read_blocks(blocks: Tensor, weight: QuantizedWeight, size: int) -> None:
         start *= 2
     codes = blocks.view(torch.int32)[..., start // 4 :].unflatten(-1, (-1, BLOCK))
     lanes = codes.permute(0, 3, 1, 2).reshape(len(blocks) * BLOCK, -1).contiguous()
-    rows, columns = weight.packed.shape
-    if weight.bits == NIBBLE:
-        weight.packed.copy_(_separate(lanes).view(torch.uint8)[:rows, :columns])
-        return
-    unit_words = unit_inputs(weight.bits) * weight.bits // 32
-    words = lanes.view(torch.uint8).view(len(lanes), -1, unit_words, BYTES)
-    q = from_words(words[:rows], weight.bits)[:, : weight.in_features]
-    weight.packed.copy_(pack_codes(q, weight.bits))
+    rows = len(weight.packed)
+    weight.packed.copy_(_packed_rows(lanes[:rows], weight.in_features, weight.bits))
+
+
+def _packed_rows(lanes: Tensor, in_features: int, bits: int) -> Tensor:
+    """The packed rows, uint8 [rows, bytes], of their lanes int32 [rows, words], which change."""
+    if bits == NIBBLE:
+        return _separate(lanes).view(torch.uint8)[:, : packed_columns(in_features, bits)]
+    unit_words = unit_inputs(bits) * bits // 32
+    words = lanes.view(torch.uint8).unflatten(1, (-1, unit_words, BYTES))
+    return pack_codes(from_words(words, bits)[:, :in_features], bits)
 
 
 def _group_numbers(groups: int, size: int, group_size: int) -> Tensor:

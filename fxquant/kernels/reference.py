@@ -38,6 +38,13 @@ class ReferenceBackend:
             spec.bits,
         )
 
+    def rows(
+        self, tensors: tuple[Tensor, ...], spec: LinearSpec, places: Tensor
+    ) -> QuantizedWeight:
+        """Picks rows of the saved layout."""
+        packed, scales, zero_points = (tensor[places] for tensor in tensors)
+        return self.unpack((packed, scales, zero_points), spec)
+
     def matmul(
         self,
         x: Tensor,

@@ -1,16 +1,16 @@
 """The table of what each quantized layer cost, from one paired run."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.graph.calls import Call
-from fxquant.graph.layers import is_plain_linear, sites
+from fxquant.graph.layers import sites
 from fxquant.measure.paired_run import LayerErrors, PairedRun, run_paired
 from fxquant.measure.sensitivity_row import SensitivityRow
-from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.layer import QuantizedLayer
+from fxquant.modules.weight_forms import form_of, matrix_of
 from fxquant.numerics.metrics import SqnrMeter
 from fxquant.observers import Observer
 from fxquant.passes.decide import Decision
@@ -36,13 +36,13 @@ def measure_rows(
         One row for each quantized layer, and the paired run with the output's errors.
     """
     run = run_paired(float_gm, quantized_gm, calls)
-    linears = {s.name: s.module for s in sites(float_gm) if is_plain_linear(s.module)}
+    layers = {s.name: s.module for s in sites(float_gm) if form_of(s.module)}
     quantized = {
-        s.name: s.module for s in sites(quantized_gm) if isinstance(s.module, QuantizedLinear)
+        s.name: s.module for s in sites(quantized_gm) if isinstance(s.module, QuantizedLayer)
     }
     watched = observers or {}
     return [
-        _row(d, linears[d.module], quantized[d.module], run.layers[d.module], watched.get(d.module))
+        _row(d, layers[d.module], quantized[d.module], run.layers[d.module], watched.get(d.module))
         for d in decisions
         if d.module in quantized
     ], run
@@ -50,8 +50,8 @@ def measure_rows(
 
 def _row(
     decision: Decision,
-    linear: Any,
-    quantized: QuantizedLinear,
+    layer: nn.Module,
+    quantized: QuantizedLayer,
     errors: LayerErrors,
     observer: Observer | None,
 ) -> SensitivityRow:
@@ -62,7 +62,7 @@ def _row(
         shape=decision.shape,
         params=decision.parameters,
         bits=quantized.bits,
-        weight_sqnr_db=weight_sqnr_db(linear, quantized),
+        weight_sqnr_db=weight_sqnr_db(layer, quantized),
         introduced_sqnr_db=errors.introduced.db_or_none,
         cumulative_sqnr_db=errors.cumulative.db_or_none,
         arrived_sqnr_db=errors.arrived.db_or_none,
@@ -72,10 +72,10 @@ def _row(
     )
 
 
-def weight_sqnr_db(linear: nn.Linear, quantized: QuantizedLinear) -> float:
+def weight_sqnr_db(layer: nn.Module, quantized: QuantizedLayer) -> float:
     """SQNR of a layer's weight in dB."""
-    meter, start = SqnrMeter(), 0
+    meter, start, matrix = SqnrMeter(), 0, matrix_of(layer)
     for part in quantized.weight_parts():
-        meter.add(linear.weight[start : start + len(part)], part)
+        meter.add(matrix[start : start + len(part)], part)
         start += len(part)
     return meter.db

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.calls import Call
-from fxquant.graph.layers import Site, is_plain_linear, layer_input, sites, unbatched
+from fxquant.graph.layers import Site, layer_arguments, sites, unbatched
 from fxquant.graph.left_alone import graph_left_alone
 from fxquant.graph.ops import is_rearrangement
 from fxquant.graph.stepper import Stepper, is_tensor
 from fxquant.graph.structures import main_output
 from fxquant.measure.row_parts import row_parts
-from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.layer import QuantizedLayer
+from fxquant.modules.weight_forms import form_of
 from fxquant.numerics.metrics import SqnrMeter
 from fxquant.passes.calibrate import run_call
 from fxquant.report.progress import steps
@@ -75,9 +76,9 @@ def run_paired(
     for call in row_parts(float_gm, steps(calls, "measuring")):
         results: dict[str, list[Tensor]] = {name: [] for name, _, _ in pairs}
         hooks: list[tuple[nn.Module, Any]] = []
-        for name, linear, quantized in pairs:
-            hooks.append((linear, _record(results[name])))
-            hooks.append((quantized, _compare(linear, results[name], run.layers[name])))
+        for name, layer, quantized in pairs:
+            hooks.append((layer, _record(results[name])))
+            hooks.append((quantized, _compare(layer, results[name], run.layers[name])))
         with _hooks(hooks), graph_left_alone(float_gm), graph_left_alone(quantized_gm):
             _run_side_by_side(
                 Stepper(float_gm, call), Stepper(quantized_gm, call), run, select, shared
@@ -136,12 +137,12 @@ def _note(run: PairedRun, node: Node, expected: Any, found: Any) -> None:
 
 def _layer_pairs(
     float_gm: GraphModule, quantized_gm: GraphModule
-) -> list[tuple[str, Any, QuantizedLinear]]:
-    linears = {s.name: s.module for s in sites(float_gm) if is_plain_linear(s.module)}
+) -> list[tuple[str, nn.Module, QuantizedLayer]]:
+    layers = {s.name: s.module for s in sites(float_gm) if form_of(s.module)}
     found = {}
     for site in sites(quantized_gm):
-        if isinstance(site.module, QuantizedLinear) and site.name in linears:
-            found[site.name] = (site.name, linears[site.name], site.module)
+        if isinstance(site.module, QuantizedLayer) and site.name in layers:
+            found[site.name] = (site.name, layers[site.name], site.module)
     return list(found.values())
 
 
@@ -152,10 +153,10 @@ def _record(results: list[Tensor]) -> Callable[..., None]:
     return hook
 
 
-def _compare(linear: Any, expected: list[Tensor], errors: LayerErrors) -> Any:
+def _compare(layer: nn.Module, expected: list[Tensor], errors: LayerErrors) -> Any:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        x, output = layer_input(args, kwargs), unbatched(output)
-        shifted = nn.functional.linear(x, linear.weight, linear.bias)  # F(x_q)
+        output = unbatched(output)
+        shifted = layer.forward(*layer_arguments(args, kwargs))  # F(x_q), past all hooks
         errors.introduced.add(shifted, output)
         if not expected:  # control flow may have taken another way
             return

@@ -1,14 +1,15 @@
 """What the quantized linear layers have in common."""
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxquant.errors import OptionError, WeightError, check_choice
-from fxquant.modules.lazy_weight import LazyWeight
-from fxquant.numerics.quantized_weight import SCALE_DTYPE, QuantizedWeight
+from fxquant.modules.layer import QuantizedLayer
+from fxquant.numerics.quantized_weight import SCALE_DTYPE
 
 ACTIVATIONS = ("float", "int8")
 LARGEST_ZERO_POINT = 4096.0  # one beyond would leave scale · zero point without precision
@@ -17,7 +18,7 @@ FLOAT_DTYPES = {str(t).removeprefix("torch."): t for t in (
 )}  # fmt: skip
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(QuantizedLayer):
     """A linear layer with integer weights and an optional float bias.
 
     Attributes:
@@ -27,8 +28,7 @@ class QuantizedLinear(nn.Module):
         bias: float [out] or None.
     """
 
-    bits: int
-    bias: Tensor | None
+    replaces = (nn.Linear,)
 
     def __init__(
         self,
@@ -45,30 +45,30 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     @property
-    def weight(self) -> Tensor:
-        """The dequantized weight [out, in] in the dtype of the float layer's.
-
-        To look at its shape, dtype and device costs nothing; its values are computed at each use.
-        """
-        shape = (self.out_features, self.in_features)
-        return LazyWeight(self.dequantize, shape, self._weight_dtype, self._device)
-
-    @property
-    def quantized_weight(self) -> QuantizedWeight:
-        """The integers with their scales and zero points."""
-        raise NotImplementedError(type(self).__name__)
-
-    def dequantize(self) -> Tensor:
-        """The values of the weight, float32 [out, in]."""
-        return self.quantized_weight.dequantize()
+    def weight_shape(self) -> tuple[int, ...]:
+        """`(out, in)`."""
+        return self.out_features, self.in_features
 
     @property
     def _device(self) -> torch.device:
         return next(iter(self.buffers())).device
 
-    def weight_parts(self) -> Iterator[Tensor]:
-        """The rows of the float32 weight in order, some at a time: memory stays small."""
-        yield from self.quantized_weight.parts()
+    def rows(self, places: Tensor) -> Tensor:
+        """Some rows of the float32 weight: `places` [n] in 0..out - 1, the result [n, in]."""
+        return self.quantized_weight.rows(places).values()
+
+    @property
+    def packed_memory(self) -> Tensor:
+        """The tensor that holds the integers in memory: the same object in tied layers."""
+        raise NotImplementedError(type(self).__name__)
+
+    def with_bias(self, bias: Tensor | None) -> "QuantizedLinear":
+        """A layer that shares this one's packed weight and has another bias [out]."""
+        made = type(self).__new__(type(self))
+        state = vars(self).items()
+        vars(made).update({k: copy.copy(v) if isinstance(v, dict | set) else v for k, v in state})
+        made._buffers["bias"] = None if bias is None else bias.detach().clone()
+        return made
 
     @property
     def activation(self) -> str:
@@ -84,7 +84,7 @@ class QuantizedLinear(nn.Module):
     def _prepare(self) -> None:
         """Choose a kernel and derive its layout; it is never saved."""
 
-    def to_linear(self) -> nn.Linear:
+    def to_float(self) -> nn.Linear:
         """A float `nn.Linear` with the same weights."""
         shape = (self.in_features, self.out_features)
         linear = nn.Linear(*shape, bias=self.bias is not None, device="meta")

@@ -49,9 +49,3 @@ class QuantizedLinearInt4(QuantizedLinearIntN):
             OptionError: `group_size` is neither positive nor -1.
         """
         return cls.rounded(linear, cls.bits, group_size, symmetric)
-
-
-def linear_of(weight: QuantizedWeight, bias: Tensor | None) -> QuantizedLinearIntN:
-    """The layer that holds a weight in groups, of the class for its width."""
-    kind = QuantizedLinearInt4 if weight.bits == QuantizedLinearInt4.bits else QuantizedLinearIntN
-    return kind(weight, bias)

@@ -131,6 +131,15 @@ class QuantizedLinearIntN(QuantizedLinear):
         return None
 
     @property
+    def packed_memory(self) -> Tensor:
+        """The kernel's layout."""
+        return self._kernel_tensors()[0]
+
+    def rows(self, places: Tensor) -> Tensor:
+        """Some rows of the float32 weight: `places` [n] in 0..out - 1, the result [n, in]."""
+        return self._backend.rows(self._kernel_tensors(), self._spec, places).values()
+
+    @property
     def _packed_weight(self) -> Tensor:
         return self._saved()["_packed_weight"]
 

@@ -11,7 +11,7 @@ formats before the integers are chosen: what is stored is exactly what the integ
   weights at 4 bits that is worth 0.4 dB after a clip search.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -179,14 +179,37 @@ class QuantizedWeight:
             )
         ]
 
+    def clone(self) -> "QuantizedWeight":
+        """The same on memory of its own."""
+        tensors = self.packed, self.scales, self.zero_points
+        packed, scales, zero_points = (tensor.clone() for tensor in tensors)
+        return replace(self, packed=packed, scales=scales, zero_points=zero_points)
+
+    def rows(self, places: Tensor) -> "QuantizedWeight":
+        """Some rows; `places` are whole numbers [n] in 0..out - 1."""
+        grid = self.scales[places], self.zero_points[places]
+        return replace(self, packed=self.packed[places], scales=grid[0], zero_points=grid[1])
+
+    def values(self) -> Tensor:
+        """The float32 weight [out, in], all rows at once: for few rows."""
+        size = min(self.group_size, self.in_features)
+        q = F.pad(self.integers(), (0, -self.in_features % size)).unflatten(1, (-1, size))
+        groups = torch.sub(q, self.zero_points.float()[..., None])
+        return from_groups(groups.mul_(self.scales.float()[..., None]), self.in_features)
+
     def parts(self) -> Iterator[Tensor]:
         """The rows of the float32 weight in order, some at a time: memory stays small."""
-        size = min(self.group_size, self.in_features)
-        missing = -self.in_features % size
         for part in self.split(rows_of_block(self.in_features)):
-            q = F.pad(part.integers(), (0, missing)).unflatten(1, (-1, size))
-            groups = torch.sub(q, part.zero_points.float()[..., None])
-            yield from_groups(groups.mul_(part.scales.float()[..., None]), self.in_features)
+            yield part.values()
+
+    @classmethod
+    def joined(cls, parts: Sequence["QuantizedWeight"]) -> "QuantizedWeight":
+        """Undo `split`: the rows of weights of one form, one below the other."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = zip(*((p.packed, p.scales, p.zero_points) for p in parts), strict=True)
+        packed, scales, zero_points = map(torch.cat, columns)
+        return replace(parts[0], packed=packed, scales=scales, zero_points=zero_points)
 
     def dequantize(self) -> Tensor:
         """The float32 weight [out, in].

@@ -13,6 +13,7 @@ class InputStatistics:
 
     Args:
         channels: the width of the input.
+        sample_size: how many tokens are kept at most.
 
     Attributes:
         tokens: how many tokens were added; 0 also for statistics that no data made.
@@ -21,11 +22,11 @@ class InputStatistics:
         mean_abs: the mean magnitude of each channel.
         lowest: the smallest value of each channel.
         highest: the largest value of each channel.
-        sample: tokens spread over all batches, [at most 512, channels].
+        sample: tokens spread over all batches, [at most `sample_size`, channels].
     """
 
-    def __init__(self, channels: int) -> None:
-        self.tokens = 0
+    def __init__(self, channels: int, sample_size: int = SAMPLE) -> None:
+        self.tokens, self.sample_size = 0, sample_size
         self.mean, self.mean_square, self.mean_abs = torch.zeros(3, channels, dtype=torch.float32)
         self.lowest = torch.full((channels,), torch.inf, dtype=torch.float32)
         self.highest = -self.lowest
@@ -84,8 +85,9 @@ class InputStatistics:
 
     def _add_to_sample(self, x: Tensor, share: float) -> None:
         """Keep as many of the new tokens as their share, evenly spaced; the same every time."""
-        new = min(len(x), SAMPLE, max(1, round(SAMPLE * share)))
-        kept = min(len(self.sample), SAMPLE - new)
+        size = self.sample_size
+        new = min(len(x), size, max(1, round(size * share)))
+        kept = min(len(self.sample), size - new)
         old = self.sample[_spaced(len(self.sample), kept)]
         self.sample = torch.cat((old, x[_spaced(len(x), new)]))
 

@@ -138,6 +138,11 @@ class LayerMoments:
         self._total_shift = torch.zeros(out_features, dtype=torch.float64)
         self._held_shifts: list[Tensor | None] = []
 
+    @staticmethod
+    def bytes_of(in_features: int, out_features: int) -> int:
+        """Bytes of the sums of a layer, at most."""
+        return 2 * torch.float32.itemsize * in_features * (in_features + out_features)
+
     def add(self, x: Tensor, shift: Tensor | None = None, mask: Tensor | None = None) -> None:
         """Add a batch.
 

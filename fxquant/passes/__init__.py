@@ -10,8 +10,10 @@ Each leaves a legal graph and never changes its input.
 | `insert_observers.py`, `calibrate.py` | observers as nodes, and data through them |
 | `observe_inputs.py` | the one collector of what the input of each layer looks like |
 | `scale_channels.py`, `simulate.py` | channel scales folded into the graph |
+| `layer_maker.py` | a float layer as blocks of rows, and its quantized layer; tied weights |
 | `rounded_layers.py`, `fitted_layers.py` | quantized layers rounded alone, or fitted to inputs |
 | `target_limits.py` | what an export format asks of them |
+| `block_moments.py` | the moments of what each block of rows multiplies |
 | `quantize_sequentially.py` | layers quantized in the order in which they run |
 | `turns.py`, `paired_batches.py` | which layers together, and batches from turn to turn |
 | `held_values.py` | what waits between turns: in memory up to a bound, else in a file |

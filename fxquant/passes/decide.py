@@ -2,19 +2,23 @@
 
 The first rule of this list that applies decides:
 
-1. a layer that nothing calls, an opaque module, or an op without an integer kernel, stays float
+1. a layer that nothing calls, an opaque module, or a weight without a `LayerForm`, stays float
 2. `modules_to_not_convert`, `skip_layer_names`
 3. `skip_layer_types`; `layer_types` that leave it out
-4. `bits`, where it is a mapping
-5. a weight tied to a layer that stays float (by default only)
-6. `skip_param_threshold`
-7. fewer inputs than `group_size`: INT8, whatever width was asked for
-8. `target`: a weight that the format cannot hold
-9. all others are quantized
+4. the weight of an embedding that is quantized: the layers tied to it read the same integers
+5. `bits`, where it is a mapping; `embeddings`, of rows that are looked up
+6. a weight tied to a layer that stays float (by default only)
+7. `skip_param_threshold`
+8. fewer inputs than `group_size`: INT8, whatever width was asked for
+9. `target`: a weight that the format cannot hold
+10. all others are quantized
+
+What the caller says of one layer by its exact name in `bits`, or of embeddings by `embeddings`,
+goes before the defaults of rules 2 and 3.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.fx import GraphModule
@@ -29,8 +33,8 @@ from fxquant.config.skip_rules import (
     type_name,
 )
 from fxquant.config.targets import TARGETS
-from fxquant.graph.layers import is_plain_linear
 from fxquant.graph.parameters import ParameterNode, memory_of, parameter_nodes
+from fxquant.modules.weight_forms import form_of, matrix_of
 from fxquant.numerics.integers import INT8, WIDTHS
 from fxquant.numerics.quantized_weight import ONE_GROUP, is_per_channel
 
@@ -85,13 +89,36 @@ def decide(gm: GraphModule, config: QuantConfig) -> list[Decision]:
     """
     nodes = parameter_nodes(gm)
     _check_rules(nodes, config)
-    float_weights = {
+    weights = _Weights()
+    decided = {n.name: _decide_node(n, config, weights) for n in nodes if n.is_lookup}
+    weights.looked_up = {
+        memory_of(n.parameters[0]): (n.name, decided[n.name].action)
+        for n in nodes
+        if n.is_lookup and decided[n.name].bits is not None
+    }
+    weights.float_ones = {
         memory_of(p): node.name
         for node in nodes
-        if node.is_lookup or not _is_quantizable(node, config) or _skipped_type(node, config)
+        if memory_of(node.parameters[0]) not in weights.looked_up
+        and (node.is_lookup or not _is_quantizable(node) or _skipped_type(node, config))
         for p in node.parameters
     }
-    return [_decide_node(node, config, float_weights) for node in nodes]
+    rest = (n for n in nodes if not n.is_lookup)
+    decided |= {n.name: _decide_node(n, config, weights) for n in rest}
+    return [decided[node.name] for node in nodes]
+
+
+@dataclass
+class _Weights:
+    """What is known of weights that several layers may read, by their memory.
+
+    Attributes:
+        looked_up: the embedding that reads it, and its action, where that is quantized.
+        float_ones: a layer that reads it and stays float.
+    """
+
+    looked_up: dict[int, tuple[str, str]] = field(default_factory=dict)
+    float_ones: dict[int, str] = field(default_factory=dict)
 
 
 def add_notes(decisions: Iterable[Decision], notes: Mapping[str, str]) -> list[Decision]:
@@ -113,10 +140,8 @@ def _check_rules(nodes: list[ParameterNode], config: QuantConfig) -> None:
         check_names_match("bits", config.bits, names)
 
 
-def _decide_node(
-    node: ParameterNode, config: QuantConfig, float_weights: dict[int, str]
-) -> Decision:
-    action, rule, reason = _first_rule(node, config, float_weights)
+def _decide_node(node: ParameterNode, config: QuantConfig, weights: _Weights) -> Decision:
+    action, rule, reason = _first_rule(node, config, weights)
     kind = type_name(node.kind)
     elements = 0
     if node.product is not None:
@@ -128,7 +153,7 @@ def _decide_node(
 
 
 def _first_rule(
-    node: ParameterNode, config: QuantConfig, float_weights: dict[int, str]
+    node: ParameterNode, config: QuantConfig, weights: _Weights
 ) -> tuple[str, str, str]:
     if node.is_idle:
         why = "the graph does not call it: it did not run on the example, or its weight is used by "
@@ -138,27 +163,32 @@ def _first_rule(
     pattern = _matching_name(config.modules_to_not_convert or (), node.name)
     if pattern is not None:
         return "float", f"modules_to_not_convert: {pattern}", "the caller keeps it float"
+    is_meant, tied = _is_meant(node, config), weights.looked_up.get(memory_of(node.parameters[0]))
     names, origin = _with_origin(config.skip_layer_names, "skip_names")
     pattern = _matching_name(names, node.name)
-    if pattern is not None:
+    is_default = config.skip_layer_names is None
+    if pattern is not None and not (is_default and (is_meant or tied)):
         return "float", f"{origin}: {pattern}", "name is skipped"
     kind = _skipped_type(node, config)
     if kind is not None:
         _, origin = _with_origin(config.skip_layer_types, "skip_types")
         return "float", f"{origin}: {type_name(kind)}", "type is skipped"
-    if not _is_quantizable(node, config):
+    if not _is_quantizable(node):
         return "float", "op table", _why_not(node)
     if config.layer_types is not None and not any(
         is_type_match(kind, node.kind) for kind in config.layer_types
     ):
         return "float", "layer_types", "its type is not among the chosen ones"
+    if tied is not None and not is_meant:
+        name, action = tied
+        return action, f"tied weight: {name}", f"its weight is that of {name}"
     bits, rule, reason = _bits_of(node, config)
     if bits == FLOAT_BITS:
         return "float", rule, reason
     is_explicit = isinstance(config.bits, Mapping) or config.skip_layer_names is not None
-    tied = float_weights.get(memory_of(node.parameters[0]))
-    if tied is not None and not is_explicit:
-        return "float", "default: tied weight", f"its weight is shared with {tied}, which is float"
+    other = weights.float_ones.get(memory_of(node.parameters[0]))
+    if other is not None and not is_explicit:
+        return "float", "default: tied weight", f"its weight is shared with {other}, which is float"
     return _by_size(node, config, bits, rule, reason)
 
 
@@ -172,8 +202,9 @@ def _by_size(
     if node.parameter_count < threshold and not isinstance(config.bits, Mapping):
         why = f"{node.parameter_count} parameters are fewer than {threshold}"
         return "float", origin, why
-    if bits < INT8.bits and is_per_channel(bits, config.group_size, node.shape[-1]):
-        why = f"{node.shape[-1]} inputs are fewer than a group of {config.group_size}"
+    inputs = 0 if node.module is None else matrix_of(node.module).shape[1]
+    if bits < INT8.bits and is_per_channel(bits, config.group_size, inputs):
+        why = f"{inputs} inputs are fewer than a group of {config.group_size}"
         bits, rule, reason = INT8.bits, "group_size", f"{why}: INT8 per channel instead"
     problem = _target_problem(node, config, bits)
     if problem is not None:
@@ -183,8 +214,11 @@ def _by_size(
 
 def _target_problem(node: ParameterNode, config: QuantConfig, bits: int) -> str | None:
     """Why the format that the model will be exported to cannot hold the layer, or None."""
-    if config.target is None:
+    form = None if node.module is None else form_of(node.module)
+    if config.target is None or form is None:
         return None
+    if form.kind != "linear":
+        return f"the format holds no {form.kind}"
     is_per_row = bits == INT8.bits or config.group_size == ONE_GROUP
     group_size = node.shape[-1] if is_per_row else config.group_size
     problems = TARGETS[config.target].problems(node.shape, bits, group_size)
@@ -192,10 +226,15 @@ def _target_problem(node: ParameterNode, config: QuantConfig, bits: int) -> str 
 
 
 def _bits_of(node: ParameterNode, config: QuantConfig) -> tuple[int, str, str]:
-    if not isinstance(config.bits, Mapping):
-        return config.bits, "default", "a linear layer"
-    if node.name in config.bits:
+    form = None if node.module is None else form_of(node.module)
+    assert form is not None  # nodes without a form stayed float
+    if isinstance(config.bits, Mapping) and node.name in config.bits:
         return config.bits[node.name], "bits", f"the mapping gives it {config.bits[node.name]}"
+    if form.is_lookup:
+        bits = FLOAT_BITS if config.embeddings is None else config.embeddings
+        return bits, "embeddings", form.phrase
+    if not isinstance(config.bits, Mapping):
+        return config.bits, "default", form.phrase
     pattern = _matching_name(config.bits, node.name)
     if pattern is None:
         return FLOAT_BITS, "bits", "the mapping does not name it"
@@ -210,12 +249,12 @@ def _why_not(node: ParameterNode) -> str:
     """Why there is no way to quantize a node, in words."""
     sizes = " x ".join(map(str, node.shape))
     if node.is_lookup:
-        return "its rows are looked up, as in an embedding"
+        return "its rows are looked up by code that is no Embedding layer"
     match node.product:
         case "expert":
             experts, *matrix = node.shape
             each = " x ".join(map(str, matrix))
-            return f"3-D expert weights ({experts} experts of {each}): not quantized"
+            return f"expert weights ({experts} of {each}) used in a form that is no grouped product"
         case "linear" if node.module is not None:
             return f"{type_name(node.kind)} computes more than a linear layer"
         case "linear":
@@ -225,11 +264,20 @@ def _why_not(node: ParameterNode) -> str:
     return f"{node.product} weights ({sizes}): not quantized"
 
 
-def _is_quantizable(node: ParameterNode, config: QuantConfig) -> bool:
-    return node.module is not None and is_plain_linear(node.module) and not node.is_opaque
+def _is_quantizable(node: ParameterNode) -> bool:
+    return node.module is not None and form_of(node.module) is not None and not node.is_opaque
+
+
+def _is_meant(node: ParameterNode, config: QuantConfig) -> bool:
+    """Whether the caller wants this very layer quantized, by its name or as an embedding."""
+    if isinstance(config.bits, Mapping) and config.bits.get(node.name, FLOAT_BITS) != FLOAT_BITS:
+        return True
+    return node.is_lookup and config.embeddings is not None
 
 
 def _skipped_type(node: ParameterNode, config: QuantConfig) -> Any:
+    if config.skip_layer_types is None and _is_meant(node, config):
+        return None
     types, _ = _with_origin(config.skip_layer_types, "skip_types")
     return next((kind for kind in types if is_type_match(kind, node.kind)), None)
 

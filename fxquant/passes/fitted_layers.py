@@ -1,5 +1,6 @@
 """Layers fitted to the inputs they see: GPTQ toward the float output, with corrected biases."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,16 +12,13 @@ from fxquant.algorithms.refine import refine
 from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.algorithms.target import best_shrinkage
 from fxquant.config.quant_config import QuantConfig
-from fxquant.modules.linear import QuantizedLinear
-from fxquant.modules.linear_int4 import linear_of
-from fxquant.numerics.quantized_weight import (
-    QuantizedWeight,
-    is_per_channel,
-    rows_of_block,
-)
+from fxquant.modules.layer import QuantizedLayer
+from fxquant.numerics.quantized_weight import QuantizedWeight, is_per_channel, rows_of_block
 from fxquant.observers.moments import LayerMoments
 from fxquant.passes.decide import Decision, add_notes
-from fxquant.passes.target_limits import bias_in_target, exact_in_target, int8_layer
+from fxquant.passes.layer_maker import Blocks
+from fxquant.passes.rounded_layers import RoundedLayers
+from fxquant.passes.target_limits import bias_in_target, exact_in_target
 
 FITTED_ELEMENTS = 1 << 22  # of a weight that are fitted at once, with some temporaries of the size
 
@@ -35,44 +33,70 @@ class FittedLayers:
 
     def __init__(self, config: QuantConfig, *, refined: bool = False) -> None:
         self.config, self.refined = config, refined
-        self.unreached: set[str] = set()
-        self.rounded: set[str] = set()
-        self.scarce: dict[str, str] = {}
+        self.unreached: Counter[str] = Counter()  # blocks, by the layer's name
+        self.rounded: Counter[str] = Counter()
+        self.scarce: Counter[str] = Counter()
+        self._plain = RoundedLayers(config)
+        self._blocks: dict[str, tuple[int, str]] = {}  # how many a layer has, and their word
+        self._tokens: dict[str, str] = {}
 
     def quantize(
-        self, name: str, linear: nn.Linear, bits: int, moments: LayerMoments
-    ) -> QuantizedLinear:
-        """The layer called `name` in `bits` bits."""
-        if not moments.tokens:
-            self.unreached.add(name)
-        if is_per_channel(bits, self.config.group_size, linear.in_features):
-            return int8_layer(linear, self.config)
-        weight = exact_in_target(self._fitted(linear, bits, moments), linear, self.config)
-        bias = corrected_bias(linear.weight, weight.dequantize(), linear.bias, moments)
-        fitted = weight, bias_in_target(bias, linear, self.config)
+        self, name: str, layer: nn.Module, bits: int, moments: Iterable[LayerMoments]
+    ) -> QuantizedLayer:
+        """The layer called `name` in `bits` bits.
+
+        Args:
+            name: of the layer.
+            layer: a float layer that has a form.
+            bits: of an integer.
+            moments: of the inputs of each block of rows, in order; none where rows are looked up.
+        """
+        blocks = Blocks(layer)
+        self._blocks[name] = blocks.count, blocks.form.block_word
+        is_rounded = is_per_channel(bits, self.config.group_size, blocks.inputs)
+        if is_rounded or blocks.form.is_lookup or self._plain.is_tied(name, layer, bits):
+            for seen in moments:
+                self.unreached[name] += not seen.tokens
+            return self._plain.quantize(name, layer, bits)
+        fitted = [
+            self._fit(name, matrix, bias, bits, seen)
+            for matrix, bias, seen in zip(blocks.matrices, blocks.biases, moments, strict=True)
+        ]
+        return blocks.finish([weight for weight, _ in fitted], [bias for _, bias in fitted])
+
+    def _fit(
+        self, name: str, matrix: Tensor, bias: Tensor | None, bits: int, moments: LayerMoments
+    ) -> tuple[QuantizedWeight, Tensor | None]:
+        """A block of rows and its bias."""
+        self.unreached[name] += not moments.tokens
+        weight = exact_in_target(self._fitted(matrix, bits, moments), matrix, self.config)
+        corrected = corrected_bias(matrix, weight.dequantize(), bias, moments)
+        fitted = weight, bias_in_target(corrected, bias, self.config)
         if moments.held_tokens and moments.tokens:
-            plain = self._rounded(linear, bits, moments)
-            if _held_error(linear, *plain, moments) < _held_error(linear, *fitted, moments):
-                self.rounded.add(name)
+            plain = self._rounded(matrix, bias, bits, moments)
+            worse = _held_error(matrix, bias, *fitted, moments)
+            if _held_error(matrix, bias, *plain, moments) < worse:
+                self.rounded[name] += 1
                 fitted = plain
-            elif moments.tokens < linear.in_features:
-                self.scarce[name] = (
-                    f"{moments.tokens} tokens for {linear.in_features} inputs; still better than "
+            elif moments.tokens < matrix.shape[1]:
+                self.scarce[name] += 1
+                self._tokens[name] = (
+                    f"{moments.tokens} tokens for {matrix.shape[1]} inputs; still better than "
                     f"rounding on {moments.held_tokens} tokens held out"
                 )
-        return linear_of(*fitted)
+        return fitted
 
-    def _fitted(self, linear: nn.Linear, bits: int, moments: LayerMoments) -> QuantizedWeight:
+    def _fitted(self, matrix: Tensor, bits: int, moments: LayerMoments) -> QuantizedWeight:
         """The weight fitted to the inputs, some outputs at a time: each is on its own."""
         form = self.config.form
         made = QuantizedWeight.empty(
-            linear.weight, bits=bits, group_size=form["group_size"], symmetric=form["symmetric"]
+            matrix, bits=bits, group_size=form["group_size"], symmetric=form["symmetric"]
         )
         shrinkage = best_shrinkage(moments)
-        rows = rows_of_block(linear.in_features, FITTED_ELEMENTS)
+        rows = rows_of_block(matrix.shape[1], FITTED_ELEMENTS)
         for number, part in enumerate(made.split(rows)):
             outputs = slice(number * rows, number * rows + len(part.packed))
-            target = linear.weight[outputs].detach().float()
+            target = matrix[outputs].float()
             if shrinkage is not None:
                 target = shrinkage.applied(target, moments, outputs)
             weight = gptq(target, moments, bits=bits, **form)
@@ -83,30 +107,45 @@ class FittedLayers:
         return made
 
     def _rounded(
-        self, linear: nn.Linear, bits: int, moments: LayerMoments
+        self, matrix: Tensor, bias: Tensor | None, bits: int, moments: LayerMoments
     ) -> tuple[QuantizedWeight, Any]:
-        """The layer as `rtn` makes it, which learns less from the data."""
+        """The block as `rtn` makes it, which learns less from the data."""
         weight = round_to_nearest(
-            linear.weight, bits=bits, **self.config.form, importance=moments.importance
+            matrix, bits=bits, **self.config.form, importance=moments.importance
         )
-        weight = exact_in_target(weight, linear, self.config)
-        lost = (linear.weight.detach().double() - weight.dequantize().double()) @ (
-            moments.total / moments.tokens
-        )
-        base = 0 if linear.bias is None else linear.bias.detach().double()
-        bias = (base + lost).to(linear.weight.dtype)
-        return weight, bias_in_target(bias, linear, self.config)
+        weight = exact_in_target(weight, matrix, self.config)
+        lost = (matrix.double() - weight.dequantize().double()) @ (moments.total / moments.tokens)
+        base = 0 if bias is None else bias.double()
+        return weight, bias_in_target((base + lost).to(matrix.dtype), bias, self.config)
 
     def explain(self, decisions: Iterable[Decision]) -> list[Decision]:
         """The decisions, with a word on layers that were rounded in another way than was asked."""
-        notes = dict.fromkeys(self.unreached, "no calibration token reached it: rounded to nearest")
-        worse = "gptq was worse on tokens that were held out: rounded to nearest"
-        return add_notes(decisions, notes | dict.fromkeys(self.rounded, worse) | self.scarce)
+        rounded = "rounded to nearest"
+        unreached, worse = "no calibration token", "gptq was worse on tokens that were held out"
+        for counts, alone, some in (
+            (self.unreached, f"{unreached} reached it: {rounded}", f"got {unreached}: {rounded}"),
+            (self.rounded, f"{worse}: {rounded}", f"are {rounded}: {worse}"),
+            (self.scarce, None, "had fewer tokens than inputs"),
+        ):
+            notes = {name: self._note(name, n, alone, some) for name, n in counts.items() if n}
+            decisions = add_notes(decisions, notes)
+        return self._plain.explain(decisions)
+
+    def _note(self, name: str, count: int, alone: str | None, some: str) -> str:
+        """What to say of a layer of which `count` blocks are meant."""
+        blocks, word = self._blocks[name]
+        if blocks == 1:
+            return alone or self._tokens[name]
+        return f"{count} of {blocks} {word} {some}"
 
 
 def _held_error(
-    linear: nn.Linear, weight: QuantizedWeight, bias: Tensor | None, moments: LayerMoments
+    matrix: Tensor,
+    bias: Tensor | None,
+    weight: QuantizedWeight,
+    made: Tensor | None,
+    moments: LayerMoments,
 ) -> float:
-    base = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
-    offset = torch.zeros_like(base) if bias is None else bias - base
-    return moments.held_error(linear.weight, weight.dequantize(), offset)
+    base = torch.zeros(len(matrix)) if bias is None else bias
+    offset = torch.zeros_like(base) if made is None else made - base
+    return moments.held_error(matrix, weight.dequantize(), offset)

@@ -9,15 +9,17 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.graph.calls import Call
 from fxquant.graph.effects import writes_before
-from fxquant.graph.layers import Site, is_plain_linear, layer_input, sites
+from fxquant.graph.layers import Site, is_plain_linear, layer_arguments, sites
+from fxquant.modules.weight_forms import block_names, form_of
 from fxquant.observers import Observer, create_observer
-from fxquant.observers.input_statistics import InputStatistics
+from fxquant.observers.input_statistics import SAMPLE, InputStatistics
 from fxquant.passes.calibrate import run_call
+from fxquant.passes.layer_maker import Blocks
 from fxquant.passes.padding import fitting_mask, padding_mask
 from fxquant.passes.turns import repeated_layers
 
@@ -34,8 +36,9 @@ class InputWatcher:
         has_statistics: whether to collect statistics channel by channel.
 
     Attributes:
-        observers: by the layer's name. Layers that read one value share the object.
-        statistics: the same.
+        observers: by the name of a linear layer. Layers that read one value share the object.
+        statistics: by the names of blocks of rows (see `block_names`), shared in the same way.
+            Those of several blocks keep no sample of tokens. Layers that look rows up have none.
         leaders: of each value that is read, the first layer that reads it, by name.
     """
 
@@ -52,33 +55,49 @@ class InputWatcher:
         wanted, written = set(names), writes_before(gm)
         repeated = repeated_layers(gm, wanted)
         for site in sites(gm):
-            if site.name in wanted and site.name not in leaders and is_plain_linear(site.module):
-                place: tuple[object, ...] = (site.target,)
-                if site.input is not None and site.module not in repeated:
-                    place = (site.input, written[site.node])
-                leaders[site.name] = by_place.setdefault(place, site)
+            form = form_of(site.module)
+            if form is None or form.is_lookup or site.name not in wanted or site.name in leaders:
+                continue
+            place: tuple[object, ...] = (site.target,)
+            if form.shares_input and site.input is not None and site.module not in repeated:
+                place = (site.input, written[site.node])
+            leaders[site.name] = by_place.setdefault(place, site)
         first = {site.name: site for site in by_place.values()}
         self.leaders = {name: site.module for name, site in first.items()}
-        ranges = {n: _observer_at(s, observer) for n, s in first.items() if observer is not None}
-        made = {n: InputStatistics(_width(s)) for n, s in first.items() if has_statistics}
+        self._blocks = {name: Blocks(site.module) for name, site in first.items()}
+        linear = {n: s for n, s in first.items() if is_plain_linear(s.module)}
+        ranges = {n: _observer_at(s, observer) for n, s in linear.items() if observer is not None}
+        made = {n: _empty(blocks) for n, blocks in self._blocks.items() if has_statistics}
+        self._statistics = made
         self.observers = {n: ranges[s.name] for n, s in leaders.items() if s.name in ranges}
-        self.statistics = {n: made[s.name] for n, s in leaders.items() if s.name in made}
+        self.statistics = {
+            block: seen
+            for name, site in leaders.items()
+            if site.name in made
+            for block, seen in zip(
+                block_names(name, len(made[site.name])), made[site.name], strict=True
+            )
+        }
 
-    def add(self, name: str, x: Tensor, call: Call, batch: int) -> None:
+    def add(self, name: str, arguments: tuple[Any, ...], call: Call, batch: int) -> None:
         """Add what the layer `name` reads in a batch; other layers that read it must not add it.
 
         Args:
             name: of the layer.
-            x: [..., in].
+            arguments: of the layer's call, the input [..., in] first.
             call: the batch; a two-dimensional `attention_mask` among its keyword arguments masks
                 padding out of the statistics.
             batch: its number, for errors.
         """
         if name in self.observers:
             self.observers[name].batch = batch
-            self.observers[name](x)
-        if name in self.statistics:
-            self.statistics[name].add(x, fitting_mask(padding_mask(call), x))
+            self.observers[name](arguments[0])
+        if name in self._statistics:
+            blocks, mask = self._blocks[name], padding_mask(call)
+            assert blocks.form.reads is not None  # lookups are not watched
+            reads = blocks.form.reads(blocks.layer, *arguments)
+            for x, seen in zip(reads, self._statistics[name], strict=True):
+                seen.add(x, fitting_mask(mask, x))
 
     def check(self, names: Iterable[str]) -> None:
         """Refuse what cannot be calibrated.
@@ -101,7 +120,7 @@ class InputWatcher:
 
         def hook_for(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self.add(name, layer_input(args, kwargs), calls[batch], batch)
+                self.add(name, layer_arguments(args, kwargs), calls[batch], batch)
 
             return hook
 
@@ -123,9 +142,9 @@ def _observer_at(site: Site, name: str) -> Observer:
     return observer
 
 
-def _width(site: Site) -> int:
-    assert isinstance(site.module, nn.Linear)  # watched ones are
-    return site.module.in_features
+def _empty(blocks: Blocks) -> list[InputStatistics]:
+    size = SAMPLE if blocks.count == 1 else 0
+    return [InputStatistics(blocks.inputs, size) for _ in range(blocks.count)]
 
 
 def observe_inputs(

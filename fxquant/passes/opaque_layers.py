@@ -25,7 +25,8 @@ from fxquant.passes.collect_moments import float_linear, lacking_output
 from fxquant.passes.paired_batches import PairedBatch
 from fxquant.passes.turns import Turn
 
-Notice = Callable[[str, Tensor, PairedBatch], None]  # of what a layer reads in the float model
+# Of the arguments that a layer is called with in the float model.
+Notice = Callable[[str, tuple[Tensor, ...], PairedBatch], None]
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def collect_inside(
             what = seen[site.name]
             _add(moments[site.name], float_linear(site), what, batch)
             for x in () if batch.is_held_out else what.clean:
-                notice(site.name, x, batch)
+                notice(site.name, (x,), batch)
 
 
 def _add(moments: LayerMoments, linear: nn.Linear, seen: _Seen, batch: PairedBatch) -> None:

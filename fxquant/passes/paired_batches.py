@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from fxquant.graph.calls import Call
+from fxquant.graph.layers import layer_arguments
 from fxquant.graph.stepper import Stepper
 from fxquant.passes.calibrate import naming_batch
 from fxquant.passes.held_values import HeldValues
@@ -80,6 +82,19 @@ class PairedBatch:
         if not isinstance(clean, Tensor) or not isinstance(noisy, Tensor):
             return None
         return clean, noisy
+
+    def arguments(self, node: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
+        """The arguments of a layer that `node` calls, in the float graph and in the quantized one.
+
+        None where the graphs do not show what it reads.
+        """
+        partner = self.partner(node)
+        clean = map_arg((partner.args, partner.kwargs), self.clean_values.get)
+        noisy = map_arg((node.args, node.kwargs), self.noisy_values.get)
+        found = [layer_arguments(args, kwargs) for args, kwargs in (clean, noisy)]
+        if not all(isinstance(arguments[0], Tensor) for arguments in found):
+            return None
+        return found[0], found[1]
 
     def partner(self, node: Node) -> Node:
         """The node of the float graph for one of the quantized graph."""

@@ -12,7 +12,7 @@ those behind on what the float graph gives.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -20,33 +20,34 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.errors import WeightError
 from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_owning_tensors, copy_sharing_tensors
 from fxquant.graph.layers import (
     Site,
-    is_plain_linear,
     keep_bias_absent,
-    layer_input,
+    layer_arguments,
     replace_layer,
     sites,
 )
 from fxquant.graph.left_alone import attributes_left_alone, graph_left_alone, left_alone
-from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.layer import QuantizedLayer
+from fxquant.modules.weight_forms import form_of
 from fxquant.observers.moments import LayerMoments
+from fxquant.passes.block_moments import add_call, collect_blocks, empty_moments
 from fxquant.passes.calibrate import run_call
-from fxquant.passes.collect_moments import collect, float_linear
+from fxquant.passes.collect_moments import collect
 from fxquant.passes.decide import Decision
 from fxquant.passes.held_values import HeldValues
+from fxquant.passes.layer_maker import Blocks, naming
 from fxquant.passes.observe_inputs import InputWatcher
 from fxquant.passes.opaque_layers import OpaqueGroup, collect_inside, groups_inside
-from fxquant.passes.padding import fitting_mask, padding_mask
+from fxquant.passes.padding import padding_mask
 from fxquant.passes.paired_batches import PairedBatch
-from fxquant.passes.rewrite import freeze
+from fxquant.passes.rewrite import freeze, share_tables
 from fxquant.passes.turns import Turn, find_turns, repeated_layers
 from fxquant.report.progress import steps
 
-QuantizeWithMoments = Callable[[str, nn.Linear, int, LayerMoments], QuantizedLinear]
+QuantizeWithMoments = Callable[[str, nn.Module, int, Iterable[LayerMoments]], QuantizedLayer]
 
 
 @torch.no_grad()
@@ -54,21 +55,22 @@ def quantize_sequentially(
     gm: GraphModule,
     decisions: Iterable[Decision],
     calls: Sequence[Call],
-    quantize_linear: QuantizeWithMoments,
+    quantize_layer: QuantizeWithMoments,
     held_out: Sequence[Call] = (),
     watcher: InputWatcher | None = None,
     *,
     most_bytes: int | None = None,
 ) -> GraphModule:
-    """Swap each Linear that the table of decisions quantizes, in the order in which it runs.
+    """Swap each layer that the table of decisions quantizes, in the order in which it runs.
 
     Args:
         gm: a traced model; it is not changed.
         decisions: what to quantize.
         calls: batches. A two-dimensional `attention_mask` among the keyword arguments masks padding
             out of the moments.
-        quantize_linear: makes a quantized layer from `(name, linear, bits, moments)`; layers that
-            no batch reaches get moments without tokens.
+        quantize_layer: makes a quantized layer from `(name, layer, bits, moments)`, with the
+            moments of each block of rows, none of lookups; those of blocks that no batch reaches
+            have no tokens.
         held_out: batches that choose no integers; their moments are kept apart.
         watcher: is given what the layers read in the float graph, of `calls`.
         most_bytes: of values that wait between layers in memory; the others wait in a file. None:
@@ -82,16 +84,17 @@ def quantize_sequentially(
         WeightError: a weight cannot be quantized; the layer is named.
     """
     bits = {d.module: d.bits for d in decisions if d.bits is not None}
-    chosen = {s.module for s in sites(gm) if is_plain_linear(s.module) and s.name in bits}
+    chosen = {s.module for s in sites(gm) if form_of(s.module) and s.name in bits}
     rewritten = copy_owning_tensors(gm, keep=chosen.__contains__)
     freeze(rewritten)
     float_gm = copy_sharing_tensors(gm, frozen=True)
     models = (float_gm, rewritten)
     own = [tensor for m in models for tensor in (*m.parameters(), *m.buffers())]
     held = HeldValues(most_bytes, own)
-    run = _Run(float_gm, rewritten, bits, quantize_linear, watcher or InputWatcher(gm, ()), held)
+    run = _Run(float_gm, rewritten, bits, quantize_layer, watcher or InputWatcher(gm, ()), held)
     with closing(held), graph_left_alone(float_gm), attributes_left_alone(rewritten):
         run.over(calls, held_out)
+    share_tables(rewritten)
     rewritten.recompile()
     return rewritten
 
@@ -104,15 +107,15 @@ class _Run:
         float_gm: GraphModule,
         rewritten: GraphModule,
         bits: dict[str, int],
-        quantize_linear: QuantizeWithMoments,
+        quantize_layer: QuantizeWithMoments,
         watcher: InputWatcher,
         held: HeldValues,
     ) -> None:
         self.float_gm, self.rewritten, self.bits = float_gm, rewritten, bits
-        self.quantize_linear, self.watcher, self.held = quantize_linear, watcher, held
+        self.quantize_layer, self.watcher, self.held = quantize_layer, watcher, held
         self.partners = {site.name: site.module for site in sites(float_gm)}
         self.batches: list[PairedBatch] = []
-        self.later: dict[str, LayerMoments] = {}
+        self.later: dict[str, list[LayerMoments]] = {}
 
     def over(self, calls: Sequence[Call], held_out: Sequence[Call]) -> None:
         """Quantize the layers of all turns."""
@@ -128,10 +131,25 @@ class _Run:
                 self._quantize_together(turn)
 
     def _quantize_together(self, turn: Turn) -> None:
-        moments = collect(turn, self._arrived(turn, turn.sites), self.later)
+        site, form = turn.sites[0], form_of(turn.sites[0].module)
+        if form is not None and not form.shares_input:
+            self._swap(site, self._moments_of_blocks(turn))
+            return
+        known = {name: found[0] for name, found in self.later.items()}
+        moments = collect(turn, self._arrived(turn, turn.sites), known)
         self.watcher.check(site.name for site in turn.sites)
         for site in turn.sites:
-            self._swap(site, moments[site.name])
+            self._swap(site, [moments[site.name]])
+
+    def _moments_of_blocks(self, turn: Turn) -> Iterator[LayerMoments]:
+        """The moments of each block of the turn's one layer."""
+        watched = list(turn.sites)
+
+        def arrived() -> Iterator[PairedBatch]:
+            yield from self._arrived(turn, watched)
+            watched.clear()  # what it reads is noticed once
+
+        return collect_blocks(turn, arrived, self.later.pop(turn.sites[0].name, None))
 
     def _quantize_inside(self, turn: Turn) -> None:
         for group in self._groups_inside(turn):
@@ -140,7 +158,7 @@ class _Run:
             collect_inside(group, self.partners, arrived, moments, self._notice)
             self.watcher.check(moments)
             for site in group.sites:
-                self._swap(site, moments[site.name])
+                self._swap(site, [moments[site.name]])
 
     def _groups_inside(self, turn: Turn) -> list[OpaqueGroup]:
         """In which order the first batch sees them."""
@@ -153,58 +171,50 @@ class _Run:
             with batch.resumed(self.held):
                 batch.advance(turn.position)
                 for site in () if batch.is_held_out else watched:
-                    values = batch.values_of(site.input)
-                    if values is not None:
-                        self._notice(site.name, values[0], batch)
+                    arguments = batch.arguments(site.node)
+                    if arguments is not None:
+                        self._notice(site.name, arguments[0], batch)
                 yield batch
 
-    def _notice(self, name: str, x: Tensor, batch: PairedBatch) -> None:
-        """A layer reads `x` in the float graph; of layers that read the same, the first counts."""
+    def _notice(self, name: str, arguments: tuple[Any, ...], batch: PairedBatch) -> None:
+        """A layer is called in the float graph; of layers that read the same, the first counts."""
         if name in self.watcher.leaders:
-            self.watcher.add(name, x, batch.call, batch.index)
+            self.watcher.add(name, arguments, batch.call, batch.index)
 
     def _own_moments(self, site: Site) -> LayerMoments:
-        linear = float_linear(site)
-        return self.later.pop(site.name, None) or LayerMoments(
-            linear.in_features, linear.out_features
-        )
+        later = self.later.pop(site.name, None) or empty_moments(Blocks(site.module), range(1))
+        return later[0]
 
-    def _swap(self, site: Site, moments: LayerMoments) -> None:
-        linear = float_linear(site)
-        try:
-            made = self.quantize_linear(site.name, linear, self.bits[site.name], moments)
-        except WeightError as error:
-            raise WeightError(
-                f"{site.name}.weight", found=error.found, needed=error.needed, remedy=error.remedy
-            ) from error
+    def _swap(self, site: Site, moments: Iterable[LayerMoments]) -> None:
+        with naming(site.name):
+            made = self.quantize_layer(site.name, site.module, self.bits[site.name], moments)
         if site.is_inside:
-            keep_bias_absent(linear, made)
-        replace_layer(linear, made.eval())
+            keep_bias_absent(site.module, made)
+        replace_layer(site.module, made.eval())
 
-    def _moments_of_later_calls(self, calls: Sequence[Call]) -> dict[str, LayerMoments]:
+    def _moments_of_later_calls(self, calls: Sequence[Call]) -> dict[str, list[LayerMoments]]:
         """Of layers that several nodes call: the moments of all inputs but the first, in float."""
-        gm, moments = self.float_gm, dict[str, LayerMoments]()
+        gm, moments = self.float_gm, dict[str, list[LayerMoments]]()
         counts: dict[nn.Module, int] = defaultdict(int)
         batch = 0
 
-        def hook_for(name: str) -> Any:
-            def hook(layer: nn.Linear, args: Any, kwargs: Any, output: Tensor) -> None:
+        def hook_for(name: str, blocks: Blocks) -> Any:
+            def hook(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
                 counts[layer] += 1
                 if counts[layer] > 1:
-                    x = layer_input(args, kwargs)
-                    mask = fitting_mask(padding_mask(calls[batch]), x)
-                    moments[name].add(x, None, mask)
+                    arguments, mask = layer_arguments(args, kwargs), padding_mask(calls[batch])
+                    add_call(moments[name], blocks, range(blocks.count), arguments, None, mask)
                     if name in self.watcher.leaders:
-                        self.watcher.add(name, x, calls[batch], batch)
+                        self.watcher.add(name, arguments, calls[batch], batch)
 
             return hook
 
         repeated = repeated_layers(gm, set(self.bits))
         with left_alone(gm):
             for layer, name in repeated.items():
-                assert isinstance(layer, nn.Linear)  # plain ones are
-                moments[name] = LayerMoments(layer.in_features, layer.out_features)
-                layer.register_forward_hook(hook_for(name), with_kwargs=True)
+                blocks = Blocks(layer)
+                moments[name] = empty_moments(blocks, range(blocks.count))
+                layer.register_forward_hook(hook_for(name, blocks), with_kwargs=True)
             for batch, call in enumerate(calls if repeated else ()):
                 counts.clear()
                 run_call(gm, call, batch)

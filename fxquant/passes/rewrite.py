@@ -9,37 +9,33 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import nn
 from torch.fx import GraphModule
 
-from fxquant.errors import WeightError
 from fxquant.graph.copying import copy_owning_tensors
 from fxquant.graph.graph_module import check_graph
-from fxquant.graph.layers import (
-    Site,
-    finish,
-    is_plain_linear,
-    keep_bias_absent,
-    replace_layer,
-    sites,
-)
+from fxquant.graph.layers import Site, finish, keep_bias_absent, replace_layer, sites
+from fxquant.modules.embedding import QuantizedEmbedding
+from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.weight_forms import form_of
 from fxquant.passes.decide import Decision
+from fxquant.passes.layer_maker import naming
 from fxquant.report.progress import steps
 
-QuantizeLinear = Callable[[str, nn.Linear, int], QuantizedLinear]
+QuantizeLayer = Callable[[str, nn.Module, int], QuantizedLayer]
 
 
 def rewrite(
-    gm: GraphModule, decisions: Iterable[Decision], quantize_linear: QuantizeLinear
+    gm: GraphModule, decisions: Iterable[Decision], quantize_layer: QuantizeLayer
 ) -> GraphModule:
-    """Swap each Linear that the decisions select.
+    """Swap each layer that the decisions select.
 
     Args:
         gm: a traced model; it is not changed.
         decisions: from `decide`.
-        quantize_linear: makes a quantized layer from `(name, linear, bits)`.
+        quantize_layer: makes a quantized layer from `(name, layer, bits)`.
 
     Returns:
         A new graph on memory of its own, whose nodes have the same names and whose parameters need
-        no gradient. One Linear called from several nodes stays one module.
+        no gradient. A layer called from several nodes stays one module.
 
     Raises:
         WeightError: a weight cannot be quantized; the layer is named.
@@ -47,7 +43,7 @@ def rewrite(
     bits = {d.module: d.bits for d in decisions if d.bits is not None}
     chosen = {site.module: site.name for site in sites(gm) if _is_chosen(site, bits)}
     layers = steps(chosen.items(), "rounding layers", total=len(chosen))
-    made = {m: _quantize(name, m, bits[name], quantize_linear) for m, name in layers}
+    made = {m: _quantize(name, m, bits[name], quantize_layer) for m, name in layers}
     for site in sites(gm):
         if site.is_inside and site.module in made:
             keep_bias_absent(site.module, made[site.module])
@@ -66,6 +62,7 @@ def replace_layers(gm: GraphModule, made: Mapping[nn.Module, nn.Module]) -> Grap
     layers = list(dict.fromkeys(site.module for site in sites(rewritten)))
     for layer, other in made.items():
         replace_layer(layers[numbers[layer]], other)
+    share_tables(rewritten)
     freeze(rewritten)
     finish(rewritten)
     return rewritten
@@ -78,24 +75,33 @@ def freeze(module: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
+def share_tables(model: nn.Module) -> None:
+    """Let each embedding hold the very layer that reads its packed weight too, if there is one.
+
+    Then the two stay one when the model is copied, moved and saved.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    tables = {id(m.packed_memory): m for m in reversed(layers)}
+    embeddings = [m for m in model.modules() if isinstance(m, QuantizedEmbedding)]
+    own = {id(m.table) for m in embeddings}
+    tables |= {id(m.packed_memory): m for m in layers if id(m) not in own}
+    for embedding in embeddings:
+        embedding.table = tables[id(embedding.table.packed_memory)]
+
+
 def _is_chosen(site: Site, bits: Mapping[str, int]) -> bool:
-    return is_plain_linear(site.module) and site.name in bits
+    return form_of(site.module) is not None and site.name in bits
 
 
 def _quantize(
-    name: str, linear: nn.Module, bits: int, quantize_linear: QuantizeLinear
-) -> QuantizedLinear:
-    assert isinstance(linear, nn.Linear)  # plain ones were chosen
-    try:
-        return quantize_linear(name, linear, bits).eval()
-    except WeightError as error:
-        raise WeightError(
-            f"{name}.weight", found=error.found, needed=error.needed, remedy=error.remedy
-        ) from error
+    name: str, layer: nn.Module, bits: int, quantize_layer: QuantizeLayer
+) -> QuantizedLayer:
+    with naming(name):
+        return quantize_layer(name, layer, bits).eval()
 
 
 def dequantize_model(qmodel: GraphModule) -> GraphModule:
-    """A float model with the same weights: each quantized layer becomes an `nn.Linear`.
+    """A float model with the same weights: each quantized layer becomes what it was made of.
 
     Args:
         qmodel: a quantized graph; it is not changed.
@@ -104,5 +110,5 @@ def dequantize_model(qmodel: GraphModule) -> GraphModule:
         A new graph. Activation quantize/dequantize nodes stay.
     """
     check_graph("dequantize_model", qmodel)
-    layers = {s.module for s in sites(qmodel) if isinstance(s.module, QuantizedLinear)}
-    return replace_layers(qmodel, {layer: layer.to_linear() for layer in layers})
+    layers = {s.module for s in sites(qmodel) if isinstance(s.module, QuantizedLayer)}
+    return replace_layers(qmodel, {layer: layer.to_float() for layer in layers})

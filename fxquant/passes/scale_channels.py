@@ -101,7 +101,8 @@ def scale_channels(
     bits = {d.module: d.bits for d in decisions if d.bits is not None}
     scaled = copy_sharing_tensors(gm, frozen=True)
     found, notes = _find_scalings(scaled, bits, calls)
-    statistics = observe_inputs(scaled, bits, calls)
+    watched = {name for scaling, _ in found for name, _, _ in scaling.readers if name in bits}
+    statistics = observe_inputs(scaled, watched, calls)
     folded: list[FoldedScale] = []
     for scaling, names in found:
         layers = [(n, m, c) for n, m, c in scaling.readers if n in bits and n in statistics]

@@ -11,8 +11,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.effects import writes_before
-from fxquant.graph.layers import Site, is_plain_linear, sites
+from fxquant.graph.layers import Site, sites
 from fxquant.graph.residual import added_to
+from fxquant.modules.weight_forms import form_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def find_turns(gm: GraphModule, names: set[str]) -> list[Turn]:
 
     Args:
         gm: a traced model.
-        names: of plain linear layers.
+        names: of layers that have a form; those of another kind than linear have their own turns.
     """
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
     written, repeated = writes_before(gm), repeated_layers(gm, names)
@@ -54,12 +55,14 @@ def find_turns(gm: GraphModule, names: set[str]) -> list[Turn]:
     by_place: dict[tuple[object, ...], Turn] = {}
     seen: set[nn.Module] = set()
     for site in sites(gm):
-        if site.module in seen or site.name not in names or not is_plain_linear(site.module):
+        form = form_of(site.module)
+        if site.module in seen or site.name not in names or form is None:
             continue
         seen.add(site.module)
         residual = None if site.is_inside else added_to(gm, site.node)
         place: tuple[object, ...] = (site.node,)
-        if not site.is_inside and site.input is not None and site.module not in repeated:
+        is_first = site.input is not None and site.module not in repeated
+        if form.shares_input and is_first and not site.is_inside:
             place = (site.input, written[site.node])
         turn = by_place.get(place)
         is_known = turn is not None and (residual is None or position[residual] < turn.position)
@@ -77,6 +80,7 @@ def repeated_layers(gm: GraphModule, names: set[str]) -> dict[nn.Module, str]:
     """The layers that several nodes call, with their names."""
     calls: dict[nn.Module, list[str]] = defaultdict(list)
     for site in sites(gm):
-        if is_plain_linear(site.module) and site.name in names:
+        form = form_of(site.module)
+        if form is not None and not form.is_lookup and site.name in names:
             calls[site.module].append(site.name)
     return {layer: found[0] for layer, found in calls.items() if len(found) > 1}

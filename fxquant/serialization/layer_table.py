@@ -22,6 +22,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 LARGEST = 1 << 31  # of a size
 MOST_LAYERS = 10_000  # of one recurrent module
+MOST_EXPERTS = 10_000  # of one layer
 MOST_PARTS = 16  # of a tuple
 
 NAMES = _words(
@@ -138,6 +139,8 @@ KINDS: dict[str, Kind] = {
         "upscale_factor downscale_factor head_dim",
     ),
     "num_layers": _whole(1, MOST_LAYERS),
+    "experts": _whole(1, MOST_EXPERTS),
+    "dims": _whole(1, 3),
     **_named(_or_none(_SIZES), "kernel_size stride dilation output_padding normalized_shape"),
     "output_size": _or_none(_several(_or_none(_SIZE))),
     "size": _or_none(_several(_or_none(_whole(-LARGEST, LARGEST)))),
@@ -146,7 +149,7 @@ KINDS: dict[str, Kind] = {
         _is_flag,
         "bias affine track_running_stats elementwise_affine scale_grad_by_freq sparse batch_first "
         "bidirectional inplace ceil_mode count_include_pad return_indices add_bias_kv "
-        "add_zero_attn norm_first keepdim full log_target is_packed",
+        "add_zero_attn norm_first keepdim full log_target is_packed is_transposed",
     ),
     **_named(_or_none(_is_flag), "align_corners recompute_scale_factor"),
     "padding_mode": _choice("zeros", "reflect", "replicate", "circular"),
@@ -173,7 +176,7 @@ KINDS: dict[str, Kind] = {
 # Arguments that say nothing about the module, or only where its first values come from.
 _UNSAVED_ARGUMENTS = _words(
     "self device dtype size_average reduce min_value max_value _weight _freeze _random_samples "
-    "args kwargs"
+    "args kwargs table layers matrix"
 )
 _RECURRENT_ARGUMENTS = _words(
     "input_size hidden_size num_layers bias batch_first dropout bidirectional"

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import FxquantError
+from fxquant.modules.conv import QuantizedConv
+from fxquant.modules.embedding import QuantizedEmbedding
+from fxquant.modules.grouped_linear import GroupedLinear, QuantizedGroupedLinear
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.observers import OBSERVERS
 from fxquant.serialization.layer_table import (
@@ -58,6 +61,7 @@ _OWN: dict[str, type[nn.Module]] = {
     class_name(cls): cls
     for cls in (
         *HOLDERS, *_STACKS, TraceableMultiheadAttention, TraceableTransformerEncoderLayer,
+        QuantizedEmbedding, GroupedLinear, QuantizedGroupedLinear, QuantizedConv,
     )
 } | _OBSERVERS  # fmt: skip
 

@@ -217,8 +217,8 @@ _row = record(
 _config = record(
     {},
     {
-        "bits": _bits, "group_size": whole, "symmetric": flag, "zero_points": text,
-        "target": text, "method": text, "observer": text,
+        "bits": _bits, "embeddings": whole, "group_size": whole, "symmetric": flag,
+        "zero_points": text, "target": text, "method": text, "observer": text,
         "activation_bits": optional(whole), "layer_types": _texts,
         "modules_to_not_convert": _texts, "skip_layer_types": _texts, "skip_layer_names": _texts,
         "skip_param_threshold": whole, "num_calibration_samples": whole, "accuracy_warning": text,

@@ -14,7 +14,8 @@
 | `inline.py` | opaque children of a symbolic graph, exported one by one and laid into it |
 | `opaque.py` | the last way: the model's own code as one node |
 | `assemble.py` | from a recorded graph to a `GraphModule` |
-| `canonical.py`, `constants.py`, `einsum.py` | products with a weight become layers by name |
+| `canonical.py`, `constants.py` | products with a weight become layers by name |
+| `einsum.py`, `grouped.py` | products that are layers in another form: an einsum, experts |
 | `oracle.py`, `variations.py` | the user's own model on the example and on other sizes |
 | `results.py` | what is kept of a result, and how two differ |
 | `needed.py`, `guards.py` | which sizes a graph has to refuse, and the checks that do it |

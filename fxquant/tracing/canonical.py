@@ -17,10 +17,12 @@ from fxquant.graph.layers import NAMES, ROOT, has_hooks, target_of, tensor_attri
 from fxquant.graph.linear_operands import LinearOperands, linear_operands
 from fxquant.graph.ops import is_addition, op_name
 from fxquant.graph.shapes import MODULE_PATH
+from fxquant.modules.grouped_linear import GroupedLinear
 from fxquant.tracing.assemble import make_graph_module
 from fxquant.tracing.constants import Constant, Constants
 from fxquant.tracing.einsum import linear_form
 from fxquant.tracing.export import innermost_module
+from fxquant.tracing.grouped import call_grouped, grouped_product
 
 aten = torch.ops.aten
 READ_ONLY = "fxquant_read_only"  # gm.meta: layers made of weights that other code multiplies with
@@ -59,7 +61,9 @@ def canonicalize(gm: GraphModule, module: nn.Module) -> GraphModule:
     restored = {node for node in nodes if _restore_module(gm, names, node)}
     for node in nodes:  # a layer that is made must not take the name of one that is put back
         if node not in restored:
-            _make_linear(gm, names, constants, node)
+            _ = _make_linear(gm, names, constants, node) or _make_grouped(
+                gm, names, constants, node
+            )
     remove_unused(gm)
     return make_graph_module(
         _used(gm, names.made), gm.graph, type(module).__name__, {**gm.meta, NAMES: names.names}
@@ -176,6 +180,25 @@ def _make_linear(gm: GraphModule, names: "_Names", constants: Constants, node: N
     return True
 
 
+def _make_grouped(gm: GraphModule, names: "_Names", constants: Constants, node: Node) -> bool:
+    product = grouped_product(constants, node)
+    if product is None:
+        return False
+    path = node.meta.get(MODULE_PATH)
+    target = names.of(product.weight, product.matrices, None, path)
+    _mark_read_only(gm, names, target, product.weight)
+    names.made.setdefault(target, GroupedLinear.on(product.matrices))
+    call = call_grouped(gm, node, target, product)
+    call.meta = {key: value for key, value in node.meta.items() if key == MODULE_PATH}
+    return True
+
+
+def _mark_read_only(gm: GraphModule, names: "_Names", target: str, weight: Constant) -> None:
+    """Note a layer whose weight is read by other code than its own."""
+    owners = [user_name(gm, str(n.target)).rpartition(".")[0] for n in weight.sources]
+    gm.meta.setdefault(READ_ONLY, []).extend((names.names.get(target, target), *owners))
+
+
 def _make_linear_of_einsum(
     gm: GraphModule, names: "_Names", constants: Constants, node: Node, operands: LinearOperands
 ) -> bool:
@@ -230,10 +253,8 @@ def _call_linear(
 ) -> Node:
     path = node.meta.get(MODULE_PATH)
     target = names.of(weight, matrix, bias, path)
-    name = names.names.get(target, target)
-    if name != (path or ROOT):  # other code than the layer's own reads the weight
-        owners = [user_name(gm, str(n.target)).rpartition(".")[0] for n in weight.sources]
-        gm.meta.setdefault(READ_ONLY, []).extend((name, *owners))
+    if names.names.get(target, target) != (path or ROOT):
+        _mark_read_only(gm, names, target, weight)
     names.made.setdefault(target, linear_of(matrix, bias))
     return _replace_by_call(gm.graph, last, target, source)
 

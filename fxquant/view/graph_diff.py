@@ -15,7 +15,7 @@ from fxquant.graph.layers import sites, user_name
 from fxquant.measure.quantization_info import INFO_KEY
 from fxquant.measure.sensitivity_row import as_number
 from fxquant.measure.sizes import model_bytes
-from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.layer import QuantizedLayer
 from fxquant.numerics.metrics import sqnr_db
 from fxquant.report.html import Page, write_html
 from fxquant.report.tables import format_db
@@ -147,7 +147,7 @@ class _Place:
     @property
     def kind(self) -> str:
         module = self.module
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLayer):
             return f"{type(module).__name__}({module.extra_repr()})"
         return type(module).__name__ if module is not None else type_name(self.node.target)
 

@@ -1,5 +1,6 @@
 """A traced, observed or rewritten graph as a `networkx.MultiDiGraph`."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from fxquant.graph.graph_module import check_graph
 from fxquant.graph.layers import Site, sites, user_name
 from fxquant.graph.shapes import DTYPE, MODULE_PATH, SHAPE
 from fxquant.measure.quantization_info import INFO_KEY
-from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.layer import QuantizedLayer
 
 
 def to_networkx(gm: GraphModule, rows: dict[str, Any] | None = None) -> "nx.MultiDiGraph[str]":
@@ -56,7 +57,7 @@ def describe_node(gm: GraphModule, node: Node, rows: dict[str, Any]) -> dict[str
         "scope": node.meta.get(MODULE_PATH) or name,
         "shape": node.meta.get(SHAPE),
         "dtype": node.meta.get(DTYPE),
-        "bits": module.bits if isinstance(module, QuantizedLinear) else None,
+        "bits": module.bits if isinstance(module, QuantizedLayer) else None,
         "parameters": parameter_count(module),
         "sqnr_db": row.get("introduced_sqnr_db"),
     }
@@ -74,7 +75,7 @@ def _describe_inside(gm: GraphModule, site: Site, rows: dict[str, Any]) -> dict[
         "scope": site.name,
         "shape": None,
         "dtype": None,
-        "bits": layer.bits if isinstance(layer, QuantizedLinear) else None,
+        "bits": layer.bits if isinstance(layer, QuantizedLayer) else None,
         "parameters": parameter_count(layer),
         "sqnr_db": rows.get(site.name, {}).get("introduced_sqnr_db"),
     }
@@ -88,9 +89,9 @@ def measured_rows(gm: GraphModule) -> dict[str, Any]:
 
 def parameter_count(module: nn.Module | None) -> int:
     """Elements of a module's weights and biases; packed ones count each."""
-    if isinstance(module, QuantizedLinear):
+    if isinstance(module, QuantizedLayer):
         bias = 0 if module.bias is None else module.bias.numel()
-        return module.in_features * module.out_features + bias
+        return math.prod(module.weight_shape) + bias
     return 0 if module is None else sum(p.numel() for p in module.parameters())
 
 

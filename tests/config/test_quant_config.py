@@ -59,7 +59,7 @@ def test_a_mapping_of_bits_cannot_be_changed_from_outside():
         ({"method": "gptk"}, "'gptk'", "Did you mean 'gptq'"),
         ({"observer": "histogramm"}, "histogramm", "Did you mean 'histogram'"),
         ({"activation_bits": 4}, "4", "Leave it None"),
-        ({"layer_types": [nn.Conv2d]}, "Conv2d", "Leave layer_types out"),
+        ({"layer_types": [nn.LSTM]}, "LSTM", "Leave layer_types out"),
         ({"layer_types": nn.Linear}, "Linear", r"layer_types=\["),
         ({"modules_to_not_convert": "head"}, "the text 'head'", r"\['head'\]"),
         ({"skip_layer_names": ["re:("]}, "does not compile", "Correct it"),

@@ -85,7 +85,7 @@ def moments_of(graph):
     seen = {}
 
     def quantize(name, linear, bits, moments):
-        seen[name] = moments
+        (seen[name],) = moments
         return fxquant.QuantizedLinearInt4.from_float(linear, 32)
 
     decisions = fxquant.plan(graph, modules_to_not_convert=["head"], **QUIET).decisions
@@ -121,7 +121,7 @@ def test_what_an_input_lacks_becomes_the_shift_of_each_output(graph):
     seen = {}
 
     def quantize(name, linear, bits, moments):
-        seen[name] = moments
+        (seen[name],) = moments
         return fxquant.QuantizedLinearInt4.from_float(linear, 32)
 
     decisions = fxquant.plan(gm, **QUIET).decisions

@@ -24,7 +24,7 @@ def seen_moments(model):
     seen = {}
 
     def quantize(name, linear, bits, moments):
-        seen[name] = moments
+        (seen[name],) = moments
         return QuantizedLinearInt4.from_float(linear, 32)
 
     decisions = decide(gm, QuantConfig(group_size=32, skip_param_threshold=0))
@@ -131,7 +131,7 @@ def test_a_padding_mask_among_the_arguments_is_used():
     seen = []
 
     def quantize(name, linear, bits, moments):
-        seen.append(moments)
+        seen.extend(moments)
         return QuantizedLinearInt4.from_float(linear, 32)
 
     decisions = decide(gm, QuantConfig(group_size=32, skip_param_threshold=0))

@@ -1,0 +1,56 @@
+"""What all quantized layers have in common, whatever they do with their weight."""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.modules.lazy_weight import LazyWeight
+from fxquant.numerics.quantized_weight import QuantizedWeight
+
+
+class QuantizedLayer(nn.Module):
+    """A layer that keeps the integers of its weight: the quantized side of a `LayerForm`.
+
+    Attributes:
+        replaces: the classes of float layers in whose place it can stand.
+        bits: of an integer of the weight.
+        bias: float, or None.
+    """
+
+    replaces: ClassVar[tuple[type[nn.Module], ...]] = ()
+    bits: int
+    bias: Tensor | None
+    _weight_dtype: torch.dtype
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """The integers with their scales and zero points, as the matrix of the layer's form."""
+        raise NotImplementedError(type(self).__name__)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the float layer's weight."""
+        raise NotImplementedError(type(self).__name__)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight in the shape and dtype of the float layer's.
+
+        To look at its shape, dtype and device costs nothing; its values are computed at each use.
+        """
+        device = next(self.buffers()).device
+        return LazyWeight(self.dequantize, self.weight_shape, self._weight_dtype, device)
+
+    def dequantize(self) -> Tensor:
+        """The values of the weight, float32, in the shape of the float layer's."""
+        return self.quantized_weight.dequantize().view(self.weight_shape)
+
+    def weight_parts(self) -> Iterator[Tensor]:
+        """The rows of the form's float32 matrix in order, some at a time: memory stays small."""
+        yield from self.quantized_weight.parts()
+
+    def to_float(self) -> nn.Module:
+        """The float layer with the same values."""
+        raise NotImplementedError(type(self).__name__)

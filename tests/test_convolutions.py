@@ -1,0 +1,85 @@
+"""Convolutions from the graph to the file."""
+
+import pytest
+import torch
+from torch import nn
+
+import fxquant
+from fxquant.errors import WeightError
+from fxquant.modules.conv import QuantizedConv
+
+
+class Vision(nn.Module):
+    """A stem, a grouped, a depthwise and a pointwise convolution, and a transposed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32)
+        self.grouped = nn.Conv2d(32, 32, 3, padding=1, stride=2, groups=4)
+        self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.point, self.up = nn.Conv2d(32, 48, 1), nn.ConvTranspose2d(48, 8, 2, stride=2)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        x = x[:, :, ::2, ::2] + torch.relu(self.grouped(x))
+        return self.up(torch.relu(self.point(torch.relu(self.depthwise(x)))))
+
+
+def pictures():
+    """Neighbours look alike, as in pictures: that is what fitting makes use of."""
+    torch.manual_seed(0)
+    mixing = torch.randn(3, 2)
+    smooth = [torch.randn(6, 2, 16, 16).cumsum(-1).cumsum(-2) / 8 for _ in range(6)]
+    return [torch.einsum("ck,bkhw->bchw", mixing, x) for x in smooth]
+
+
+DATA = pictures()
+LAYERS = {"stem", "grouped", "depthwise", "point", "up"}
+OPTIONS = {"skip_param_threshold": 0, "accuracy_warning": "ignore"}
+
+
+@pytest.mark.parametrize("group_size", [16, -1])
+def test_gptq_on_patches_is_better_than_rounding(group_size, tmp_path):
+    found = {}
+    model = Vision().eval()
+    for method in ("rtn", "gptq"):
+        qmodel, info = fxquant.quantize(
+            model, DATA, method=method, group_size=group_size, **OPTIONS
+        )
+        assert {d.module for d in info.decisions if d.bits == 4} >= LAYERS - {"depthwise"}
+        found[method] = info.sqnr_db
+    assert found["gptq"] > found["rtn"] + 3
+    fxquant.save_model(qmodel, tmp_path / "m.safetensors", info)
+    loaded = fxquant.load_model(tmp_path / "m.safetensors")
+    assert isinstance(loaded.stem, QuantizedConv)
+    swapped = fxquant.swap_modules(model, qmodel)
+    for other in (loaded, swapped):
+        assert torch.equal(other(DATA[0]), qmodel(DATA[0]))
+
+
+def test_eight_bits_are_close_and_a_quarter_of_the_size():
+    _, info = fxquant.quantize(Vision().eval(), DATA, bits=8, method="rtn", **OPTIONS)
+    assert {d.module for d in info.decisions if d.action == "int8"} == LAYERS
+    assert info.sqnr_db > 35
+    assert info.compression_ratio > 3
+    chosen = fxquant.plan(Vision().eval(), layer_types=[nn.ConvTranspose2d])
+    assert chosen.selected_layers == ["up"]
+
+
+@pytest.mark.parametrize("method", ["local", "gradient", "exact"])
+def test_sensitivity_measures_convolutions(method):
+    report = fxquant.sensitivity(
+        Vision().eval(), DATA, method=method, rounding="rtn", group_size=16, skip_param_threshold=0
+    )
+    rows = {row.module: row for row in report.rows}
+    assert set(rows) == LAYERS
+    assert rows["point"].weight_sqnr_db > 16
+    if method != "local":
+        assert 5 < rows["point"].output_sqnr_db < 60
+
+
+def test_a_convolution_with_infinite_weights_is_named():
+    model = Vision().eval()
+    model.grouped.weight.data[1, 2, 0, 0] = float("inf")
+    with pytest.raises(WeightError, match=r"grouped\.weight.*1 of"):
+        fxquant.quantize(model, DATA, **OPTIONS)
