@@ -150,14 +150,14 @@ def restore_graph(state: dict[str, Any]) -> FxquantGraph:
         node = graph.create_node(op, _found(target), linked(args), linked(kwargs), name=name)
         node.meta.update(meta)
         nodes.append(node)
-    gm = graph_of({**state["modules"], **state["tensors"]}, graph, state["name"])
+    gm = build_graph_module({**state["modules"], **state["tensors"]}, graph, state["name"])
     gm.meta.update(state["meta"])
     gm.training = state["training"]
     gm.reports_nodes = state["reports_nodes"]
     return gm
 
 
-def graph_of(objects: dict[str, Any], graph: Graph, class_name: str) -> FxquantGraph:
+def build_graph_module(objects: dict[str, Any], graph: Graph, class_name: str) -> FxquantGraph:
     """A graph module that holds `objects` at their paths.
 
     A tensor that the graph reads from inside a module that it calls is read from that module.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxquant.errors import LoadError
-from fxquant.graph.graph_module import graph_of
+from fxquant.graph.graph_module import build_graph_module
 from fxquant.graph.layers import RESERVED
 from fxquant.graph.saved_ops import fault_of_call, written
 from fxquant.graph.shapes import KEPT
@@ -80,7 +80,7 @@ class Rebuilder:
             raise damaged("a graph without one output at its end")
         graph.lint()
         self._check_reads(graph, root)
-        gm = graph_of(root, graph, checked_name(data["class_name"]))
+        gm = build_graph_module(root, graph, checked_name(data["class_name"]))
         gm.training = data["training"]  # each module has its own
         gm.reports_nodes = True
         return gm
