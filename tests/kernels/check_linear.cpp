@@ -103,7 +103,7 @@ int bit_of(const uint8_t* codes, int bits, int input, int output, int bit) {
   const int field = is_high ? high_field(bits) : low, in_unit = input % unit;
   const int per_word = 32 / field, word = in_unit / per_word + (is_high ? unit * low / 32 : 0);
   const int byte = in_unit % 4, place = in_unit % per_word / 4 * field + bit - is_high * low;
-  const int64_t at = input / unit * unit * kColumns * bits / 8 + word * kWord + 4 * output + byte;
+  const int64_t at = input / unit * unit * NR * bits / 8 + word * kWord + 4 * output + byte;
   return codes[at] >> place & 1;
 }
 
@@ -123,13 +123,13 @@ bool is_right(const Case& c, const InstructionSet& set) {
     for (int64_t g = 0; g < weight.groups(); ++g) {
       uint8_t* at = data.data() + (b * weight.groups() + g) * weight.group_bytes();
       uint8_t* codes = at + weight.grid_bytes();
-      for (int i = 0; i < c.group_size * kColumns * c.bits / 8; ++i) codes[i] = pick(0, 255);
-      for (int n = 0; n < kColumns; ++n) {
+      for (int i = 0; i < c.group_size * NR * c.bits / 8; ++i) codes[i] = pick(0, 255);
+      for (int n = 0; n < NR; ++n) {
         const uint16_t scale = to_bf16(normal() * 0.1f), zero_point = to_f16(middle - 0.5f + 2 * normal());
         memcpy(at + 2 * n, &scale, 2);
-        if (!c.symmetric) memcpy(at + 2 * kColumns + 2 * n, &zero_point, 2);
+        if (!c.symmetric) memcpy(at + 2 * NR + 2 * n, &zero_point, 2);
         for (int k = 0; k < c.group_size; ++k) {
-          const int64_t row = b * kColumns + n, column = g * c.group_size + k;
+          const int64_t row = b * NR + n, column = g * c.group_size + k;
           if (row >= c.out || column >= c.in) continue;
           const double zero = c.symmetric ? middle : from_f16(zero_point);
           w[row * c.in + column] = from_bf16(scale) * (code_of(codes, c.bits, k, n) - zero);
@@ -201,10 +201,10 @@ uint64_t digest_of_integers(const InstructionSet& set) {
       for (uint8_t& byte : data) byte = static_cast<uint8_t>(random_bits() >> 24);
       for (int64_t group = 0; group < weight.blocks() * weight.groups(); ++group) {
         uint8_t* at = data.data() + group * weight.group_bytes();
-        for (int n = 0; n < kColumns; ++n) {
+        for (int n = 0; n < NR; ++n) {
           const uint16_t scale = to_bf16(plain_value()), zero_point = to_f16(plain_value());
           memcpy(at + 2 * n, &scale, 2);
-          if (!symmetric) memcpy(at + 2 * kColumns + 2 * n, &zero_point, 2);
+          if (!symmetric) memcpy(at + 2 * NR + 2 * n, &zero_point, 2);
         }
       }
       weight.data = data.data();

@@ -56,9 +56,9 @@ struct Int8Mode {
   static constexpr bool sums_may_cancel = false;
 
 #ifdef FXQUANT_AVX_VNNI
-  static constexpr int tile_rows = 6, speed = 170;
+  static constexpr int MR = 6, speed = 170;
   static constexpr bool kHasDot = true;
-  static constexpr int steps_at_once = kMaxGroup / kStep;
+  static constexpr int steps_at_once = kMaxGroup / KR;
 
   static __m256i dot(__m256i sum, __m256i codes, __m256i x) {
     return _mm256_dpbusd_avx_epi32(sum, codes, x);
@@ -68,7 +68,7 @@ struct Int8Mode {
 
   static __m256i byte_dot(__m256i sum, __m256i q, __m256i x) { return dot(sum, q, x); }
 #else
-  static constexpr int tile_rows = 4, speed = 110;
+  static constexpr int MR = 4, speed = 110;
   static constexpr bool kHasDot = false;
   static constexpr int steps_at_once = 4;  // 16 bits hold eight pairs of products: 2 · 15 · 127
 
@@ -101,7 +101,7 @@ struct Int8Mode {
   static void multiply_group(const Span& span, const Group& group, const TileGroup& tile,
                              float* outputs) {
     constexpr int kWide = Bytes ? vectors_for(R) : kVectors;
-    for (int column = 0; column < kColumns; column += 8 * kWide) {
+    for (int column = 0; column < NR; column += 8 * kWide) {
       __m256i sums[R][kWide];
       unrolled<R>([&](auto r) {
         // What unsigned codes give beyond Σ (q − middle) x is taken off beforehand.
@@ -114,8 +114,8 @@ struct Int8Mode {
       } else {
         for (int done = 0; done < span.steps; done += steps_at_once) {
           const int left = span.steps - done, count = left < steps_at_once ? left : steps_at_once;
-          const uint8_t* codes = group.codes + 4 * (kColumns * done + column);
-          add_dots<R>(codes, count, span.ahead, tile.values + kStep * R * done, sums);
+          const uint8_t* codes = group.codes + 4 * (NR * done + column);
+          add_dots<R>(codes, count, span.ahead, tile.values + KR * R * done, sums);
         }
       }
       unrolled<kWide>([&](auto v) {
@@ -129,7 +129,7 @@ struct Int8Mode {
             const __m256 part = _mm256_mul_ps(offset, _mm256_set1_ps(tile.sums[r]));
             product = _mm256_add_ps(product, part);
           }
-          float* at = outputs + kColumns * r + column + 8 * v;
+          float* at = outputs + NR * r + column + 8 * v;
           product = _mm256_mul_ps(product, _mm256_set1_ps(tile.scales[r]));
           product = _mm256_mul_ps(product, scales);
           _mm256_store_ps(at, _mm256_add_ps(_mm256_load_ps(at), product));
@@ -143,7 +143,7 @@ struct Int8Mode {
   static void add_byte_dots(const uint8_t* codes, const Span& span, int middle, const uint8_t* x,
                             __m256i (&sums)[R][kWide]) {
     const __m256i middles = _mm256_set1_epi8(static_cast<char>(middle));
-    for (int step = 0; step < span.steps; ++step, x += kStep * R) {
+    for (int step = 0; step < span.steps; ++step, x += KR * R) {
       unrolled<2>([&](auto half) {
         __m256i q[kWide];
         unrolled<kWide>([&](auto v) {
@@ -151,7 +151,7 @@ struct Int8Mode {
           if constexpr (!kHasDot) q[v] = _mm256_sub_epi8(q[v], middles);
         });
         unrolled<R>([&](auto r) {
-          const __m256i value = broadcast(x + kStep * r + 4 * half);
+          const __m256i value = broadcast(x + KR * r + 4 * half);
           unrolled<kWide>([&](auto v) { sums[r][v] = byte_dot(sums[r][v], q[v], value); });
         });
         prefetch<kWide>(codes + span.ahead);
@@ -168,7 +168,7 @@ struct Int8Mode {
     unrolled<R>([&](auto r) {
       unrolled<kVectors>([&](auto v) { partial[r][v] = _mm256_setzero_si256(); });
     });
-    for (int step = 0; step < steps; ++step, x += kStep * R, codes += 4 * kColumns) {
+    for (int step = 0; step < steps; ++step, x += KR * R, codes += 4 * NR) {
       unrolled<2>([&](auto half) {
         __m256i q[kVectors];
         unrolled<kVectors>([&](auto v) {
@@ -177,7 +177,7 @@ struct Int8Mode {
           q[v] = _mm256_and_si256(q[v], low);
         });
         unrolled<R>([&](auto r) {
-          const __m256i value = broadcast(x + kStep * r + 4 * half);
+          const __m256i value = broadcast(x + KR * r + 4 * half);
           unrolled<kVectors>([&](auto v) { partial[r][v] = dot(partial[r][v], q[v], value); });
         });
       });
@@ -193,7 +193,7 @@ struct Int8Mode {
 // float32 throughout: these CPUs have no bfloat16 products.
 struct FloatMode {
   using Value = float;
-  static constexpr int tile_rows = 6, speed = 60, code_bytes = 1;
+  static constexpr int MR = 6, speed = 60, code_bytes = 1;
   static constexpr bool sums_may_cancel = true;
 
   static void prepare_group(const float* x, int size, float* to, int stride, float*, float* sum) {
@@ -211,14 +211,14 @@ struct FloatMode {
   static void multiply_group(const Span& span, const Group& group, const TileGroup& tile,
                              float* outputs) {
     constexpr int kWide = vectors_for(R);
-    for (int column = 0; column < kColumns; column += 8 * kWide) {
+    for (int column = 0; column < NR; column += 8 * kWide) {
       __m256 sums[R][kWide];
       unrolled<R>([&](auto r) {
         unrolled<kWide>([&](auto v) { sums[r][v] = _mm256_setzero_ps(); });
       });
       const auto* x = reinterpret_cast<const float*>(tile.values);
       const uint8_t* codes = group.codes + 4 * column;
-      for (int step = 0; step < span.steps; ++step, x += kStep * R) {
+      for (int step = 0; step < span.steps; ++step, x += KR * R) {
         add_step<R, kWide, Bytes>(codes, group.middle, x, sums);
         for (int word = 0; word < (Bytes ? 2 : 1); ++word, codes += kWord) {
           prefetch<kWide>(codes + span.ahead);
@@ -233,7 +233,7 @@ struct FloatMode {
           if (group.zero_points) {
             product = _mm256_fmadd_ps(offset, _mm256_set1_ps(tile.sums[r]), product);
           }
-          float* at = outputs + kColumns * r + column + 8 * v;
+          float* at = outputs + NR * r + column + 8 * v;
           _mm256_store_ps(at, _mm256_fmadd_ps(product, scales, _mm256_load_ps(at)));
         });
       });
@@ -248,7 +248,7 @@ struct FloatMode {
     const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x88888888));
     const __m256i middles = _mm256_set1_epi8(static_cast<char>(middle));
     constexpr int kWidth = Bytes ? 8 : 4;
-    unrolled<kStep>([&](auto k) {
+    unrolled<KR>([&](auto k) {
       constexpr int shift = 8 * (k % kFour) + (Bytes ? 0 : 4 * (k / kFour));
       const uint8_t* word = codes + (Bytes ? k / kFour * kWord : 0);
       unrolled<Wide>([&](auto v) {
@@ -257,7 +257,7 @@ struct FloatMode {
         const __m256i top = _mm256_slli_epi32(q, 32 - kWidth - shift);
         const __m256 w = _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 32 - kWidth));
         unrolled<R>([&](auto r) {
-          const __m256 value = _mm256_broadcast_ss(x + kStep * r + k);
+          const __m256 value = _mm256_broadcast_ss(x + KR * r + k);
           sums[r][v] = _mm256_fmadd_ps(w, value, sums[r][v]);
         });
       });

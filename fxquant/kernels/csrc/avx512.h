@@ -59,7 +59,7 @@ inline void prefetch(const uint8_t* codes) {
 template <int R, class Add>
 inline void for_groups(const Span& span, float* outputs, const Add& add) {
   __m512 totals[R][kVectors];
-  const auto at = [outputs](int r, int v) { return outputs + kColumns * r + 16 * v; };
+  const auto at = [outputs](int r, int v) { return outputs + NR * r + 16 * v; };
   unrolled<R>([&](auto r) {
     unrolled<kVectors>([&](auto v) { totals[r][v] = _mm512_load_ps(at(r, v)); });
   });
@@ -89,7 +89,7 @@ FXQUANT_INLINE void add_sums(const Group& group, const TileGroup& tile,
 
 struct Int8Mode {
   using Value = int8_t;
-  static constexpr int tile_rows = 6, speed = 400, code_bytes = 1;
+  static constexpr int MR = 6, speed = 400, code_bytes = 1;
   static constexpr bool sums_may_cancel = false;
 
   static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
@@ -109,7 +109,7 @@ struct Int8Mode {
       const __m512 quotient = _mm512_mul_ps(_mm512_loadu_ps(x + k), reciprocal);
       const __m512i q = _mm512_maskz_cvtps_epi32(known, quotient);
       total = _mm512_add_epi32(total, q);
-      store_steps(_mm512_cvtepi32_epi8(q), k + kStep < size, to, stride);
+      store_steps(_mm512_cvtepi32_epi8(q), k + KR < size, to, stride);
     }
     *sum = static_cast<float>(_mm512_reduce_add_epi32(total));
   }
@@ -139,12 +139,12 @@ struct Int8Mode {
       });
       const uint8_t* x = tile.values;
       const uint8_t* codes = group.codes;
-      for (int step = 0; step < span.steps; ++step, x += kStep * R) {
+      for (int step = 0; step < span.steps; ++step, x += KR * R) {
         unrolled<2>([&](auto half) {
           __m512i q[kVectors];
           unrolled<kVectors>([&](auto v) { q[v] = codes_at<Bytes>(codes, v, half); });
           unrolled<R>([&](auto r) {
-            const __m512i value = broadcast(x + kStep * r + 4 * half);
+            const __m512i value = broadcast(x + KR * r + 4 * half);
             unrolled<kVectors>([&](auto v) { sums[r][v] = dot_int8(sums[r][v], q[v], value); });
           });
         });

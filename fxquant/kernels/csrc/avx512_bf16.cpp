@@ -23,7 +23,7 @@ inline __m512 dot_bf16(__m512 sum, __m512i codes, __m512i x) {
 
 struct FloatMode {
   using Value = uint16_t;  // bfloat16
-  static constexpr int tile_rows = 6, speed = 230, code_bytes = 2;
+  static constexpr int MR = 6, speed = 230, code_bytes = 2;
   static constexpr bool sums_may_cancel = true;
 
   static void prepare_group(const float* x, int size, uint16_t* to, int stride, float*,
@@ -55,7 +55,7 @@ struct FloatMode {
         const __m512i rounded = _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
         total = _mm512_add_ps(total, _mm512_castsi512_ps(rounded));
       }
-      if (k + kStep == size) continue;
+      if (k + KR == size) continue;
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + stride), _mm256_extracti128_si256(steps, 1));
     }
     if (sum) *sum = _mm512_reduce_add_ps(total);
@@ -90,12 +90,12 @@ struct FloatMode {
   // bfloat16 pairs [inputs / 8][4][64] of q − middle, in the order of `pairs_at`.
   template <int Bits>
   static void unpack_pairs(const uint8_t* codes, int inputs, uint8_t* pairs) {
-    constexpr int kUnit = unit_of(Bits), kUnitBytes = kUnit * kColumns * Bits / 8;
-    alignas(64) uint8_t bytes[kUnit * kColumns];
+    constexpr int kUnit = unit_of(Bits), kUnitBytes = kUnit * NR * Bits / 8;
+    alignas(64) uint8_t bytes[kUnit * NR];
     for (int done = 0; done < inputs; done += kUnit, codes += kUnitBytes) {
       for (int line = 0; line < kUnitBytes; line += 64) __builtin_prefetch(codes + kAhead + line);
       unpack_unit<Bits>(codes, bytes);
-      for (int step = 0; step < kUnit / kStep; ++step, pairs += 4 * kWord) {
+      for (int step = 0; step < kUnit / KR; ++step, pairs += 4 * kWord) {
         for (int word = 0; word < 2; ++word) {
           const uint8_t* from = bytes + (2 * step + word) * kWord;
           for (int at = 0; at < kWord; at += 64) {
@@ -130,14 +130,14 @@ struct FloatMode {
       });
       const uint8_t* x = tile.values;
       const uint8_t* codes = group.codes;
-      for (int step = 0; step < span.steps; ++step, x += 2 * kStep * R) {
+      for (int step = 0; step < span.steps; ++step, x += 2 * KR * R) {
         unrolled<4>([&](auto pair) {
           __m512i q[kVectors];
           unrolled<kVectors>([&](auto v) {
             q[v] = Bytes ? load(codes + kWord * pair + 64 * v) : pairs_at(codes + 64 * v, pair);
           });
           unrolled<R>([&](auto r) {
-            const __m512i value = broadcast(x + 2 * kStep * r + 4 * pair);
+            const __m512i value = broadcast(x + 2 * KR * r + 4 * pair);
             unrolled<kVectors>([&](auto v) { sums[r][v] = dot_bf16(sums[r][v], q[v], value); });
           });
         });

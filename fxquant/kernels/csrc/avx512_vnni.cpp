@@ -17,7 +17,7 @@ namespace {
 
 struct FloatMode {
   using Value = float;
-  static constexpr int tile_rows = 6, speed = 120, code_bytes = 1;
+  static constexpr int MR = 6, speed = 120, code_bytes = 1;
   static constexpr bool sums_may_cancel = true;
 
   static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
@@ -50,13 +50,13 @@ struct FloatMode {
       });
       const auto* x = reinterpret_cast<const float*>(tile.values);
       const uint8_t* codes = group.codes;
-      for (int step = 0; step < span.steps; ++step, x += kStep * R) {
-        unrolled<kStep>([&](auto k) {
+      for (int step = 0; step < span.steps; ++step, x += KR * R) {
+        unrolled<KR>([&](auto k) {
           __m512 w[kVectors];
           unrolled<kVectors>(
               [&](auto v) { w[v] = weights_at<Bytes>(codes, v, k, group.middle); });
           unrolled<R>([&](auto r) {
-            const __m512 value = _mm512_set1_ps(x[kStep * r + k]);
+            const __m512 value = _mm512_set1_ps(x[KR * r + k]);
             unrolled<kVectors>([&](auto v) { sums[r][v] = fma(w[v], value, sums[r][v]); });
           });
         });

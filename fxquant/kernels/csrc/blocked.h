@@ -1,7 +1,7 @@
 // The walk over blocks, groups and tiles that every instruction set shares. A `Mode` supplies the
 // innermost loops; it has
 //   Value                      the type of a prepared value
-//   tile_rows                  at most so many rows in a tile
+//   MR                  at most so many rows in a tile
 //   speed, sums_may_cancel     see `Kernel`
 //   prepare_group(...)         a group of one row, from float32, zeros behind it up to `kLanes`; the
 //                              sum is null where nobody reads it
@@ -57,7 +57,7 @@ struct Span {
 
   Group group(int i) const {
     const auto* scales = reinterpret_cast<const uint16_t*>(grid + i * grid_stride);
-    return {scales, symmetric ? nullptr : scales + kColumns, codes + i * code_stride, middle};
+    return {scales, symmetric ? nullptr : scales + NR, codes + i * code_stride, middle};
   }
 
   TileGroup tile(int i) const {
@@ -77,10 +77,10 @@ struct TileRow {
 template <class Mode>
 inline void prepare_row(const Call& call, const Panel& panel, const TileRow& to, int64_t group,
                         int64_t at) {
-  const int size = call.weight.group_size, stride = to.height * kStep;
+  const int size = call.weight.group_size, stride = to.height * KR;
   const int64_t columns = call.weight.in_features, rest = columns - group * size;
   const int64_t offset = to.number * columns + group * size;
-  auto* values = reinterpret_cast<typename Mode::Value*>(panel.values) + at * size + to.row * kStep;
+  auto* values = reinterpret_cast<typename Mode::Value*>(panel.values) + at * size + to.row * KR;
   float* sum =
       Mode::sums_may_cancel && call.weight.symmetric ? nullptr : &panel.sums[at + to.row];
   const bool is_whole = rest >= size && size % kLanes == 0;
@@ -132,7 +132,7 @@ void multiply_groups(const Span& span, float* outputs) {
 
 using Multiply = void (*)(const Span&, float* outputs);
 
-template <class Mode, bool Bytes, int R = Mode::tile_rows>
+template <class Mode, bool Bytes, int R = Mode::MR>
 Multiply multiply_by_rows(int rows) {
   if (rows == R) return Mode::template multiply<R, Bytes>;
   if constexpr (R > 1) return multiply_by_rows<Mode, Bytes, R - 1>(rows);
@@ -155,7 +155,7 @@ Span span_of(const Weight& weight, int64_t block, int64_t group, int groups, uin
   span.codes = span.grid + weight.grid_bytes(), span.code_stride = span.grid_stride;
   span.symmetric = weight.symmetric, span.ahead = kAhead;
   if (!unpack) return span;
-  const int64_t stride = static_cast<int64_t>(weight.group_size) * kColumns * Mode::code_bytes;
+  const int64_t stride = static_cast<int64_t>(weight.group_size) * NR * Mode::code_bytes;
   for (int i = 0; i < groups; ++i) {
     unpack(span.codes + i * span.code_stride, weight.group_size, buffer + i * stride);
   }
@@ -165,10 +165,10 @@ Span span_of(const Weight& weight, int64_t block, int64_t group, int groups, uin
 
 template <class Mode>
 void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last) {
-  alignas(64) float outputs[kPanelRows * kColumns];
+  alignas(64) float outputs[MC * NR];
   const Weight& weight = call.weight;
   const int64_t value_bytes = weight.group_size * sizeof(typename Mode::Value);
-  alignas(64) uint8_t unpacked[kWideSpanInputs * kColumns * Mode::code_bytes];
+  alignas(64) uint8_t unpacked[kWideSpanInputs * NR * Mode::code_bytes];
   const int span_inputs = weight.bits == 4 ? kSpanInputs : kWideSpanInputs;
   const int span_groups = weight.group_size < span_inputs ? span_inputs / weight.group_size : 1;
   const int tallest = (panel.rows + panel.tiles - 1) / panel.tiles;  // others are one row lower
@@ -181,13 +181,13 @@ void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last)
     const int end = left < panel.tiles ? static_cast<int>(left) : panel.tiles;
     first += end - begin;
 
-    const int64_t column = block * kColumns, columns_left = weight.out_features - column;
-    const int columns = columns_left < kColumns ? static_cast<int>(columns_left) : kColumns;
-    alignas(64) float bias[kColumns] = {};
+    const int64_t column = block * NR, columns_left = weight.out_features - column;
+    const int columns = columns_left < NR ? static_cast<int>(columns_left) : NR;
+    alignas(64) float bias[NR] = {};
     if (call.bias) load_floats(call.bias, call.bias_type, column, columns, bias);
     const int first_row = panel.tile_start(begin), last_row = panel.tile_start(end);
     for (int row = 0; row < last_row - first_row; ++row) {
-      memcpy(outputs + row * kColumns, bias, sizeof(bias));
+      memcpy(outputs + row * NR, bias, sizeof(bias));
     }
 
     for (int64_t g = 0; g < weight.groups(); g += span_groups) {
@@ -199,20 +199,20 @@ void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last)
         const int64_t at = panel.index(tile, g);
         span.first = {panel.values + at * value_bytes, panel.scales + at, panel.sums + at};
         span.value_stride = height * value_bytes, span.row_stride = height;
-        float* to = outputs + (panel.tile_start(tile) - first_row) * kColumns;
+        float* to = outputs + (panel.tile_start(tile) - first_row) * NR;
         (height == tallest ? tall : low)(span, to);
       }
     }
     for (int row = first_row; row < last_row; ++row) {
       const int64_t offset = (panel.first_row + row) * weight.out_features + column;
-      store_floats(outputs + (row - first_row) * kColumns, columns, call.y, call.x_type, offset);
+      store_floats(outputs + (row - first_row) * NR, columns, call.y, call.x_type, offset);
     }
   }
 }
 
 template <class Mode>
 constexpr Kernel kernel_of() {
-  return {Mode::tile_rows,       sizeof(typename Mode::Value), Mode::speed,
+  return {Mode::MR,       sizeof(typename Mode::Value), Mode::speed,
           Mode::sums_may_cancel, prepare<Mode>,                multiply<Mode>};
 }
 
@@ -228,10 +228,10 @@ inline float int8_product(float sum, float offset, float sum_of_x, float x_scale
 
 // Copies a group of one row. The sum is null where nobody reads it.
 inline void prepare_float32(const float* x, int size, float* to, int stride, float* sum) {
-  float partial[kStep] = {};
-  for (int k = 0; k < size; k += kStep) {
-    memcpy(to + k / kStep * stride, x + k, 4 * kStep);
-    for (int j = 0; j < kStep; ++j) partial[j] += x[k + j];
+  float partial[KR] = {};
+  for (int k = 0; k < size; k += KR) {
+    memcpy(to + k / KR * stride, x + k, 4 * KR);
+    for (int j = 0; j < KR; ++j) partial[j] += x[k + j];
   }
   if (!sum) return;
   *sum = ((partial[0] + partial[4]) + (partial[2] + partial[6])) +
@@ -248,9 +248,9 @@ inline float int8_step(uint32_t largest) {
 // Rounds a group of one row to int8.
 inline void prepare_int8(const float* x, int size, int8_t* to, int stride, float* scale,
                          float* sum) {
-  uint32_t largest[kStep] = {}, all = 0;
-  for (int k = 0; k < size; k += kStep) {
-    for (int j = 0; j < kStep; ++j) {
+  uint32_t largest[KR] = {}, all = 0;
+  for (int k = 0; k < size; k += KR) {
+    for (int j = 0; j < KR; ++j) {
       const uint32_t magnitude = as_bits(x[k + j]) & 0x7fffffff;
       largest[j] = magnitude > largest[j] ? magnitude : largest[j];
     }
@@ -259,15 +259,15 @@ inline void prepare_int8(const float* x, int size, int8_t* to, int stride, float
   *scale = int8_step(all);
   const float reciprocal = 1.0f / *scale;
   int32_t total = 0;
-  for (int k = 0; k < size; k += kStep) {
-    int8_t q[kStep];
-    for (int j = 0; j < kStep; ++j) {
+  for (int k = 0; k < size; k += KR) {
+    int8_t q[KR];
+    for (int j = 0; j < KR; ++j) {
       // Adding 1.5 · 2^23 rounds to a whole number in the last bits.
       const uint32_t rounded = as_bits(x[k + j] * reciprocal + 0x1.8p23f) - as_bits(0x1.8p23f);
       q[j] = static_cast<int8_t>(rounded);
       total += q[j];
     }
-    memcpy(to + k / kStep * stride, q, kStep);
+    memcpy(to + k / KR * stride, q, KR);
   }
   *sum = static_cast<float>(total);
 }

@@ -21,7 +21,7 @@
 namespace fxquant {
 namespace {
 
-constexpr int kWord = kColumns * 4;  // bytes
+constexpr int kWord = NR * 4;  // bytes
 constexpr int kFour = 4;             // inputs in the bytes of a lane
 
 constexpr int low_field(int bits) { return bits == 8 ? 8 : bits >= 4 ? 4 : 2; }
@@ -31,7 +31,7 @@ constexpr int high_field(int bits) { return bits - low_field(bits); }
 // Inputs of a unit.
 constexpr int unit_of(int bits) {
   const int narrowest = high_field(bits) ? high_field(bits) : low_field(bits);
-  return narrowest == 8 ? kStep : 32 / narrowest;
+  return narrowest == 8 ? KR : 32 / narrowest;
 }
 
 // The bytes of all lanes that have the lowest `bits` set.
@@ -41,7 +41,7 @@ constexpr uint32_t bytes_of(int bits) { return ((1u << bits) - 1) * 0x01010101u;
 template <int Bits, int Up>
 inline uint32_t field_at(const uint32_t* words, int lane, int four) {
   constexpr int kFours = 8 / Bits;
-  const uint32_t word = words[four / kFours * kColumns + lane];
+  const uint32_t word = words[four / kFours * NR + lane];
   const int down = four % kFours * Bits - Up;
   return (down >= 0 ? word >> down : word << -down) & (bytes_of(Bits) << Up);
 }
@@ -51,13 +51,13 @@ template <int Bits>
 inline void unpack_unit(const uint8_t* codes, uint8_t* bytes) {
   constexpr int kLow = low_field(Bits), kHigh = high_field(Bits), kUnit = unit_of(Bits);
   const auto* low = reinterpret_cast<const uint32_t*>(codes);
-  const uint32_t* high = low + kUnit * kLow / 32 * kColumns;
+  const uint32_t* high = low + kUnit * kLow / 32 * NR;
   auto* to = reinterpret_cast<uint32_t*>(bytes);
   unrolled<kUnit / kFour>([&](auto four) {
-    for (int lane = 0; lane < kColumns; ++lane) {
+    for (int lane = 0; lane < NR; ++lane) {
       uint32_t four_codes = field_at<kLow, 0>(low, lane, four);
       if constexpr (kHigh > 0) four_codes |= field_at<kHigh, kLow>(high, lane, four);
-      to[four * kColumns + lane] = four_codes;
+      to[four * NR + lane] = four_codes;
     }
   });
 }
@@ -67,8 +67,8 @@ constexpr int kAhead = 8192;
 
 template <int Bits>
 void unpack_bytes_of(const uint8_t* codes, int inputs, uint8_t* bytes) {
-  constexpr int kUnit = unit_of(Bits), kUnitBytes = kUnit * kColumns * Bits / 8;
-  for (int done = 0; done < inputs; done += kUnit, codes += kUnitBytes, bytes += kUnit * kColumns) {
+  constexpr int kUnit = unit_of(Bits), kUnitBytes = kUnit * NR * Bits / 8;
+  for (int done = 0; done < inputs; done += kUnit, codes += kUnitBytes, bytes += kUnit * NR) {
     for (int line = 0; line < kUnitBytes; line += 64) __builtin_prefetch(codes + kAhead + line);
     unpack_unit<Bits>(codes, bytes);
   }

@@ -68,7 +68,7 @@ bool repeat_portably(const Call& call, int64_t row);
 bool linear_in(Scratch& scratch, const Call& call, const InstructionSet& set) {
   const Kernel& kernel = call.int8 ? set.int8_kernel : set.float_kernel;
   const Weight& weight = call.weight;
-  const int64_t groups = weight.groups(), panels = (call.rows + kPanelRows - 1) / kPanelRows;
+  const int64_t groups = weight.groups(), panels = (call.rows + MC - 1) / MC;
   if (panels == 0) return true;
   const int64_t height = (call.rows + panels - 1) / panels;
   const size_t value_bytes = height * groups * weight.group_size * kernel.value_bytes;
@@ -82,7 +82,7 @@ bool linear_in(Scratch& scratch, const Call& call, const InstructionSet& set) {
     Panel panel{};
     panel.first_row = call.rows * number / panels;
     panel.rows = static_cast<int>(call.rows * (number + 1) / panels - panel.first_row);
-    panel.tiles = (panel.rows + kernel.tile_rows - 1) / kernel.tile_rows;
+    panel.tiles = (panel.rows + kernel.MR - 1) / kernel.MR;
     panel.groups = groups;
     panel.values = memory, panel.scales = scales, panel.sums = sums;
     run(call, kernel, panel, threads_of(call, kernel));

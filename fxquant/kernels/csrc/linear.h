@@ -7,10 +7,11 @@
 
 namespace fxquant {
 
-constexpr int kColumns = 64;   // outputs of a block: the rows of the weight that are kept together
-constexpr int kStep = 8;       // inputs that are multiplied in one turn of a loop
+// The names of the sizes of tiles are those of BLIS and XNNPACK.
+constexpr int NR = 64;         // outputs of a block: the rows of the weight that are kept together
+constexpr int KR = 8;          // inputs that are multiplied in one turn of a loop
 constexpr int kMaxGroup = 256; // inputs of a group
-constexpr int kPanelRows = 192; // rows of x that are prepared at a time
+constexpr int MC = 192;        // rows of x that are prepared at a time
 
 enum class Float : int { f32, bf16, f16 };
 
@@ -27,11 +28,11 @@ struct Weight {
   int bits;  // 2, 3, 4, 5, 6 or 8
 
   int64_t groups() const { return (in_features + group_size - 1) / group_size; }
-  int64_t blocks() const { return (out_features + kColumns - 1) / kColumns; }
-  int steps() const { return group_size / kStep; }
-  int64_t grid_bytes() const { return kColumns * (symmetric ? 2 : 4); }
+  int64_t blocks() const { return (out_features + NR - 1) / NR; }
+  int steps() const { return group_size / KR; }
+  int64_t grid_bytes() const { return NR * (symmetric ? 2 : 4); }
   int64_t group_bytes() const {
-    return grid_bytes() + static_cast<int64_t>(steps()) * kColumns * bits;
+    return grid_bytes() + static_cast<int64_t>(steps()) * NR * bits;
   }
 };
 
@@ -73,7 +74,7 @@ struct Panel {
 
 // One instruction set and kind of activation.
 struct Kernel {
-  int tile_rows;    // at most so many rows in a tile
+  int MR;           // at most so many rows in a tile
   int value_bytes;  // of a prepared value
   int speed;        // about so many multiplications in a nanosecond
   // Whether a zero point other than 2^(bits - 1) is taken off as a multiple of Σ x: then an infinite

@@ -65,7 +65,7 @@ fxquant::Weight weight_of(const void* data, int64_t out, int64_t in, int64_t gro
   fxquant::Weight weight{static_cast<const uint8_t*>(data), out, in, 0, symmetric, 0};
   if (bits < 2 || bits > 8 || bits == 7) return weight;
   weight.bits = static_cast<int>(bits);
-  const int64_t size = (group_bytes - weight.grid_bytes()) * 8 / (fxquant::kColumns * bits);
+  const int64_t size = (group_bytes - weight.grid_bytes()) * 8 / (fxquant::NR * bits);
   const bool is_known = size > 0 && size <= fxquant::kMaxGroup &&
                         size % fxquant::unit_of(weight.bits) == 0;
   if (is_known) weight.group_size = static_cast<int>(size);

@@ -51,7 +51,7 @@ struct Int8Mode {
   }
 
 #ifdef FXQUANT_ARM_DOT
-  static constexpr int tile_rows = 6, speed = 80;
+  static constexpr int MR = 6, speed = 80;
 
   // Adds the products of the inputs 4 · Half .. 4 · Half + 3 of a step.
   template <int Half>
@@ -59,7 +59,7 @@ struct Int8Mode {
     return vdotq_lane_s32(sum, q, x, Half);
   }
 #else
-  static constexpr int tile_rows = 4, speed = 30;
+  static constexpr int MR = 4, speed = 30;
 
   template <int Half>
   static int32x4_t dot(int32x4_t sum, int8x16_t q, int8x8_t x) {
@@ -78,20 +78,20 @@ struct Int8Mode {
   template <int R, bool Bytes>
   static void multiply_group(const Span& span, const Group& group, const TileGroup& tile,
                              float* outputs) {
-    for (int column = 0; column < kColumns; column += kSlice) {
+    for (int column = 0; column < NR; column += kSlice) {
       int32x4_t sums[R][kVectors];
       unrolled<R>([&](auto r) {
         unrolled<kVectors>([&](auto v) { sums[r][v] = vdupq_n_s32(0); });
       });
       const auto* x = reinterpret_cast<const int8_t*>(tile.values);
       const uint8_t* codes = group.codes + 4 * column;
-      for (int step = 0; step < span.steps; ++step, x += kStep * R) {
+      for (int step = 0; step < span.steps; ++step, x += KR * R) {
         unrolled<2>([&](auto half) {
           int8x16_t q[kVectors];
           unrolled<kVectors>(
               [&](auto v) { q[v] = codes_at<Bytes>(codes, v, half, group.middle); });
           unrolled<R>([&](auto r) {
-            const int8x8_t value = vld1_s8(x + kStep * r);
+            const int8x8_t value = vld1_s8(x + KR * r);
             unrolled<kVectors>(
                 [&](auto v) { sums[r][v] = dot<half.value>(sums[r][v], q[v], value); });
           });
@@ -108,7 +108,7 @@ struct Int8Mode {
           // The order of `int8_product`.
           float32x4_t product = vcvtq_f32_s32(sums[r][v]);
           if (group.zero_points) product = vaddq_f32(product, vmulq_n_f32(offset, tile.sums[r]));
-          float* at = outputs + kColumns * r + column + 4 * v;
+          float* at = outputs + NR * r + column + 4 * v;
           product = vmulq_f32(vmulq_n_f32(product, tile.scales[r]), scales);
           vst1q_f32(at, vaddq_f32(vld1q_f32(at), product));
         });
@@ -119,7 +119,7 @@ struct Int8Mode {
 
 struct FloatMode {
   using Value = float;
-  static constexpr int tile_rows = 4, speed = 20, code_bytes = 1;
+  static constexpr int MR = 4, speed = 20, code_bytes = 1;
   static constexpr bool sums_may_cancel = true;
 
   static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
@@ -136,15 +136,15 @@ struct FloatMode {
   template <int R, bool Bytes>
   static void multiply_group(const Span& span, const Group& group, const TileGroup& tile,
                              float* outputs) {
-    for (int column = 0; column < kColumns; column += kSlice) {
+    for (int column = 0; column < NR; column += kSlice) {
       float32x4_t sums[R][kVectors];
       unrolled<R>([&](auto r) {
         unrolled<kVectors>([&](auto v) { sums[r][v] = vdupq_n_f32(0); });
       });
       const auto* x = reinterpret_cast<const float*>(tile.values);
       const uint8_t* codes = group.codes + 4 * column;
-      for (int step = 0; step < span.steps; ++step, x += kStep * R) {
-        unrolled<kStep>([&](auto k) {
+      for (int step = 0; step < span.steps; ++step, x += KR * R) {
+        unrolled<KR>([&](auto k) {
           float32x4_t w[kVectors];
           unrolled<kVectors>([&](auto v) {
             const int8x16_t q = codes_at<Bytes>(codes, v, k / kFour, group.middle);
@@ -153,7 +153,7 @@ struct FloatMode {
             w[v] = vcvtq_f32_s32(vshrq_n_s32(top, 24));
           });
           unrolled<R>([&](auto r) {
-            const float value = x[kStep * r + k];
+            const float value = x[KR * r + k];
             unrolled<kVectors>([&](auto v) { sums[r][v] = vfmaq_n_f32(sums[r][v], w[v], value); });
           });
         });
@@ -168,7 +168,7 @@ struct FloatMode {
         unrolled<R>([&](auto r) {
           float32x4_t product = sums[r][v];
           if (group.zero_points) product = vfmaq_n_f32(product, offset, tile.sums[r]);
-          float* at = outputs + kColumns * r + column + 4 * v;
+          float* at = outputs + NR * r + column + 4 * v;
           vst1q_f32(at, vfmaq_f32(vld1q_f32(at), product, scales));
         });
       });

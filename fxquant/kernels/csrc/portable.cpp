@@ -15,12 +15,12 @@ template <bool Bytes>
 inline void decode(const uint8_t* codes, int steps, const float* zeros, float* to) {
   constexpr uint32_t mask = Bytes ? 0xff : 0xf;
   for (int step = 0; step < steps; ++step, codes += (Bytes ? 2 : 1) * kWord) {
-    uint32_t lanes[(Bytes ? 2 : 1) * kColumns];
+    uint32_t lanes[(Bytes ? 2 : 1) * NR];
     memcpy(lanes, codes, sizeof(lanes));
-    for (int k = 0; k < kStep; ++k, to += kColumns) {
-      const uint32_t* word = Bytes ? lanes + k / kFour * kColumns : lanes;
+    for (int k = 0; k < KR; ++k, to += NR) {
+      const uint32_t* word = Bytes ? lanes + k / kFour * NR : lanes;
       const int shift = 8 * (k % kFour) + (Bytes ? 0 : 4 * (k / kFour));
-      for (int n = 0; n < kColumns; ++n) {
+      for (int n = 0; n < NR; ++n) {
         to[n] = static_cast<float>(static_cast<int32_t>((word[n] >> shift) & mask)) - zeros[n];
       }
     }
@@ -32,10 +32,10 @@ template <int R>
 inline void sum_slice(const float* weights, int steps, const float* x, int column,
                       float (&sums)[R][kSlice]) {
   const float* w = weights + column;
-  for (int step = 0; step < steps; ++step, x += kStep * R) {
-    for (int k = 0; k < kStep; ++k, w += kColumns) {
+  for (int step = 0; step < steps; ++step, x += KR * R) {
+    for (int k = 0; k < KR; ++k, w += NR) {
       unrolled<R>([&](auto r) {
-        unrolled<kSlice>([&](auto n) { sums[r][n] += w[n] * x[kStep * r + k]; });
+        unrolled<kSlice>([&](auto n) { sums[r][n] += w[n] * x[KR * r + k]; });
       });
     }
   }
@@ -43,7 +43,7 @@ inline void sum_slice(const float* weights, int steps, const float* x, int colum
 
 struct PortableMode {
   using Value = float;
-  static constexpr int tile_rows = kRows, speed = 15, code_bytes = 1;
+  static constexpr int MR = kRows, speed = 15, code_bytes = 1;
   static constexpr bool sums_may_cancel = false;
 
   static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
@@ -51,7 +51,7 @@ struct PortableMode {
 
 struct FloatMode : PortableMode {
   static void prepare_group(const float* x, int size, float* to, int stride, float*, float*) {
-    for (int k = 0; k < size; k += kStep) memcpy(to + k / kStep * stride, x + k, 4 * kStep);
+    for (int k = 0; k < size; k += KR) memcpy(to + k / KR * stride, x + k, 4 * KR);
   }
 
   template <int R, bool Bytes>
@@ -62,17 +62,17 @@ struct FloatMode : PortableMode {
   template <int R, bool Bytes>
   static void multiply_group(const Span& span, const Group& group, const TileGroup& tile,
                              float* outputs) {
-    float zeros[kColumns], weights[kMaxGroup * kColumns];
-    for (int n = 0; n < kColumns; ++n) {
+    float zeros[NR], weights[kMaxGroup * NR];
+    for (int n = 0; n < NR; ++n) {
       zeros[n] = group.zero_points ? from_f16(group.zero_points[n]) : static_cast<float>(group.middle);
     }
     decode<Bytes>(group.codes, span.steps, zeros, weights);
-    for (int column = 0; column < kColumns; column += kSlice) {
+    for (int column = 0; column < NR; column += kSlice) {
       float sums[R][kSlice] = {};
       sum_slice<R>(weights, span.steps, reinterpret_cast<const float*>(tile.values), column, sums);
       for (int r = 0; r < R; ++r) {
         for (int n = 0; n < kSlice; ++n) {
-          outputs[kColumns * r + column + n] += from_bf16(group.scales[column + n]) * sums[r][n];
+          outputs[NR * r + column + n] += from_bf16(group.scales[column + n]) * sums[r][n];
         }
       }
     }
@@ -83,8 +83,8 @@ struct Int8Mode : PortableMode {
   static void prepare_group(const float* x, int size, float* to, int stride, float* scale,
                             float* sum) {
     int8_t q[kMaxGroup];
-    prepare_int8(x, size, q, kStep, scale, sum);
-    for (int k = 0; k < size; ++k) to[k / kStep * stride + k % kStep] = q[k];
+    prepare_int8(x, size, q, KR, scale, sum);
+    for (int k = 0; k < size; ++k) to[k / KR * stride + k % KR] = q[k];
   }
 
   template <int R, bool Bytes>
@@ -95,10 +95,10 @@ struct Int8Mode : PortableMode {
   template <int R, bool Bytes>
   static void multiply_group(const Span& span, const Group& group, const TileGroup& tile,
                              float* outputs) {
-    float zeros[kColumns], weights[kMaxGroup * kColumns];
+    float zeros[NR], weights[kMaxGroup * NR];
     for (float& zero : zeros) zero = static_cast<float>(group.middle);
     decode<Bytes>(group.codes, span.steps, zeros, weights);
-    for (int column = 0; column < kColumns; column += kSlice) {
+    for (int column = 0; column < NR; column += kSlice) {
       float sums[R][kSlice] = {};
       sum_slice<R>(weights, span.steps, reinterpret_cast<const float*>(tile.values), column, sums);
       for (int n = 0; n < kSlice; ++n) {
@@ -106,7 +106,7 @@ struct Int8Mode : PortableMode {
         const float offset =
             group.zero_points ? zeros[at] - from_f16(group.zero_points[at]) : 0.0f;
         for (int r = 0; r < R; ++r) {
-          outputs[kColumns * r + at] += int8_product(sums[r][n], offset, tile.sums[r],
+          outputs[NR * r + at] += int8_product(sums[r][n], offset, tile.sums[r],
                                                      tile.scales[r], from_bf16(group.scales[at]),
                                                      !group.zero_points);
         }
