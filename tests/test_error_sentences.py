@@ -53,14 +53,14 @@ SENTENCES = [
      "calibration_data: got None. Expected an iterable of batches. Pass data, or call "
      "quantize(model) to do without."),
     (lambda: fxquant.static_quantize(model(), []),
-     "calibration data: got no samples. Expected at least one batch. Pass representative inputs; a "
-     "generator that was used up must be made anew."),
+     "calibration data: got no samples. Expected at least one batch with a row. Pass "
+     "representative inputs; a generator that was used up must be made anew."),
     (lambda: fxquant.static_quantize(model(), ["text"]),
      "calibration data: got an item of type str. Expected a tensor, a tuple or list of arguments, "
      "or a dict of keyword arguments. Let the data loader yield what the model is called with."),
     (lambda: fxquant.static_quantize(model(), [torch.full((2, 64), float("nan"))]),
-     "the value 'input_1': got NaN or Inf in its activation, first in batch 0. Expected finite "
-     "activations. Look at that batch (they are counted from 0), or for float16 overflow."),
+     "calibration batch 0, argument [0]: got NaN. Expected numbers. Remove or repair the samples "
+     "with missing values."),
     (lambda: fxquant.quantize(with_nan()),
      "0.weight: got NaN or Inf in 1 of 4096 elements. Expected finite values. Check the checkpoint "
      "that the model was loaded from."),

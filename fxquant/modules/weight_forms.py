@@ -174,11 +174,10 @@ def form_of(module: nn.Module) -> LayerForm | None:
     own = type(module)
     if own.__call__ is not nn.Module.__call__ or "forward" in vars(module):
         return None
-    if not isinstance(module._parameters.get("weight"), Tensor):
-        return None
     for form in FORMS:
         if isinstance(module, form.layer) and own.forward is form.layer.forward:
-            return form if form.is_plain(module) else None
+            has_weight = isinstance(module._parameters.get("weight"), Tensor)
+            return form if has_weight and form.is_plain(module) else None
     return None
 
 

@@ -9,16 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers.activations import SiLUActivation
-from transformers.models.mamba.modeling_mamba import MambaMixer
 
 import fxquant
 from fxquant.graph.layers import sites
 from fxquant.graph.structures import main_output, tensors_in
-from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.layer import QuantizedLayer
 from tests import zoo
 
-OPAQUE = {"mamba": (MambaMixer, SiLUActivation)}  # its scan is a Python loop over the length
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 LOADER = """
@@ -51,9 +48,9 @@ def test_it_is_quantized_runs_at_another_size_saves_and_reloads(name, tmp_path):
         model, data, group_size=32, skip_param_threshold=0, accuracy_warning="ignore"
     )
     report = fxquant.trace_report(q)
-    assert bool(report.opaque) == (name in OPAQUE)
+    assert not report.opaque
     assert report.traced_elements["linear"] == report.product_elements["linear"]
-    assert report.coverage == 1.0 or name in OPAQUE
+    assert report.coverage == 1.0
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert linears <= {*info.selected_layers, *info.skipped_layers}
     assert info.sqnr_db > 8
@@ -64,21 +61,19 @@ def test_it_is_quantized_runs_at_another_size_saves_and_reloads(name, tmp_path):
     other = zoo.inputs(name, 3, 13)
     ran = []
     for site in sites(q):
-        if isinstance(site.module, QuantizedLinear):
+        if isinstance(site.module, QuantizedLayer):
             site.module.register_forward_hook(lambda m, a, o, n=site.name: ran.append(n))
     with torch.no_grad():
         found, expected = main_output(q(**other)), main_output(model(**other))
     assert found.shape == expected.shape
     assert fxquant.sqnr_db(expected, found) > 6
-    read_by_opaque_code = {n for n in info.selected_layers if n.endswith("mixer.dt_proj")}
-    assert set(ran) == set(info.selected_layers) - read_by_opaque_code
+    assert set(ran) == set(info.selected_layers)
     for site in sites(q):
         site.module._forward_hooks.clear()
 
     path = tmp_path / "model.safetensors"
-    opaque = OPAQUE.get(name, ())
-    fxquant.save_model(q, path, info, allow_modules=opaque)
-    loaded = fxquant.load_model(path, allow_modules=opaque)
+    fxquant.save_model(q, path, info)
+    loaded = fxquant.load_model(path)
     with torch.no_grad():
         pairs = zip(tensors_in(loaded(**other)), tensors_in(q(**other)), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
