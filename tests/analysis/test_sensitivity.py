@@ -140,7 +140,8 @@ def rank_correlation(a, b):
 
 @pytest.mark.parametrize("metric", ["sqnr", "kl"])
 def test_the_gradient_method_ranks_layers_as_exact_does_on_the_embedded_model(metric):
-    data = list(calibration_tokens()[::12, :96].split(16))
+    # 12 rows are held out; on 4 the estimate of a layer is wrong by up to ten times either way.
+    data = list(calibration_tokens()[::4, :96].split(16))
     gm = fxquant.trace(load_language_model(), data[0])
     errors = {}
     for method in ("exact", "gradient"):
