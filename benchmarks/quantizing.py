@@ -1,10 +1,10 @@
-"""What quantizing costs: time in copies of the weights, peak memory, and growth with layers.
+"""What quantizing costs: time beside a memcpy of the weights, peak memory, growth with layers.
 
     OMP_WAIT_POLICY=passive python benchmarks/quantizing.py
     OMP_WAIT_POLICY=passive python benchmarks/quantizing.py rounding calibration
 
-Tables: `stack`, `rounding`, `calibration`, `gptq`, `stages`. Where llm-compressor is installed,
-`gptq` runs it too.
+Tables: `stack`, `rounding`, `calibration`, `gptq`, `wide`, `stages`. Where llm-compressor is
+installed, `gptq` runs it too.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def stack() -> Rows:
         {
             "model": f"{LAYERS} x {WIDTH} x {WIDTH} float32",
             "s": seconds,
-            "copies": seconds / (LAYERS * copy_seconds),
+            "time / memcpy of the weights": seconds / (LAYERS * copy_seconds),
             "peak over model, in layers": (peak_bytes() - before) / layer_bytes,
             "result, in layers": info.quantized_size_mb * 1e6 / layer_bytes,
         }
@@ -87,7 +87,7 @@ def rounding() -> Rows:
         runs[name] = lambda quantize=quantize: quantize(layer)
     seconds = median_seconds(runs, rounds=5, warm_up=1)
     return [
-        {"what": name, "ms": 1e3 * value, "copies": value / seconds["copy"]}
+        {"what": name, "ms": 1e3 * value, "time / memcpy of the weight": value / seconds["copy"]}
         for name, value in seconds.items()
     ]
 
@@ -120,7 +120,7 @@ def unblocked(weight: Tensor, moments: LayerMoments) -> Tensor:
     columns = weight.shape[1]
     grid = round_to_nearest(weight, importance=moments.importance)
     scales, zeros = (expand_groups(t, 128, columns) for t in (grid.scales, grid.zero_points))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moments.second, 0.05)))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moments.hessian, 0.05)))
     factor, rest = torch.linalg.cholesky(inverse, upper=True), weight.clone()
     quantized = torch.empty_like(rest)
     for i in range(columns):
@@ -137,26 +137,59 @@ def gptq_layer() -> Rows:
     weight, moments = torch.randn(WIDTH, WIDTH), LayerMoments(WIDTH, 1)
     shared = torch.randn(64, WIDTH)  # inputs of real layers are far from independent
     moments.add(torch.randn(2 * WIDTH, WIDTH) + torch.randn(2 * WIDTH, 64) @ shared / 4)
-    second = moments.second / moments.tokens
+    hessian = moments.hessian / moments.tokens
     runs: dict[str, Callable[[], Tensor]] = {
         "rtn": lambda: round_to_nearest(weight, importance=moments.importance).dequantize(),
         "gptq": lambda: gptq(weight, moments).dequantize(),
         "unblocked column loop": lambda: unblocked(weight, moments),
     }
     for name, quantize in gptq_peers().items():
-        runs[name] = lambda quantize=quantize: quantize(weight, second)
+        runs[name] = lambda quantize=quantize: quantize(weight, hessian)
     rows = []
     for name, run in runs.items():
         began = time.perf_counter()
         error = run() - weight
         seconds = time.perf_counter() - began
         rows.append(
-            {f"{WIDTH} x {WIDTH}": name, "s": seconds, "error": (error @ second * error).sum()}
+            {f"{WIDTH} x {WIDTH}": name, "s": seconds, "error": (error @ hessian * error).sum()}
         )
     named = dict(zip(runs, rows, strict=True))
     of_loop, of_rtn = named["unblocked column loop"]["s"], named["rtn"]["error"]
     for row in rows:
         row["of the loop"], row["error"] = row["s"] / of_loop, float(row["error"] / of_rtn)
+    return rows
+
+
+def wide() -> Rows:
+    """One wide layer with fewer tokens than inputs, beside the arithmetic that nothing can save.
+
+    The products are counted at the speed of a plain float32 matmul, measured here: second moments,
+    the Cholesky factor and its inverse, and what each column changes in the columns after it.
+    """
+    inputs, outputs, tokens = 9216, 4096, 512
+    operations = {
+        "moments": 2.0 * tokens * inputs**2,
+        "factor and its inverse": 2.0 * inputs**3 / 3,
+        "column updates": 1.0 * inputs**2 * outputs,
+        "two passes over the data": 4.0 * tokens * inputs * outputs,
+    }
+    left, right = torch.randn(2, 2048, 2048)
+    matmul = median_seconds({"matmul": lambda: left @ right}, rounds=5)["matmul"]
+    speed = 2.0 * 2048**3 / matmul
+    model = nn.Sequential(nn.Linear(inputs, outputs, bias=False))
+    data = list(torch.randn(tokens, inputs).split(64))
+    rows: Rows = [
+        {"what": f"products: {name}", "s": count / speed} for name, count in operations.items()
+    ]
+    products = sum(row["s"] for row in rows)
+    for method in ("rtn", "gptq"):
+        began = time.perf_counter()
+        _, info = fxquant.static_quantize(
+            model, data, method=method, num_calibration_samples=tokens, accuracy_warning="ignore"
+        )
+        rows.append({"what": method, "s": time.perf_counter() - began, "dB": info.sqnr_db})
+    for row in rows:
+        row["of all products"] = row["s"] / products
     return rows
 
 
@@ -196,6 +229,7 @@ TABLES: dict[str, tuple[str, Callable[[], Rows]]] = {
     "rounding": (f"time to quantize one {WIDTH} x {WIDTH} float32 weight", rounding),
     "calibration": ("time to calibrate", calibration),
     "gptq": ("gptq for one layer; its output's error against rtn's", gptq_layer),
+    "wide": ("a layer of 9216 inputs and 4096 outputs, 512 tokens", wide),
     "stages": ("milliseconds a layer", stages),
 }
 
