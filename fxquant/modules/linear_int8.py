@@ -62,7 +62,7 @@ class QuantizedLinearInt8(QuantizedLinearIntN):
 
     @property
     def _weight_int8(self) -> Tensor:
-        return self._saved()["_weight_int8"]
+        return self._saved_tensor("_weight_int8")
 
     def _saved(self) -> dict[str, Tensor]:
         weight = self.quantized_weight

@@ -111,6 +111,13 @@ class QuantizedLinearIntN(QuantizedLinear):
         packed, scales, zero_points = self.quantized_weight.to_saved()
         return {"_packed_weight": packed, "_scales": scales, "_zero_points": zero_points}
 
+    def _saved_tensor(self, name: str) -> Tensor:
+        """One of the tensors of `_saved`; a subclass may save others than this class."""
+        saved = self._saved()
+        if name not in saved:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return saved[name]
+
     def _from_saved(self, saved: dict[str, Tensor]) -> QuantizedWeight:
         """Undo `_saved`, for a layer of this form."""
         return QuantizedWeight(
@@ -141,15 +148,15 @@ class QuantizedLinearIntN(QuantizedLinear):
 
     @property
     def _packed_weight(self) -> Tensor:
-        return self._saved()["_packed_weight"]
+        return self._saved_tensor("_packed_weight")
 
     @property
     def _scales(self) -> Tensor:
-        return self._saved()["_scales"]
+        return self._saved_tensor("_scales")
 
     @property
     def _zero_points(self) -> Tensor:
-        return self._saved()["_zero_points"]
+        return self._saved_tensor("_zero_points")
 
     @property
     def saved_bytes(self) -> int:
