@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxquant.kernels.gradient import multiply_with_gradient, needs_gradient
-from fxquant.kernels.interface import LinearSpec, check_input
+from fxquant.kernels.gradient import checked_product
+from fxquant.kernels.interface import LinearSpec
 from fxquant.numerics.quantized_weight import SCALE_DTYPE, QuantizedWeight, symmetric_zero_point
 
 BITS = 8
@@ -62,10 +62,7 @@ class AtenInt8Backend:
         bias: Tensor | None = None,
     ) -> Tensor:
         """Multiply through bfloat16 activations; a gradient does not change the bits."""
-        check_input(x, spec.in_features, BITS)
-        if needs_gradient(x, bias):
-            return multiply_with_gradient(self, x, tensors, spec, bias)
-        return self.product(x, tensors, spec, bias)
+        return checked_product(self, x, tensors, spec, bias)
 
     def product(
         self, x: Tensor, tensors: tuple[Tensor, ...], spec: LinearSpec, bias: Tensor | None

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fxquant.kernels.interface import LinearSpec
+from fxquant.kernels.interface import LinearSpec, check_input
 from fxquant.numerics.quantized_weight import QuantizedWeight
 
 
@@ -37,11 +37,18 @@ def gradients_of_linear(
     return to_x, gradient.reshape(-1, gradient.shape[-1]).float().sum(0).to(bias_type)
 
 
-def multiply_with_gradient(
+def checked_product(
     backend: Product, x: Tensor, tensors: tuple[Tensor, ...], spec: LinearSpec, bias: Tensor | None
 ) -> Tensor:
-    """The backend's product, bit for bit, with gradients for `x` and `bias`."""
-    return _Multiply.apply(backend, spec, x, bias, *tensors)  # type: ignore[no-untyped-call]
+    """The backend's product, with gradients for `x` and `bias`, which do not change its bits.
+
+    Raises:
+        OptionError: `x` does not fit the weight.
+    """
+    check_input(x, spec.in_features, spec.bits)
+    if needs_gradient(x, bias):
+        return _Multiply.apply(backend, spec, x, bias, *tensors)  # type: ignore[no-untyped-call]
+    return backend.product(x, tensors, spec, bias)
 
 
 class _Multiply(torch.autograd.Function):
