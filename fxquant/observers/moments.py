@@ -183,10 +183,6 @@ class LayerMoments:
             quantized: Q, dequantized [out, in].
             offset: b, what is added to the float layer's bias, [out].
         """
-        with torch.autocast(weight.device.type, enabled=False):  # the caller's: figures are float32
-            return self._held_error(weight, quantized, offset)
-
-    def _held_error(self, weight: Tensor, quantized: Tensor, offset: Tensor) -> float:
         total = 0.0
         shifts = self._held_shifts or [None] * len(self.input.held)
         for (x, lack), shift in zip(self.input.held, shifts, strict=True):

@@ -67,7 +67,13 @@ class FittedLayers:
     def _fit(
         self, name: str, matrix: Tensor, bias: Tensor | None, bits: int, moments: LayerMoments
     ) -> tuple[QuantizedWeight, Tensor | None]:
-        """A block of rows and its bias."""
+        """A block of rows and its bias, in float32 even where the caller's autocast is on."""
+        with torch.autocast(matrix.device.type, enabled=False):
+            return self._fit_block(name, matrix, bias, bits, moments)
+
+    def _fit_block(
+        self, name: str, matrix: Tensor, bias: Tensor | None, bits: int, moments: LayerMoments
+    ) -> tuple[QuantizedWeight, Tensor | None]:
         self.unreached[name] += not moments.tokens
         weight = exact_in_target(self._fitted(matrix, bits, moments), matrix, self.config)
         corrected = corrected_bias(matrix, weight.dequantize(), bias, moments)
