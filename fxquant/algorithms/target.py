@@ -24,23 +24,6 @@ RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean second moment
 OUTPUTS = 256  # on which they are tried
 
 
-def float_target(weight: Tensor, moments: LayerMoments) -> Tensor:
-    """The float weight that best gives the float model's output on the quantized model's input.
-
-    Args:
-        weight: floating point [out, in].
-        moments: of the layer.
-
-    Returns:
-        float32 [out, in]; `weight` itself where nothing has to be made up for, where there are
-        fewer tokens than inputs, or where what one half of the tokens says does not hold on the
-        other.
-    """
-    weight = weight.detach().float()
-    shrinkage = best_shrinkage(moments)
-    return weight if shrinkage is None else shrinkage.applied(weight, moments, slice(None))
-
-
 @dataclass(frozen=True, order=True)
 class Shrinkage:
     """How much of what the moments say about the shift is believed.

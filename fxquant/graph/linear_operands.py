@@ -75,21 +75,3 @@ def linear_operands(node: Node) -> LinearOperands | None:
         return rule(*node.args, **node.kwargs)
     except (TypeError, ValueError):  # an overload with other arguments, such as `path=`
         return None
-
-
-def transposed_source(node: Any) -> Node | None:
-    """The node that `node` transposes (its last two dimensions of two), or None."""
-    if not isinstance(node, Node) or not node.args or not isinstance(node.args[0], Node):
-        return None
-    source, name = node.args[0], op_name(node)
-    rest: list[Any] = list(node.args[1:])
-    if name == "getattr":
-        return source if rest in (["T"], ["mT"]) else None
-    if name in ("t", "numpy_T"):
-        return source
-    if name in ("transpose", "swapaxes", "swapdims"):
-        return source if sorted(rest) in ([0, 1], [-2, -1]) else None
-    if name == "permute":
-        order = rest[0] if len(rest) == 1 else rest
-        return source if list(order) in ([1, 0], [-1, -2]) else None
-    return None

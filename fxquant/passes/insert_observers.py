@@ -55,16 +55,6 @@ def insert_observers(gm: GraphModule, observer: str = "minmax", **options: Any) 
     return observed
 
 
-def observed_inputs(observed: GraphModule) -> dict[str, Observer]:
-    """The observer of each linear layer's input, by the layer's name."""
-    found = {}
-    for site in sites(observed):
-        watcher = _module_of(observed, site.input)
-        if is_plain_linear(site.module) and isinstance(watcher, Observer):
-            found[site.name] = watcher
-    return found
-
-
 def _insert(gm: GraphModule, site: Site, observer: Observer) -> Node:
     """Watch the value right before the layer reads it: ops in between may write into it."""
     assert site.input is not None  # such sites were left out

@@ -1,6 +1,6 @@
 import torch
 
-from fxquant.algorithms.target import float_target
+from fxquant.algorithms.target import best_shrinkage
 from fxquant.observers.moments import LayerMoments
 
 WEIGHT = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
@@ -11,6 +11,11 @@ def moments_of(x, shift):
     for part in range(0, len(x), 100):
         moments.add(x[part : part + 100], shift[part : part + 100])
     return moments
+
+
+def float_target(weight, moments):
+    shrinkage = best_shrinkage(moments)
+    return weight if shrinkage is None else shrinkage.applied(weight, moments, slice(None))
 
 
 def test_a_shift_that_the_input_explains_is_made_up_for():

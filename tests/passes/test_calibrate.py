@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fxquant
 from fxquant.errors import CalibrationError, OptionError
-from fxquant.passes.insert_observers import observed_inputs
+from fxquant.graph.layers import sites
 from tests import models
 from tests.models import WIDTH
 
@@ -80,7 +80,12 @@ def test_inserting_twice_inserts_once():
 
 def test_a_value_that_feeds_many_layers_has_one_observer():
     gm = observed(models.CrossAttention(), observer="minmax")
-    watchers = observed_inputs(gm)
+    watchers = {
+        site.name: gm.get_submodule(site.input.target)
+        for site in sites(gm)
+        if isinstance(site.module, nn.Linear)
+    }
+    assert all(isinstance(watcher, fxquant.Observer) for watcher in watchers.values())
     assert len(watchers) == 4
     names = [n for n in watchers if n.endswith(("_k", "_v"))]
     assert len({id(watchers[n]) for n in names}) == 1
