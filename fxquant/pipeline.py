@@ -11,7 +11,8 @@ from fxquant.analysis.allocation import allocate
 from fxquant.analysis.sensitivity import sensitivity
 from fxquant.analysis.shipped_layers import ROUNDINGS
 from fxquant.config.method import parse_method
-from fxquant.config.quant_config import FLOAT_BITS, QuantConfig, QuantOptions, TypeRule, as_config
+from fxquant.config.option_checks import FLOAT_BITS, TypeRule
+from fxquant.config.quant_config import QuantConfig, QuantOptions, as_config
 from fxquant.config.targets import TARGETS
 from fxquant.errors import OptionError, check_choice
 from fxquant.graph.calls import Call

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fxquant.analysis.sensitivity_report import SensitivityReport
-from fxquant.config.quant_config import FLOAT_BITS
+from fxquant.config.option_checks import FLOAT_BITS
 from fxquant.errors import BudgetError, OptionError, check_type
 from fxquant.measure.output_metric import db_of
 from fxquant.measure.sensitivity_row import SensitivityRow

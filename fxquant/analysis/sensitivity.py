@@ -18,7 +18,8 @@ from fxquant.analysis.gradient import measure_gradient
 from fxquant.analysis.memory_plan import plan_exact
 from fxquant.analysis.sensitivity_report import SensitivityReport
 from fxquant.analysis.shipped_layers import ROUNDINGS, ShippedLayers, shipped_layers
-from fxquant.config.quant_config import FLOAT_BITS, QuantConfig
+from fxquant.config.option_checks import FLOAT_BITS
+from fxquant.config.quant_config import QuantConfig
 from fxquant.errors import check_choice, check_positive_int
 from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_sharing_tensors

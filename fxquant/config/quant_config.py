@@ -1,19 +1,28 @@
 """What the caller wants, as one value that is checked when it is made."""
 
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict
 
 from fxquant.config.method import parse_method
+from fxquant.config.option_checks import (
+    FLOAT_BITS,
+    TypeRule,
+    check_activation_bits,
+    check_bits,
+    check_embeddings,
+    check_flag,
+    check_parameter_threshold,
+    checked_names,
+    checked_types,
+)
 from fxquant.config.skip_rules import (
     QUANTIZABLE_TYPES,
-    NameRule,
     is_type_match,
     type_name,
-    type_rule,
 )
 from fxquant.config.targets import TARGETS, Target
 from fxquant.errors import (
@@ -23,10 +32,8 @@ from fxquant.errors import (
     check_positive_int,
     near_misses,
 )
-from fxquant.numerics.integers import WIDTHS
 from fxquant.numerics.quantized_weight import check_group_size
 
-FLOAT_BITS = 16  # how a mapping of bits says "leave it float"
 DYNAMIC = "dynamic"  # instead of an observer: ranges are found while the model runs
 OBSERVER_NAMES = ("minmax", "movingaverage", "ema", "histogram", "kl", "auto", DYNAMIC)
 ON_FAILURE = ("error", "warn", "ignore")
@@ -35,8 +42,6 @@ ZERO_POINTS = ("float", "integer")
 
 OnFailure = Literal["error", "warn", "ignore"]
 ZeroPoints = Literal["float", "integer"]
-# A class, a function or a name of one of them.
-TypeRule = type | Callable[..., Any] | str
 
 
 class WeightForm(TypedDict):
@@ -142,22 +147,22 @@ class QuantConfig:
         if isinstance(self.bits, Mapping):
             self._set("bits", MappingProxyType(dict(self.bits)))
         for name in ("modules_to_not_convert", "skip_layer_names"):
-            self._set(name, _names(name, getattr(self, name)))
+            self._set(name, checked_names(name, getattr(self, name)))
         for name in ("layer_types", "skip_layer_types"):
-            self._set(name, _types(name, getattr(self, name)))
-        _check_bits(self.bits)
-        _check_embeddings(self.embeddings)
+            self._set(name, checked_types(name, getattr(self, name)))
+        check_bits(self.bits)
+        check_embeddings(self.embeddings)
         check_group_size(self.group_size)
         check_positive_int("num_calibration_samples", self.num_calibration_samples)
-        _check_flag("symmetric", self.symmetric)
+        check_flag("symmetric", self.symmetric)
         check_choice("zero_points", self.zero_points, ZERO_POINTS)
         parse_method(self.method, has_data=True)
         check_choice("observer", self.observer, OBSERVER_NAMES)
         check_choice("accuracy_warning", self.accuracy_warning, ON_FAILURE)
         check_number("sqnr_warning_threshold", self.sqnr_warning_threshold)
         check_number("sqnr_error_threshold", self.sqnr_error_threshold)
-        _check_activation_bits(self.activation_bits)
-        _check_parameter_threshold(self.skip_param_threshold)
+        check_activation_bits(self.activation_bits)
+        check_parameter_threshold(self.skip_param_threshold)
         if self.target is not None:
             check_choice("target", self.target, TARGETS)
             self._keep_to(TARGETS[self.target])
@@ -336,77 +341,3 @@ def check_option_names(options: Mapping[str, Any]) -> None:
                 needed=f"one of {', '.join(known)}",
                 remedy=f"Did you mean {close[0]!r}?" if close else "Leave it out.",
             )
-
-
-def _names(argument: str, given: Sequence[str] | None) -> tuple[str, ...] | None:
-    if isinstance(given, str):
-        raise OptionError(
-            argument,
-            found=f"the text {given!r}",
-            needed="a list of names",
-            remedy=f"Write {argument}=[{given!r}].",
-        )
-    if given is None:
-        return None
-    return tuple(NameRule(name).pattern for name in given)
-
-
-def _types(argument: str, given: Sequence[TypeRule] | None) -> tuple[str, ...] | None:
-    if isinstance(given, str | type):
-        raise OptionError(
-            argument,
-            found=repr(given),
-            needed="a list of types",
-            remedy=f"Write {argument}=[{type_rule(given)}].",
-        )
-    return None if given is None else tuple(type_rule(kind) for kind in given)
-
-
-def _check_bits(bits: int | Mapping[str, int]) -> None:
-    is_mapping = isinstance(bits, Mapping)
-    allowed = (*WIDTHS, FLOAT_BITS) if is_mapping else WIDTHS
-    for name, value in bits.items() if isinstance(bits, Mapping) else [("", bits)]:
-        if isinstance(value, bool | float) or value not in allowed:
-            raise OptionError(
-                f"bits[{name!r}]" if is_mapping else "bits",
-                found=repr(value),
-                needed=f"one of {', '.join(map(str, allowed))}",
-                remedy="Choose one of these widths (in a mapping, 16 leaves a module float).",
-            )
-
-
-def _check_embeddings(value: Any) -> None:
-    if value is not None and (isinstance(value, bool | float) or value not in WIDTHS):
-        raise OptionError(
-            "embeddings",
-            found=repr(value),
-            needed=f"None, or one of {', '.join(map(str, WIDTHS))}",
-            remedy="Leave it None for float embeddings.",
-        )
-
-
-def _check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise OptionError(
-            name, found=repr(value), needed="True or False", remedy="Pass one of them."
-        )
-
-
-def _check_activation_bits(value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or value != 8):
-        raise OptionError(
-            "activation_bits",
-            found=repr(value),
-            needed="8 or None",
-            remedy="Leave it None for float activations.",
-        )
-
-
-def _check_parameter_threshold(value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise OptionError(
-            "skip_param_threshold",
-            found=repr(value),
-            needed="a whole number of at least 0",
-            remedy="Pass 0 to quantize layers of every size.",
-        )

@@ -190,11 +190,16 @@ def block_names(name: str, count: int) -> list[str]:
     return [name] if count == 1 else [f"{name}[{i}]" for i in range(count)]
 
 
+def chosen_form(module: nn.Module) -> LayerForm:
+    """The row of a float layer that was chosen because it has one."""
+    form = form_of(module)
+    assert form is not None
+    return form
+
+
 def matrix_of(module: nn.Module) -> Tensor:
     """The weight of a layer that has a form, as a matrix [rows, inputs] without gradient."""
-    form = form_of(module)
-    assert form is not None  # the caller chose a layer that has one
-    return form.matrix(module).detach()
+    return chosen_form(module).matrix(module).detach()
 
 
 def with_weight(module: nn.Module, weight: Tensor, arguments: tuple[Any, ...]) -> Tensor:

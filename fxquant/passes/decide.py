@@ -23,7 +23,8 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from fxquant.config.quant_config import FLOAT_BITS, QuantConfig
+from fxquant.config.option_checks import FLOAT_BITS
+from fxquant.config.quant_config import QuantConfig
 from fxquant.config.skip_rules import (
     DEFAULT_INT4_SKIP,
     NameRule,
@@ -34,7 +35,7 @@ from fxquant.config.skip_rules import (
 )
 from fxquant.config.targets import TARGETS
 from fxquant.graph.parameters import ParameterNode, memory_of, parameter_nodes
-from fxquant.modules.weight_forms import form_of, matrix_of
+from fxquant.modules.weight_forms import chosen_form, form_of, matrix_of
 from fxquant.numerics.integers import INT8, WIDTHS
 from fxquant.numerics.quantized_weight import ONE_GROUP, is_per_channel
 
@@ -226,8 +227,8 @@ def _target_problem(node: ParameterNode, config: QuantConfig, bits: int) -> str 
 
 
 def _bits_of(node: ParameterNode, config: QuantConfig) -> tuple[int, str, str]:
-    form = None if node.module is None else form_of(node.module)
-    assert form is not None  # nodes without a form stayed float
+    assert node.module is not None  # nodes without a form stayed float
+    form = chosen_form(node.module)
     if isinstance(config.bits, Mapping) and node.name in config.bits:
         return config.bits[node.name], "bits", f"the mapping gives it {config.bits[node.name]}"
     if form.is_lookup:

@@ -10,7 +10,7 @@ from fxquant.errors import WeightError
 from fxquant.graph.parameters import memory_of
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.linear import QuantizedLinear
-from fxquant.modules.weight_forms import LayerForm, form_of
+from fxquant.modules.weight_forms import chosen_form
 from fxquant.numerics.quantized_weight import QuantizedWeight
 
 _Key = tuple[int, int, tuple[int, ...], tuple[int, ...], int]
@@ -29,7 +29,7 @@ class TiedTables:
     def find(self, name: str, layer: nn.Module, bits: int) -> QuantizedLinear | None:
         """The layer whose packed weight the layer called `name` can read, or None."""
         found = self._tables.get(_key(layer, bits))
-        if found is None or found[1] == name or not (found[2] or _form(layer).is_lookup):
+        if found is None or found[1] == name or not (found[2] or chosen_form(layer).is_lookup):
             return None
         self.notes[name] = f"it reads the packed weight of {found[1]}"
         return found[0]
@@ -38,7 +38,7 @@ class TiedTables:
         """Let others read the packed weight of a layer that was made."""
         table = made if isinstance(made, QuantizedLinear) else getattr(made, "table", None)
         if table is not None:
-            self._tables.setdefault(_key(layer, bits), (table, name, _form(layer).is_lookup))
+            self._tables.setdefault(_key(layer, bits), (table, name, chosen_form(layer).is_lookup))
 
 
 def _key(layer: nn.Module, bits: int) -> _Key:
@@ -46,12 +46,6 @@ def _key(layer: nn.Module, bits: int) -> _Key:
     assert weight is not None  # layers with a form have one
     place = 0 if weight.is_meta else weight.data_ptr()
     return memory_of(weight), place, tuple(weight.shape), weight.stride(), bits
-
-
-def _form(layer: nn.Module) -> LayerForm:
-    form = form_of(layer)
-    assert form is not None  # the caller chose a layer that has one
-    return form
 
 
 class Blocks:
@@ -62,7 +56,7 @@ class Blocks:
     """
 
     def __init__(self, layer: nn.Module) -> None:
-        self.layer, self.form = layer, _form(layer)
+        self.layer, self.form = layer, chosen_form(layer)
         matrix = self.form.matrix(layer).detach()
         self.count = self.form.blocks(layer)
         self.rows, self.inputs = matrix.shape[0] // self.count, matrix.shape[1]

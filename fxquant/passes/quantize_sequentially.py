@@ -31,7 +31,7 @@ from fxquant.graph.layers import (
 )
 from fxquant.graph.left_alone import attributes_left_alone, graph_left_alone, left_alone
 from fxquant.modules.layer import QuantizedLayer
-from fxquant.modules.weight_forms import form_of
+from fxquant.modules.weight_forms import chosen_form, form_of
 from fxquant.observers.moments import LayerMoments
 from fxquant.passes.block_moments import add_call, collect_blocks, empty_moments
 from fxquant.passes.calibrate import run_call
@@ -131,9 +131,8 @@ class _Run:
                 self._quantize_together(turn)
 
     def _quantize_together(self, turn: Turn) -> None:
-        site, form = turn.sites[0], form_of(turn.sites[0].module)
-        if form is not None and not form.shares_input:
-            self._swap(site, self._moments_of_blocks(turn))
+        if not chosen_form(turn.sites[0].module).shares_input:
+            self._swap(turn.sites[0], self._moments_of_blocks(turn))
             return
         known = {name: found[0] for name, found in self.later.items()}
         moments = collect(turn, self._arrived(turn, turn.sites), known)
