@@ -19,6 +19,7 @@ Each text says where, what is there or happened, what is expected and what to do
 import difflib
 import math
 import os
+import sys
 from collections.abc import Iterable
 
 
@@ -145,7 +146,17 @@ def check_type(
     if isinstance(value, tuple) and any(isinstance(item, expected) for item in value):
         found = "a pair"
         remedy = "quantize returns a pair: write `qmodel, info = ...`, then pass the one needed."
-    raise error(argument, found=found, needed=f"a {expected.__name__}", remedy=remedy)
+    raise error(argument, found=found, needed=f"a {_public_name(expected)}", remedy=remedy)
+
+
+def _public_name(kind: type) -> str:
+    """The shortest path by which a class can be imported, such as `torch.nn.Module`."""
+    parts = kind.__module__.split(".")
+    for count in range(1, len(parts) + 1):
+        path = ".".join(parts[:count])
+        if path != "builtins" and getattr(sys.modules.get(path), kind.__name__, None) is kind:
+            return f"{path}.{kind.__name__}"
+    return kind.__name__
 
 
 def check_path(argument: str, value: object, error: type[FxquantError] = OptionError) -> None:

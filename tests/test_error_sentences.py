@@ -87,11 +87,11 @@ SENTENCES = [
      "exists, can be written and has space. Create the folder, free some space, or choose another "
      "path."),
     (lambda: fxquant.save_model(fxquant.quantize(model(), accuracy_warning="ignore"), "m"),
-     "save_model: got a pair. Expected a GraphModule. quantize returns a pair: write "
+     "save_model: got a pair. Expected a torch.fx.GraphModule. quantize returns a pair: write "
      "`qmodel, info = ...`, then pass the one needed."),
     (lambda: fxquant.diff(model(), model()),
-     "before: got an object of type Sequential. Expected a GraphModule. Pass the graph that trace, "
-     "quantize, static_quantize or load_model returned."),
+     "before: got an object of type Sequential. Expected a torch.fx.GraphModule. Pass the graph "
+     "that trace, quantize, static_quantize or load_model returned."),
     (lambda: fxquant.allocate(report()),
      "allocate: got 0 budgets. Expected exactly one of average_bits, max_bytes and min_sqnr_db. "
      "Pass one of them."),

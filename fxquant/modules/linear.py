@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import OptionError, WeightError, check_choice
+from fxquant.errors import OptionError, WeightError, check_choice, check_type
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.numerics.quantized_weight import SCALE_DTYPE
 
@@ -160,11 +160,6 @@ def moved_only(fn: Any, tensor: Tensor) -> Tensor:
 
 def check_linear(linear: object) -> nn.Linear:
     """`linear` itself, or a `WeightError` if it is no Linear layer."""
-    if isinstance(linear, nn.Linear):
-        return linear
-    raise WeightError(
-        "from_float",
-        found=type(linear).__name__,
-        needed="a torch.nn.Linear",
-        remedy="Pass the Linear layer itself.",
-    )
+    check_type("from_float", linear, nn.Linear, "Pass the Linear layer itself.", WeightError)
+    assert isinstance(linear, nn.Linear)  # for type checkers
+    return linear
