@@ -50,9 +50,8 @@ inline __m256i broadcast(const uint8_t* at) {
   return _mm256_set1_epi32(bits);
 }
 
-struct Int8Mode {
+struct Int8Mode : GroupByGroup<Int8Mode> {
   using Value = int8_t;
-  static constexpr int code_bytes = 1;
   static constexpr bool sums_may_cancel = false;
 
 #ifdef FXQUANT_AVX_VNNI
@@ -89,13 +88,6 @@ struct Int8Mode {
                             float* sum) {
     prepare_int8(x, size, to, stride, scale, sum);
   }
-
-  template <int R, bool Bytes>
-  static void multiply(const Span& span, float* outputs) {
-    multiply_groups<Int8Mode, R, Bytes>(span, outputs);
-  }
-
-  static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
 
   template <int R, bool Bytes>
   static void multiply_group(const Span& span, const Group& group, const TileGroup& tile,
@@ -191,20 +183,13 @@ struct Int8Mode {
 };
 
 // float32 throughout: these CPUs have no bfloat16 products.
-struct FloatMode {
+struct FloatMode : GroupByGroup<FloatMode> {
   using Value = float;
-  static constexpr int MR = 6, speed = 60, code_bytes = 1;
+  static constexpr int MR = 6, speed = 60;
   static constexpr bool sums_may_cancel = true;
 
   static void prepare_group(const float* x, int size, float* to, int stride, float*, float* sum) {
     prepare_float32(x, size, to, stride, sum);
-  }
-
-  static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
-
-  template <int R, bool Bytes>
-  static void multiply(const Span& span, float* outputs) {
-    multiply_groups<FloatMode, R, Bytes>(span, outputs);
   }
 
   template <int R, bool Bytes>

@@ -87,12 +87,10 @@ FXQUANT_INLINE void add_sums(const Group& group, const TileGroup& tile,
   });
 }
 
-struct Int8Mode {
+struct Int8Mode : ByteCodes {
   using Value = int8_t;
-  static constexpr int MR = 6, speed = 400, code_bytes = 1;
+  static constexpr int MR = 6, speed = 400;
   static constexpr bool sums_may_cancel = false;
-
-  static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
 
   static void prepare_group(const float* x, int size, int8_t* to, int stride, float* scale,
                             float* sum) {

@@ -15,12 +15,10 @@ FXQUANT_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 namespace fxquant {
 namespace {
 
-struct FloatMode {
+struct FloatMode : ByteCodes {
   using Value = float;
-  static constexpr int MR = 6, speed = 120, code_bytes = 1;
+  static constexpr int MR = 6, speed = 120;
   static constexpr bool sums_may_cancel = true;
-
-  static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
 
   static void prepare_group(const float* x, int size, float* to, int stride, float*, float* sum) {
     prepare_float32(x, size, to, stride, sum);

@@ -1,16 +1,16 @@
 // The walk over blocks, groups and tiles that every instruction set shares. A `Mode` supplies the
 // innermost loops; it has
 //   Value                      the type of a prepared value
-//   MR                  at most so many rows in a tile
+//   MR                         at most so many rows in a tile
 //   speed, sums_may_cancel     see `Kernel`
 //   prepare_group(...)         a group of one row, from float32, zeros behind it up to `kLanes`; the
 //                              sum is null where nobody reads it
 //   prepare_bf16(...)          the same from bfloat16, if Value is that
 //   unpacking(bits)            what unpacks codes before they are multiplied, or null
 //   code_bytes                 of a code unpacked
-//   multiply<R, Bytes>(...)  adds the products of a span of groups to the outputs of a
-//                              tile of R rows; codes are nibbles, or else bytes (or what `unpacking`
-//                              made of them)
+//   multiply<R, Bytes>(...)    adds the products of a span of groups to the outputs of a tile of R
+//                              rows; codes are nibbles, or else bytes (or what `unpacking` made of
+//                              them)
 // Each output is summed in the same order whatever the number of rows and threads, so a row's
 // result does not depend on what else is in its batch.
 #pragma once
@@ -121,14 +121,23 @@ void prepare(const Call& call, const Panel& panel, int64_t first, int64_t last) 
   }
 }
 
-// For modes that multiply one group after another, by `multiply_group<R, Bytes>(...)`.
-template <class Mode, int R, bool Bytes>
-void multiply_groups(const Span& span, float* outputs) {
-  for (int i = 0; i < span.groups; ++i) {
-    Mode::template multiply_group<R, Bytes>(span, span.group(i), span.tile(i),
-                                                       outputs);
+// For modes that multiply nibbles and bytes, to which other widths are unpacked.
+struct ByteCodes {
+  static constexpr int code_bytes = 1;
+
+  static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
+};
+
+// For those of them that multiply one group after another, by `multiply_group<R, Bytes>(...)`.
+template <class Mode>
+struct GroupByGroup : ByteCodes {
+  template <int R, bool Bytes>
+  static void multiply(const Span& span, float* outputs) {
+    for (int i = 0; i < span.groups; ++i) {
+      Mode::template multiply_group<R, Bytes>(span, span.group(i), span.tile(i), outputs);
+    }
   }
-}
+};
 
 using Multiply = void (*)(const Span&, float* outputs);
 

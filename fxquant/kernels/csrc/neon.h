@@ -38,12 +38,9 @@ inline void prefetch(const uint8_t* codes) {
   for (int line = 0; line < 16 * Vectors; line += 64) __builtin_prefetch(codes + line);
 }
 
-struct Int8Mode {
+struct Int8Mode : GroupByGroup<Int8Mode> {
   using Value = int8_t;
-  static constexpr int code_bytes = 1;
   static constexpr bool sums_may_cancel = false;
-
-  static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
 
   static void prepare_group(const float* x, int size, int8_t* to, int stride, float* scale,
                             float* sum) {
@@ -69,11 +66,6 @@ struct Int8Mode {
     return vaddq_s32(sum, vpaddq_s32(low, high));
   }
 #endif
-
-  template <int R, bool Bytes>
-  static void multiply(const Span& span, float* outputs) {
-    multiply_groups<Int8Mode, R, Bytes>(span, outputs);
-  }
 
   template <int R, bool Bytes>
   static void multiply_group(const Span& span, const Group& group, const TileGroup& tile,
@@ -117,20 +109,13 @@ struct Int8Mode {
   }
 };
 
-struct FloatMode {
+struct FloatMode : GroupByGroup<FloatMode> {
   using Value = float;
-  static constexpr int MR = 4, speed = 20, code_bytes = 1;
+  static constexpr int MR = 4, speed = 20;
   static constexpr bool sums_may_cancel = true;
-
-  static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
 
   static void prepare_group(const float* x, int size, float* to, int stride, float*, float* sum) {
     prepare_float32(x, size, to, stride, sum);
-  }
-
-  template <int R, bool Bytes>
-  static void multiply(const Span& span, float* outputs) {
-    multiply_groups<FloatMode, R, Bytes>(span, outputs);
   }
 
   template <int R, bool Bytes>

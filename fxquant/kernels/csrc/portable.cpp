@@ -43,20 +43,13 @@ inline void sum_slice(const float* weights, int steps, const float* x, int colum
 
 struct PortableMode {
   using Value = float;
-  static constexpr int MR = kRows, speed = 15, code_bytes = 1;
+  static constexpr int MR = kRows, speed = 15;
   static constexpr bool sums_may_cancel = false;
-
-  static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
 };
 
-struct FloatMode : PortableMode {
+struct FloatMode : PortableMode, GroupByGroup<FloatMode> {
   static void prepare_group(const float* x, int size, float* to, int stride, float*, float*) {
     for (int k = 0; k < size; k += KR) memcpy(to + k / KR * stride, x + k, 4 * KR);
-  }
-
-  template <int R, bool Bytes>
-  static void multiply(const Span& span, float* outputs) {
-    multiply_groups<FloatMode, R, Bytes>(span, outputs);
   }
 
   template <int R, bool Bytes>
@@ -79,17 +72,12 @@ struct FloatMode : PortableMode {
   }
 };
 
-struct Int8Mode : PortableMode {
+struct Int8Mode : PortableMode, GroupByGroup<Int8Mode> {
   static void prepare_group(const float* x, int size, float* to, int stride, float* scale,
                             float* sum) {
     int8_t q[kMaxGroup];
     prepare_int8(x, size, q, KR, scale, sum);
     for (int k = 0; k < size; ++k) to[k / KR * stride + k % KR] = q[k];
-  }
-
-  template <int R, bool Bytes>
-  static void multiply(const Span& span, float* outputs) {
-    multiply_groups<Int8Mode, R, Bytes>(span, outputs);
   }
 
   template <int R, bool Bytes>
