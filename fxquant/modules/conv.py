@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.errors import OptionError
-from fxquant.modules.layer import QuantizedLayer
+from fxquant.modules.layer import LayerAround
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_of import linear_of
 from fxquant.numerics.quantized_weight import QuantizedWeight
@@ -27,7 +27,7 @@ _OPTIONS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "
             "groups", "output_padding", "padding_mode")  # fmt: skip
 
 
-class QuantizedConv(QuantizedLayer):
+class QuantizedConv(LayerAround):
     """`nn.Conv1d` to `nn.ConvTranspose3d` on a packed weight.
 
     A convolution of one place (kernel 1, no groups, no padding) runs as the linear layer it is, on
@@ -113,18 +113,9 @@ class QuantizedConv(QuantizedLayer):
         return cls(dims, is_transposed, bias=given, matrix=matrix, **options)
 
     @property
-    def bits(self) -> int:  # type: ignore[override]
-        """Bits of an integer of the weight."""
-        return self.matrix.bits
-
-    @property
-    def _weight_dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.matrix._weight_dtype
-
-    @property
-    def quantized_weight(self) -> QuantizedWeight:
-        """The matrix of the weight."""
-        return self.matrix.quantized_weight
+    def inner(self) -> QuantizedLinear:
+        """The layer that multiplies by the matrix of the weight."""
+        return self.matrix
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from fxquant.modules.layer import QuantizedLayer
+from fxquant.modules.layer import LayerAround
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_of import linear_of
 from fxquant.numerics.quantized_weight import QuantizedWeight
 
 
-class QuantizedEmbedding(QuantizedLayer):
+class QuantizedEmbedding(LayerAround):
     """`nn.Embedding` on a packed weight; a tied head is the same object as its `table`.
 
     Args:
@@ -51,23 +51,14 @@ class QuantizedEmbedding(QuantizedLayer):
         return cls(entries, dim, embedding.padding_idx, table)
 
     @property
-    def bits(self) -> int:  # type: ignore[override]
-        """Bits of an integer of the weight."""
-        return self.table.bits
+    def inner(self) -> QuantizedLinear:
+        """The table of rows."""
+        return self.table
 
     @property
     def bias(self) -> None:  # type: ignore[override]
         """An embedding has none."""
         return None
-
-    @property
-    def _weight_dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.table._weight_dtype
-
-    @property
-    def quantized_weight(self) -> QuantizedWeight:
-        """The rows."""
-        return self.table.quantized_weight
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

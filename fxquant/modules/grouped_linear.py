@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.modules.layer import QuantizedLayer
+from fxquant.modules.layer import LayerAround
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_of import linear_of
 from fxquant.numerics.quantized_weight import QuantizedWeight
@@ -74,7 +74,7 @@ class GroupedLinear(nn.Module):
         return f"{self.experts}, {self.in_features}, {self.out_features}"
 
 
-class QuantizedGroupedLinear(QuantizedLayer):
+class QuantizedGroupedLinear(LayerAround):
     """`GroupedLinear` with an own packed matrix for each expert; only those that are met run.
 
     Args:
@@ -124,19 +124,15 @@ class QuantizedGroupedLinear(QuantizedLayer):
         return list(self.children())  # type: ignore[arg-type]
 
     @property
-    def bits(self) -> int:  # type: ignore[override]
-        """Bits of an integer of the weight."""
-        return self.layers[0].bits
+    def inner(self) -> QuantizedLinear:
+        """The layer of the first expert."""
+        return self.layers[0]
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
         """[experts, out], or None."""
         biases = [layer.bias for layer in self.layers if layer.bias is not None]
         return torch.stack(biases) if biases else None
-
-    @property
-    def _weight_dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.layers[0]._weight_dtype
 
     @property
     def quantized_weight(self) -> QuantizedWeight:

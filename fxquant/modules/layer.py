@@ -54,3 +54,26 @@ class QuantizedLayer(nn.Module):
     def to_float(self) -> nn.Module:
         """The float layer with the same values."""
         raise NotImplementedError(type(self).__name__)
+
+
+class LayerAround(QuantizedLayer):
+    """A quantized layer whose integers are those of another one inside it."""
+
+    @property
+    def inner(self) -> QuantizedLayer:
+        """The layer inside, or the first of several alike."""
+        raise NotImplementedError(type(self).__name__)
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        """Bits of an integer of the weight."""
+        return self.inner.bits
+
+    @property
+    def _weight_dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.inner._weight_dtype
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """The integers with their scales and zero points, as the matrix of the layer's form."""
+        return self.inner.quantized_weight
