@@ -236,16 +236,25 @@ struct FloatMode : GroupByGroup<FloatMode> {
     unrolled<KR>([&](auto k) {
       constexpr int shift = 8 * (k % kFour) + (Bytes ? 0 : 4 * (k / kFour));
       const uint8_t* word = codes + (Bytes ? k / kFour * kWord : 0);
-      unrolled<Wide>([&](auto v) {
+      const auto weights_at = [&](auto v) {
         const __m256i lanes = load(word + 32 * v);
         const __m256i q = Bytes ? _mm256_sub_epi8(lanes, middles) : _mm256_xor_si256(lanes, sign);
         const __m256i top = _mm256_slli_epi32(q, 32 - kWidth - shift);
-        const __m256 w = _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 32 - kWidth));
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 32 - kWidth));
+      };
+      if constexpr (R == 1) {  // the sums leave no registers for as many weights
+        const __m256 value = _mm256_broadcast_ss(x + k);
+        unrolled<Wide>([&](auto v) {
+          sums[0][v] = _mm256_fmadd_ps(weights_at(v), value, sums[0][v]);
+        });
+      } else {  // each x is loaded once for all outputs
+        __m256 w[Wide];
+        unrolled<Wide>([&](auto v) { w[v] = weights_at(v); });
         unrolled<R>([&](auto r) {
           const __m256 value = _mm256_broadcast_ss(x + KR * r + k);
-          sums[r][v] = _mm256_fmadd_ps(w, value, sums[r][v]);
+          unrolled<Wide>([&](auto v) { sums[r][v] = _mm256_fmadd_ps(w[v], value, sums[r][v]); });
         });
-      });
+      }
     });
   }
 };
