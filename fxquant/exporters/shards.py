@@ -1,7 +1,7 @@
 """Tensors into the safetensors files of a Hugging Face folder: shards and their index."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -32,15 +32,32 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_
         waiting[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         size, total = size + tensor.nbytes, total + tensor.nbytes
     shards.append(_write(folder, len(shards), waiting))
+    for number in range(len(shards)):
+        (folder / _temporary(number)).rename(folder / shard_name(number, len(shards)))
+    write_index(folder, shards, total)
+
+
+def shard_name(number: int, count: int) -> str:
+    """What the shard of this number, from 0, is called among `count`."""
+    return WEIGHTS if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
+
+
+def write_index(folder: Path, shards: Sequence[Iterable[str]], total_bytes: int) -> None:
+    """Write which shard holds which tensor; a single file needs no index.
+
+    Args:
+        folder: of the shards.
+        shards: the names of the tensors in each.
+        total_bytes: of all tensors.
+    """
     if len(shards) == 1:
-        (folder / _temporary(0)).rename(folder / WEIGHTS)
         return
-    files = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        (folder / _temporary(number)).rename(folder / file)
-        files.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": files}
+    files = {
+        name: shard_name(number, len(shards))
+        for number, names in enumerate(shards)
+        for name in names
+    }
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": files}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxquant.errors import SaveError
-from fxquant.exporters.folder_reader import INDEX, WEIGHTS
-from fxquant.exporters.shards import METADATA
+from fxquant.exporters.shards import METADATA, shard_name, write_index
+from fxquant.serialization.atomic import check_free_folder
 
 SUFFIX = ".unfinished"
 NOTES = ".fxquant"  # a folder for what is known of shards; removed at the end
@@ -42,15 +42,7 @@ class UnfinishedFolder:
         self.target = Path(os.path.realpath(target))
         self.path = self.target.with_name(self.target.name + SUFFIX)
         self.count = count
-        if os.path.lexists(self.target) and not (
-            self.target.is_dir() and not any(self.target.iterdir())
-        ):
-            raise SaveError(
-                os.fspath(target),
-                found="something there already",
-                needed="a path that is free, or an empty folder",
-                remedy="Remove it, or choose another path.",
-            )
+        check_free_folder(target)
         known = self._known_run()
         if not resume or known is None:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -70,7 +62,7 @@ class UnfinishedFolder:
 
     def notes(self, number: int) -> dict[str, Any] | None:
         """What was noted of a finished shard; None where it has to be made."""
-        if not (self.path / self._shard_name(number)).exists():
+        if not self._shard(number).exists():
             return None
         noted: dict[str, Any] = json.loads(self._note(number).read_text("utf-8"))
         return noted
@@ -93,7 +85,7 @@ class UnfinishedFolder:
 
     def accept(self, number: int) -> None:
         """Let a shard that was written count."""
-        os.replace(self.path / NOTES / f"shard-{number}", self.path / self._shard_name(number))
+        os.replace(self.path / NOTES / f"shard-{number}", self._shard(number))
 
     def finish(self, total_bytes: int) -> None:
         """Write the index of the shards, and give the folder its name.
@@ -102,22 +94,15 @@ class UnfinishedFolder:
             total_bytes: of all tensors.
         """
         try:
-            if self.count > 1:
-                files = {}
-                for number in range(self.count):
-                    names = (self.notes(number) or {})["names"]
-                    files.update(dict.fromkeys(names, self._shard_name(number)))
-                index = {"metadata": {"total_size": total_bytes}, "weight_map": files}
-                (self.path / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+            shards = [(self.notes(number) or {})["names"] for number in range(self.count)]
+            write_index(self.path, shards, total_bytes)
             shutil.rmtree(self.path / NOTES)
             os.replace(self.path, self.target)
         except OSError as error:
             raise self._not_written(error) from error
 
-    def _shard_name(self, number: int) -> str:
-        return WEIGHTS if self.count == 1 else (
-            f"model-{number + 1:05}-of-{self.count:05}.safetensors"
-        )  # fmt: skip
+    def _shard(self, number: int) -> Path:
+        return self.path / shard_name(number, self.count)
 
     def _note(self, number: int) -> Path:
         return self.path / NOTES / f"shard-{number}.json"

@@ -71,13 +71,7 @@ def write_folder_atomically(path: str | os.PathLike[str], write: Callable[[str],
     temporary = handle = None
     try:
         target = Path(os.path.realpath(path))
-        if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-            raise SaveError(
-                os.fspath(path),
-                found="something there already",
-                needed="a path that is free, or an empty folder",
-                remedy="Remove it, or choose another path.",
-            )
+        check_free_folder(path)
         prefix = f".fxquant-{zlib.crc32(os.fsencode(target.name)):08x}-"
         _remove_left_over(target.parent, prefix)
         temporary = tempfile.mkdtemp(dir=target.parent, prefix=prefix)
@@ -105,6 +99,18 @@ def _not_written(path: str | os.PathLike[str], error: Exception) -> SaveError:
         needed="a folder that exists, can be written and has space",
         remedy="Create the folder, free some space, or choose another path.",
     )
+
+
+def check_free_folder(path: str | os.PathLike[str]) -> None:
+    """Raise a `SaveError` unless nothing, or an empty folder, is at `path`."""
+    target = Path(os.path.realpath(path))
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise SaveError(
+            os.fspath(path),
+            found="something there already",
+            needed="a path that is free, or an empty folder",
+            remedy="Remove it, or choose another path.",
+        )
 
 
 def check_replaceable(path: str | os.PathLike[str]) -> None:
