@@ -36,6 +36,9 @@ CLIP_RATIOS = {
     **dict.fromkeys((4, 5, 6, 8), _RATIOS),
 }
 REFITS = 8  # nearly always fewer are needed
+# Of the levels' weighted variance, where their mean is rounded: with less, all levels that count are
+# the same one, and what is left is the mean's rounding error, from which no scale can be fitted.
+LEAST_VARIANCE = 1e-6
 BLOCK_ELEMENTS = 1 << 19  # of a block of rows: its temporaries stay in the cache
 
 
@@ -169,16 +172,21 @@ def _refit(fit: _Fit, symmetric: bool, whole: bool) -> tuple[Tensor, Tensor]:
     total = weights.sum(-1)
     mean_q = (weights * q).sum(-1) / total
     mean_x = (weights * groups).sum(-1) / total
-    scale = _refit_scale(fit, q, mean_q)
+    scale = _refit_scale(fit, q, mean_q, LEAST_VARIANCE * total)
     zero_point = stored_zero_points(mean_q - mean_x / scale, fit.integer, whole)
     return (_refit_scale(fit, q, zero_point) if whole else scale), zero_point
 
 
-def _refit_scale(fit: _Fit, q: Tensor, origin: Tensor) -> Tensor:
-    """The least-squares scale for levels counted from `origin` [rows, groups]."""
+def _refit_scale(fit: _Fit, q: Tensor, origin: Tensor, least: Tensor | float = 0.0) -> Tensor:
+    """The least-squares scale for levels counted from `origin` [rows, groups].
+
+    The scale stays where the levels' weighted sum of squares is not above `least`.
+    """
     levels = q - origin[..., None]
-    fitted = (fit.weights * levels * fit.groups).sum(-1) / (fit.weights * levels * levels).sum(-1)
-    fitted = torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, fit.scale)
+    squares = (fit.weights * levels * levels).sum(-1)
+    fitted = (fit.weights * levels * fit.groups).sum(-1) / squares
+    usable = (squares > least) & torch.isfinite(fitted) & (fitted != 0)
+    fitted = torch.where(usable, fitted, fit.scale)
     return safe_scale(fitted.to(SCALE_DTYPE).float())
 
 

@@ -119,6 +119,17 @@ def test_groups_of_one_value_and_the_ends_of_float32_stay_sound(value, symmetric
     assert ((found - mixed).abs() <= mixed.abs().max() * 0.15 + 1e-39).all()
 
 
+@pytest.mark.parametrize("round_it", [pytest.param(in_cpp, marks=built), in_torch])
+def test_no_scale_is_fitted_to_levels_that_are_all_the_same(round_it):
+    # The columns that count are near the range's end, at its level; only one that does not is far.
+    # The mean of these equal levels is one of them but for rounding.
+    for _ in range(20):
+        weight = torch.cat([-0.3 * torch.rand(2000, 4), -1 - 2 * torch.rand(2000, 1)], dim=1)
+        importance = torch.cat([torch.rand(4), torch.zeros(1)])
+        made = round_it(weight, 5, False, importance, bits=2)
+        assert made.scales.abs().max() < 3
+
+
 @built
 def test_a_weight_that_is_not_contiguous_is_read_rightly():
     weight = torch.randn(64, 48)

@@ -24,6 +24,9 @@ using Vector = float __attribute__((vector_size(4 * kWidth)));
 constexpr int kSumLanes = 16, kParts = kSumLanes / kWidth;
 constexpr int kAtOnce = kWidth / 4;  // grids whose sums stay in registers together
 
+// As `LEAST_VARIANCE` of fxquant/algorithms/rtn.py.
+constexpr float kLeastVariance = 1e-6f;
+
 struct Grid {
   float scale;
   float zero_point;
@@ -116,8 +119,8 @@ inline void set_levels(const RoundedGroup& group, const Grid& grid) {
 }
 
 // The least-squares scale for the levels of `group`, counted from `origin`; `former` stays where it
-// is undefined.
-inline float fitted_scale(const RoundedGroup& group, float origin, float former) {
+// is undefined, or the levels' sum of squares is not above `least`.
+inline float fitted_scale(const RoundedGroup& group, float origin, float former, float least = 0) {
   Lanes along, across;
   for (int64_t i = 0; i < group.vectors; i += kParts) {
     unrolled<kParts>([&](auto part) {
@@ -126,8 +129,8 @@ inline float fitted_scale(const RoundedGroup& group, float origin, float former)
       across.parts[part] += weighted * level;
     });
   }
-  const float scale = along.total() / across.total();
-  return to_scale(std::isfinite(scale) && scale != 0 ? scale : former);
+  const float squares = across.total(), scale = along.total() / squares;
+  return to_scale(squares > least && std::isfinite(scale) && scale != 0 ? scale : former);
 }
 
 // The least-squares grid for the levels of `group`. Of whole zero points, the scale is fitted once
@@ -146,7 +149,7 @@ inline Grid refitted(const RoundedGroup& group, const Grid& grid, const Rounding
     });
   }
   const float count = weights.total(), mean_q = q.total() / count, mean_x = x.total() / count;
-  const float scale = fitted_scale(group, mean_q, grid.scale);
+  const float scale = fitted_scale(group, mean_q, grid.scale, kLeastVariance * count);
   const float zero_point = to_zero_point(call, mean_q - mean_x / scale);
   return call.whole ? with_zero_point(zero_point) : Grid{scale, zero_point};
 }
