@@ -36,8 +36,8 @@ CLIP_RATIOS = {
     **dict.fromkeys((4, 5, 6, 8), _RATIOS),
 }
 REFITS = 8  # nearly always fewer are needed
-# Of the levels' weighted variance, where their mean is rounded: with less, all levels that count are
-# the same one, and what is left is the mean's rounding error, from which no scale can be fitted.
+# Of the weighted variance of the levels, whose mean is rounded. With less, all that count are at
+# one level, and what is left is the rounding error of the mean: no scale can be fitted to it.
 LEAST_VARIANCE = 1e-6
 BLOCK_ELEMENTS = 1 << 19  # of a block of rows: its temporaries stay in the cache
 
