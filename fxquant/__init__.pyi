@@ -19,6 +19,7 @@ from .errors import (
 )
 from .exporters.export import check_export, export
 from .exporters.findings import Finding
+from .exporters.load import RoundedScalesWarning, load_checkpoint
 from .exporters.stream import quantize_checkpoint
 from .measure.quantization_info import (
     AccuracyWarning,
@@ -80,6 +81,7 @@ __all__ = [
     "QuantizedLinearInt4",
     "QuantizedLinearInt8",
     "QuantizedLinearIntN",
+    "RoundedScalesWarning",
     "RuleError",
     "SaveError",
     "SensitivityReport",
@@ -100,6 +102,7 @@ __all__ = [
     "export",
     "info",
     "insert_observers",
+    "load_checkpoint",
     "load_into",
     "load_model",
     "pareto",

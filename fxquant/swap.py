@@ -218,17 +218,25 @@ def _apply(model: nn.Module, plan: _Plan) -> nn.Module:
         replace_layer(layer, copy.deepcopy(quantized, memo))
         layer.training = mode
     share_tables(model)
-    for part in model.modules():
-        if isinstance(part, nn.TransformerEncoderLayer) and _has_quantized(part):
-            part.activation_relu_or_gelu = 0  # torch's fast path would read the weights itself
+    finish_quantized(model)
     setattr(model, LEFT_FLOAT, plan.left_float)
-    if plan.modules and hasattr(model, "save_pretrained"):
-        model.save_pretrained = functools.partial(_refuse_save_pretrained, type(model).__name__)  # type: ignore[assignment]
     if plan.left_float:
         names = ", ".join(plan.left_float)
         text = f"these layers have no module of their own and stay float: {names}"
         warnings.warn(text, LeftFloatWarning, stacklevel=3)
     return model
+
+
+def finish_quantized(model: nn.Module) -> None:
+    """Keep code that reads weights itself away from a model whose layers were replaced."""
+    if not _has_quantized(model):
+        return
+    for part in model.modules():
+        if isinstance(part, nn.TransformerEncoderLayer) and _has_quantized(part):
+            part.activation_relu_or_gelu = 0  # torch's fast path would read the weights itself
+    if hasattr(model, "save_pretrained"):
+        refuse: Any = functools.partial(_refuse_save_pretrained, type(model).__name__)
+        model.save_pretrained = refuse
 
 
 def _has_quantized(module: nn.Module) -> bool:

@@ -37,7 +37,9 @@ def export_command(
     model: Path, output: Path, format_: str, base: Path | None, options: tuple[str, ...],
     only_check: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Write MODEL, a file that fxquant saved, to OUTPUT in the format of another runtime.
+    """Write MODEL to OUTPUT in the format of another runtime.
+
+    MODEL is a file that fxquant saved, or a folder in the format compressed-tensors, GPTQ or AWQ.
 
     What the format would lose is listed, and then nothing is written (status 1).
     """

@@ -193,11 +193,14 @@ class QuantConfig:
                 needed=f"one of {', '.join(map(str, target.widths))}",
                 remedy="Choose one of these widths, or leave the target out.",
             )
-        if self.activation_bits is not None and not target.quantizes_activations:
+        kind = DYNAMIC if self.observer == DYNAMIC else "static"
+        if self.activation_bits is not None and kind not in target.activations:
             raise OptionError(
                 "activation_bits",
-                found=f"{self.activation_bits} for the target {target.name!r}",
-                needed="None: the format has float activations",
+                found=f"{self.activation_bits} bits with {kind} ranges for target {target.name!r}",
+                needed=f"float activations, or ranges that are {target.activations[0]}"
+                if target.activations
+                else "None: the format has float activations",
                 remedy="Leave activation_bits out, or choose another target.",
             )
         if not self.symmetric and not target.has_zero_points:

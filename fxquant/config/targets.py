@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 WORD = 32  # bits
+LEAST_BLOCK = 16  # inputs that share a scale, in ONNX Runtime's product
 MODEL_DTYPE = "model"  # scales are stored in the dtype of the layer's float weight
 
 
@@ -23,7 +24,7 @@ class Target:
         shape_problems: what keeps a weight from being stored, given `(out, in, bits, group)` with
             the columns of a group; yields texts.
         adds_biases: whether a layer may get a bias that the model's class has no place for.
-        quantizes_activations: whether the format can hold quantized activations.
+        activations: which quantized activations it can hold: `"static"` ranges, or none.
         has_zero_points: whether zero points may differ from group to group.
     """
 
@@ -32,7 +33,7 @@ class Target:
     scale_dtype: torch.dtype | str
     shape_problems: Callable[[int, int, int, int], Iterator[str]]
     adds_biases: bool = False
-    quantizes_activations: bool = False
+    activations: tuple[str, ...] = ()
     has_zero_points: bool = True
 
     def problems(self, shape: tuple[int, ...], bits: int, group_size: int) -> list[str]:
@@ -83,11 +84,19 @@ def _awq(out: int, columns: int, bits: int, group: int) -> Iterator[str]:
     yield from _whole_words(out, columns, WORD // bits, 1)
 
 
+def _onnx(out: int, columns: int, bits: int, group: int) -> Iterator[str]:
+    if bits == 8 and group != columns:
+        yield from _whole_groups(columns, group)
+    if bits == 4 and group != columns and group % LEAST_BLOCK:
+        yield f"groups of {group} are no multiple of {LEAST_BLOCK}"
+
+
 TARGETS = {
     target.name: target
     for target in (
         Target("compressed-tensors", (4, 8), MODEL_DTYPE, _compressed_tensors),
         Target("gptq", (4, 8), torch.float16, _gptq),
         Target("awq", (4,), torch.float16, _awq),
+        Target("onnx", (4, 8), MODEL_DTYPE, _onnx, adds_biases=True, activations=("static",)),
     )
 }

@@ -16,6 +16,11 @@ written, and every weight is read back from the new files and compared.
 | `checkpoint.py`, `shards.py` | writing one: config, other files, shards and their index |
 | `verify.py` | weights read back from what was written |
 | `compressed_tensors.py`, `gptq.py`, `awq.py` | the formats that are Hugging Face folders |
+| `load.py`, `stored_layer.py` | `load_checkpoint`: folders that were quantized elsewhere |
+| `flat_module.py` | a model with tensors in a row as inputs and outputs |
+| `onnx.py` | ONNX files |
+| `onnx_layers.py`, `onnx_standard.py` | layers as operators of ONNX Runtime, or of the standard |
+| `onnx_reader.py` | weights read from an ONNX file |
 | `stream.py`, `meta_model.py` | a folder quantized tensor by tensor, without the model in memory |
 | `unfinished.py` | a folder on its way, which a killed run is gone on with |
 

@@ -21,6 +21,7 @@ from fxquant.exporters.findings import Finding
 from fxquant.exporters.folder_reader import FolderReader
 from fxquant.exporters.integer_layer import IntegerLayer
 from fxquant.exporters.source import Source
+from fxquant.exporters.stored_layer import StoredLayer
 from fxquant.exporters.verify import read_words
 from fxquant.exporters.words import AWQ_ORDER, pack_rows
 
@@ -31,6 +32,7 @@ class Awq(CheckpointFormat):
     """INT4 layers of one group size."""
 
     target = TARGETS["awq"]
+    packed_name = "qweight"
 
     def source_findings(self, schemes: dict[str, Scheme]) -> Iterator[Finding]:
         """The config has one group size for all layers."""
@@ -49,13 +51,12 @@ class Awq(CheckpointFormat):
             "scales": layer.scales.T.to(torch.float16),
         }
 
-    def read_layer(self, folder: FolderReader, name: str, scheme: Scheme) -> Tensor:
-        """The float32 weight [out, in] in the files."""
+    def read_layer(self, folder: FolderReader, name: str) -> StoredLayer:
+        """What the files hold of a layer."""
         q = read_words(folder.tensor(f"{name}.qweight"), 4, COLUMN_PLACES)  # [in, out]
-        zero_points = read_words(folder.tensor(f"{name}.qzeros"), 4, COLUMN_PLACES)
+        zero_points = read_words(folder.tensor(f"{name}.qzeros"), 4, COLUMN_PLACES).float()
         scales = folder.tensor(f"{name}.scales").float()  # [groups, out]
-        group = torch.arange(len(q)) // (scheme.group_size or len(q))
-        return (scales[group] * (q - zero_points[group])).T
+        return StoredLayer(q.T, scales.T, zero_points.T, len(q) // len(scales), 4)
 
     def quantization_config(
         self, schemes: dict[str, Scheme], float_linears: list[str]

@@ -33,6 +33,7 @@ from fxquant.exporters.requirements import (
 )
 from fxquant.exporters.shards import write_shards
 from fxquant.exporters.source import Source
+from fxquant.exporters.stored_layer import StoredLayer
 from fxquant.exporters.verify import verify_weights
 from fxquant.serialization.atomic import write_folder_atomically
 
@@ -82,6 +83,7 @@ class CheckpointFormat(ABC):
     max_shard_bytes: int = 5 * GIGABYTE
 
     target: ClassVar[Target]
+    packed_name: ClassVar[str]  # the last part of the name of a layer's integers
 
     def __post_init__(self) -> None:
         check_positive_int("max_shard_bytes", self.max_shard_bytes)
@@ -99,8 +101,8 @@ class CheckpointFormat(ABC):
         """What is stored of a layer, by the last part of the name."""
 
     @abstractmethod
-    def read_layer(self, folder: FolderReader, name: str, scheme: Scheme) -> Tensor:
-        """The float32 weight [out, in] that the files hold, by code of its own."""
+    def read_layer(self, folder: FolderReader, name: str) -> StoredLayer:
+        """What the files hold of a layer, by code that shares none with the writer."""
 
     @abstractmethod
     def quantization_config(
@@ -157,9 +159,7 @@ class CheckpointFormat(ABC):
         config["quantization_config"] = self.quantization_config(schemes, source.float_linears)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         written = FolderReader(folder)
-        verify_weights(
-            source.layers.items(), lambda name: self.read_layer(written, name, schemes[name])
-        )
+        verify_weights(source.layers.items(), lambda name: self.read_layer(written, name).weight())
 
     def _tensors(
         self, source: Source, base: FolderReader, schemes: dict[str, Scheme]

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.config.targets import TARGETS
+from fxquant.config.targets import TARGETS, WORD
 from fxquant.exporters.checkpoint import CheckpointFormat, Scheme, most_common
 from fxquant.exporters.folder_reader import TensorReader
 from fxquant.exporters.integer_layer import IntegerLayer
 from fxquant.exporters.source import Source
+from fxquant.exporters.stored_layer import StoredLayer
 from fxquant.exporters.verify import read_words
 from fxquant.exporters.words import pack_rows
 
@@ -30,6 +31,7 @@ class CompressedTensors(CheckpointFormat):
     """INT4 and INT8 layers, also mixed."""
 
     target = TARGETS["compressed-tensors"]
+    packed_name = "weight_packed"
 
     def layer_tensors(self, layer: IntegerLayer, source: Source) -> dict[str, Tensor]:
         """Packed integers, scales, the shape, and zero points where they differ."""
@@ -42,18 +44,18 @@ class CompressedTensors(CheckpointFormat):
             tensors["weight_zero_point"] = pack_rows(layer.zero_points.T, layer.bits).T
         return tensors
 
-    def read_layer(self, folder: TensorReader, name: str, scheme: Scheme) -> Tensor:
-        """The float32 weight [out, in] in the files."""
+    def read_layer(self, folder: TensorReader, name: str) -> StoredLayer:
+        """What the files hold of a layer."""
         rows, columns = folder.tensor(f"{name}.weight_shape").tolist()
-        q = read_words(folder.tensor(f"{name}.weight_packed"), scheme.bits)[:, :columns]
-        scale = folder.tensor(f"{name}.weight_scale").float()
-        middle = torch.full_like(scale, 2 ** (scheme.bits - 1))
-        if not scheme.symmetric:
-            packed = folder.tensor(f"{name}.weight_zero_point").T
-            middle = read_words(packed, scheme.bits)[:, :rows].T.float()
-        size = scheme.group_size or columns
-        scale, middle = (t.repeat_interleave(size, dim=1)[:, :columns] for t in (scale, middle))
-        return scale * (q - middle)
+        packed = folder.tensor(f"{name}.weight_packed")
+        bits = 4 if packed.shape[1] == -(-columns * 4 // WORD) else 8
+        q = read_words(packed, bits)[:, :columns]
+        scales = folder.tensor(f"{name}.weight_scale").float()
+        zero_points = torch.full_like(scales, 2 ** (bits - 1))
+        if folder.has(f"{name}.weight_zero_point"):
+            words = folder.tensor(f"{name}.weight_zero_point").T
+            zero_points = read_words(words, bits)[:, :rows].T.float()
+        return StoredLayer(q, scales, zero_points, -(-columns // scales.shape[1]), bits)
 
     def quantization_config(
         self, schemes: dict[str, Scheme], float_linears: list[str]

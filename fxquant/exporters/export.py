@@ -12,6 +12,8 @@ from fxquant.exporters.awq import Awq
 from fxquant.exporters.compressed_tensors import CompressedTensors
 from fxquant.exporters.findings import Finding, refuse_losses
 from fxquant.exporters.gptq import Gptq
+from fxquant.exporters.load import load_checkpoint
+from fxquant.exporters.onnx import Onnx
 from fxquant.exporters.source import Source, source_of
 
 
@@ -29,6 +31,7 @@ FORMATS: dict[str, type[Any]] = {
     "compressed-tensors": CompressedTensors,
     "gptq": Gptq,
     "awq": Awq,
+    "onnx": Onnx,
 }
 
 
@@ -42,10 +45,12 @@ def export(
     """Write a quantized model in the format of another runtime, without changing a number.
 
     Args:
-        model: a quantized graph, a swapped model, or the path of a saved file.
+        model: a quantized graph, a swapped model, the path of a saved file, or a folder that
+            `load_checkpoint` reads.
         path: where to: a new folder, or a file, which is replaced at once or not at all.
         format: `"compressed-tensors"`, `"gptq"` or `"awq"`: a Hugging Face folder, with the config,
-            the tokenizer and the names of the float model's folder `base=`.
+            the tokenizer and the names of the float model's folder `base=`. `"onnx"`: a file, or a
+            folder where `path` does not end in .onnx.
         **options: of the format; docs/runtimes.md describes them.
 
     Returns:
@@ -57,7 +62,7 @@ def export(
             written, or do not read back equal. Nothing is left behind.
     """
     chosen = _format(format, options)
-    source = source_of(model)
+    source = _source(model)
     findings = list(chosen.findings(source))
     refuse_losses(format, findings)
     chosen.write(source, path)
@@ -70,7 +75,8 @@ def check_export(
     """What an export would lose, where, and what to do; nothing is written.
 
     Args:
-        model: a quantized graph, a swapped model, or the path of a saved file.
+        model: a quantized graph, a swapped model, the path of a saved file, or a folder that
+            `load_checkpoint` reads.
         format: as in `export`.
         **options: as in `export`; with `base`, whether the folder belongs to the model.
 
@@ -78,7 +84,14 @@ def check_export(
         OptionError: the format or an option is unknown.
     """
     chosen = _format(format, options)
-    return list(chosen.findings(source_of(model)))
+    return list(chosen.findings(_source(model)))
+
+
+def _source(model: nn.Module | str | os.PathLike[str]) -> Source:
+    """What there is to export; a folder is a checkpoint in another format."""
+    if not isinstance(model, nn.Module) and os.path.isdir(model):
+        model = load_checkpoint(model)
+    return source_of(model)
 
 
 def _format(format: str, options: dict[str, Any]) -> ExportFormat:

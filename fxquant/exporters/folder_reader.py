@@ -22,6 +22,9 @@ INDEX = "model.safetensors.index.json"
 class TensorReader(Protocol):
     """What tensors can be read from by name."""
 
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor called `name`."""
+
     def tensor(self, name: str) -> Tensor:
         """The tensor called `name`."""
 
@@ -35,6 +38,10 @@ class ShardReader:
 
     def __init__(self, path: Path) -> None:
         self._file: Any = safe_open(path, framework="pt")
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor called `name`."""
+        return name in self._file.keys()  # noqa: SIM118
 
     def tensor(self, name: str) -> Tensor:
         """The tensor called `name`."""
@@ -77,6 +84,10 @@ class FolderReader:
             return {str(name): str(file) for name, file in index["weight_map"].items()}
         with safe_open(self.path / WEIGHTS, framework="pt") as file:
             return dict.fromkeys(file.keys(), WEIGHTS)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor called `name`."""
+        return name in self.files
 
     def tensor(self, name: str) -> Tensor:
         """The tensor called `name`."""

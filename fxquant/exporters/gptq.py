@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.config.targets import TARGETS
+from fxquant.config.targets import TARGETS, WORD
+from fxquant.errors import LoadError
 from fxquant.exporters.checkpoint import CheckpointFormat, Scheme, most_common
 from fxquant.exporters.findings import Finding
 from fxquant.exporters.folder_reader import FolderReader
 from fxquant.exporters.integer_layer import IntegerLayer
 from fxquant.exporters.source import Source
+from fxquant.exporters.stored_layer import StoredLayer
 from fxquant.exporters.verify import read_words
 from fxquant.exporters.words import pack_rows
 
@@ -34,6 +36,7 @@ class Gptq(CheckpointFormat):
     """INT4 and INT8 layers, also mixed."""
 
     target = TARGETS["gptq"]
+    packed_name = "qweight"
 
     def layer_advice(self, name: str, layer: IntegerLayer) -> Iterator[Finding]:
         """Runtimes that are known not to take a layer that the format holds."""
@@ -52,17 +55,38 @@ class Gptq(CheckpointFormat):
             "g_idx": (torch.arange(columns) // min(layer.group_size, columns)).to(torch.int32),
         }
 
-    def read_layer(self, folder: FolderReader, name: str, scheme: Scheme) -> Tensor:
-        """The float32 weight [out, in] in the files."""
-        parts = {
-            key: folder.tensor(f"{name}.{key}") for key in ("qweight", "qzeros", "scales", "g_idx")
-        }
+    def read_layer(self, folder: FolderReader, name: str) -> StoredLayer:
+        """What the files hold of a layer.
+
+        Raises:
+            LoadError: its columns are in another order than its groups ("act order"), or it has a
+                width that is packed otherwise.
+        """
         config = folder.config["quantization_config"]
-        q = read_words(parts["qweight"].T, scheme.bits)  # [out, in]
-        zero_points = read_words(parts["qzeros"], scheme.bits)  # [groups, out]
-        zero_points = zero_points + (config["checkpoint_format"] == V1)
-        group = parts["g_idx"].long()
-        return parts["scales"].float()[group].T * (q - zero_points[group].T)
+        packed, scales = (folder.tensor(f"{name}.{key}") for key in ("qweight", "scales"))
+        bits = WORD * folder.tensor(f"{name}.qzeros").shape[1] // scales.shape[1]
+        if bits not in self.target.widths:
+            raise LoadError(
+                name,
+                found=f"a layer of {bits} bits",
+                needed="4 or 8 bits",
+                remedy="Quantize the float model here.",
+            )
+        q = read_words(packed.T, bits)  # [out, in]
+        size = q.shape[1] // len(scales)
+        group = torch.arange(q.shape[1]) // size
+        if f"{name}.g_idx" in folder.files and not torch.equal(
+            folder.tensor(f"{name}.g_idx").long(), group
+        ):
+            raise LoadError(
+                name,
+                found="groups of columns that do not lie side by side (desc_act)",
+                needed="the columns of a group side by side",
+                remedy="Use a checkpoint that was made with desc_act=False.",
+            )
+        zero_points = read_words(folder.tensor(f"{name}.qzeros"), bits)  # [groups, out]
+        zero_points = zero_points + (config.get("checkpoint_format", V1) == V1)
+        return StoredLayer(q, scales.float().T, zero_points.float().T, size, bits)
 
     def quantization_config(
         self, schemes: dict[str, Scheme], float_linears: list[str]

@@ -15,12 +15,18 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 def float_activations(source: Source) -> Iterator[Finding]:
     """The format holds weights: activations would not be quantized where it runs."""
-    remedy = "Quantize without activation_bits."
     if source.has_static_activations:
-        yield Finding("activations", "the format has no static ranges of activations", remedy)
+        problem = "the format has no static ranges of activations"
+        yield Finding("activations", problem, "Quantize without activation_bits.")
+    yield from float_inside_layers(source)
+
+
+def float_inside_layers(source: Source) -> Iterator[Finding]:
+    """No layer rounds its input itself: runtimes that do, do it in their own way."""
     for name, layer in source.layers.items():
         if layer.activation != "float":
-            yield Finding(name, "the format has no int8 activations", remedy)
+            problem = "the format has no int8 activations whose ranges are found while it runs"
+            yield Finding(name, problem, "Quantize without activation_bits.")
 
 
 def holdable(name: str, layer: IntegerLayer | None, target: Target) -> Iterator[Finding]:

@@ -140,7 +140,7 @@ class _Stream:
         size = sum(tensor.nbytes for tensor in tensors.values())
         written = ShardReader(folder.write(number, tensors, {"bytes": size}))
         read = self.format.read_layer
-        verify_weights(layers.items(), lambda name: read(written, name, self.schemes[name]))
+        verify_weights(layers.items(), lambda name: read(written, name).weight())
         folder.accept(number)
         return size
 
