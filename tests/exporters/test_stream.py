@@ -65,11 +65,10 @@ def test_the_new_folder_holds_each_weight_rounded_on_its_own(source, tmp_path):
     assert new.config["quantization_config"]["quant_method"] == "compressed-tensors"
     assert {d.module: d.action for d in info.decisions}["lm_head"] == "float"
     reader = CompressedTensors()
-    scheme = stream.Scheme(4, 32, symmetric=True)
     for name in info.selected_layers:
         weight = old.tensor(f"{name}.weight")
         expected = round_to_nearest(weight, group_size=32).dequantize()
-        assert torch.equal(reader.read_layer(new, name, scheme), expected)
+        assert torch.equal(reader.read_layer(new, name).weight(), expected)
     rest = [n for n in old.files if n.removesuffix(".weight") not in info.selected_layers]
     assert rest
     for name in rest:
@@ -176,8 +175,8 @@ def test_what_the_format_cannot_hold_is_avoided(source, tmp_path):
     options = {"group_size": 32, "symmetric": False, "bits": {"*.q_proj": 8, "*.up_proj": 4}}
     fxquant.quantize_checkpoint(source, tmp_path / "mixed", options)
     old, new = FolderReader(source), FolderReader(tmp_path / "mixed")
-    name, scheme = "model.layers.1.mlp.up_proj", stream.Scheme(4, 32, symmetric=False)
-    found = CompressedTensors().read_layer(new, name, scheme)
+    name = "model.layers.1.mlp.up_proj"
+    found = CompressedTensors().read_layer(new, name).weight()
     weight = old.tensor(f"{name}.weight").float()
     assert fxquant.sqnr_db(weight, found) > 18
     assert len(new.config["quantization_config"]["config_groups"]) == 2
