@@ -18,8 +18,7 @@ from fxquant.exporters.stored_layer import StoredLayer
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.layers import is_plain_linear
 from fxquant.modules.linear import QuantizedLinear
-from fxquant.modules.linear_int4 import linear_of
-from fxquant.modules.linear_int8 import QuantizedLinearInt8
+from fxquant.modules.linear_of import linear_of
 from fxquant.numerics.metrics import sqnr_db
 from fxquant.numerics.quantized_weight import SCALE_DTYPE, QuantizedWeight, symmetric_zero_point
 from fxquant.swap import finish_quantized
@@ -136,8 +135,7 @@ def _layer(
     )
     if not torch.equal(scales, stored.scales):
         rounded[name] = sqnr_db(stored.weight(), weight.dequantize())
-    is_per_row = is_symmetric and stored.bits == 8 and scales.shape[1] == 1
-    return QuantizedLinearInt8(weight, bias) if is_per_row else linear_of(weight, bias)
+    return linear_of(weight, bias)
 
 
 def _replace(model: nn.Module, name: str, layer: QuantizedLinear) -> None:
