@@ -22,7 +22,7 @@ from fxquant.report.tables import text_table
     "--base",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="The float model: its Hugging Face folder.",
+    help="The float model: its Hugging Face folder, or its GGUF file.",
 )
 @click.option(
     "--option",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 WORD = 32  # bits
+GGUF_BLOCK = 32  # inputs that share a scale in GGUF
 LEAST_BLOCK = 16  # inputs that share a scale, in ONNX Runtime's product
 MODEL_DTYPE = "model"  # scales are stored in the dtype of the layer's float weight
 
@@ -91,12 +92,17 @@ def _onnx(out: int, columns: int, bits: int, group: int) -> Iterator[str]:
         yield f"groups of {group} are no multiple of {LEAST_BLOCK}"
 
 
+def _gguf(out: int, columns: int, bits: int, group: int) -> Iterator[str]:
+    yield from _whole_groups(columns, group, GGUF_BLOCK)
+
+
 TARGETS = {
     target.name: target
     for target in (
         Target("compressed-tensors", (4, 8), MODEL_DTYPE, _compressed_tensors),
         Target("gptq", (4, 8), torch.float16, _gptq),
         Target("awq", (4,), torch.float16, _awq),
+        Target("gguf", (4, 8), torch.float16, _gguf, has_zero_points=False),
         Target("onnx", (4, 8), MODEL_DTYPE, _onnx, adds_biases=True, activations=("static",)),
     )
 }

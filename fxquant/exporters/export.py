@@ -11,6 +11,7 @@ from fxquant.errors import OptionError, check_choice
 from fxquant.exporters.awq import Awq
 from fxquant.exporters.compressed_tensors import CompressedTensors
 from fxquant.exporters.findings import Finding, refuse_losses
+from fxquant.exporters.gguf import Gguf
 from fxquant.exporters.gptq import Gptq
 from fxquant.exporters.load import load_checkpoint
 from fxquant.exporters.onnx import Onnx
@@ -32,6 +33,7 @@ FORMATS: dict[str, type[Any]] = {
     "gptq": Gptq,
     "awq": Awq,
     "onnx": Onnx,
+    "gguf": Gguf,
 }
 
 
@@ -50,7 +52,8 @@ def export(
         path: where to: a new folder, or a file, which is replaced at once or not at all.
         format: `"compressed-tensors"`, `"gptq"` or `"awq"`: a Hugging Face folder, with the config,
             the tokenizer and the names of the float model's folder `base=`. `"onnx"`: a file, or a
-            folder where `path` does not end in .onnx.
+            folder where `path` does not end in .onnx. `"gguf"`: a file, from `base=`, the GGUF
+            file of the float model.
         **options: of the format; docs/runtimes.md describes them.
 
     Returns:
