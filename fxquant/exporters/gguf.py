@@ -95,7 +95,9 @@ class Gguf:
         for name, module in source.layers.items():
             layer = integer_layer(module)
             assert layer is not None  # a finding otherwise
-            order = orders[name] = file.permutation(name, _weight(layer))  # type: ignore[assignment]
+            order = file.permutation(name, _weight(layer))
+            assert order is not None  # a finding otherwise
+            orders[name] = order
             kind, blocks = packed_blocks(layer)
             kinds = file.library.GGMLQuantizationType
             replaced[str(file.weight_name(name))] = order.rows(blocks), kinds[kind]
