@@ -1,38 +1,34 @@
-"""What each method keeps of two real models, on text that calibration did not see.
+"""What each method keeps of two real models, on other parts of the text it saw and on other texts.
 
     OMP_WAIT_POLICY=passive python benchmarks/accuracy.py
     OMP_WAIT_POLICY=passive python benchmarks/accuracy.py --model minilm --method best awq
 
-- The embedded language model: perplexity, and the share of plain symmetric rounding's gap to float
-  (16 levels, full range, no clip search) that a method closes.
+- The embedded language model: the share of plain symmetric rounding's divergence from float (16
+  levels, full range, no clip search) that a method takes away, as `gap closed`.
 - all-MiniLM-L6-v2 (the extra `minilm`): SQNR of the mean-pooled embedding. The pooler stays float.
 
-INT4 with group size 128 unless a row says otherwise. Other libraries take part if they are
-installed; see `quantizer_peers.py`.
+Calibration takes text of one book. `same book` is other text of it; `worst` and `mean` are over the
+columns behind them, text that calibration did not resemble (see `sources.py`). INT4 with group size
+128 unless a row says otherwise. Other libraries take part if they are installed, see
+`quantizer_peers.py`; those that take data are given the same.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from quantizer_peers import installed_peers, missing_peers
+from subjects import SUBJECTS, Subject
 from timing import report
 from torch import nn
 
 import fxquant
 from fxquant.config.quant_config import QuantConfig
-from fxquant.demo.language_model import calibration_tokens, heldout_tokens, load_language_model
-from fxquant.demo.measure import perplexity
 from fxquant.passes.decide import decide
 from fxquant.passes.rewrite import rewrite
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-LANGUAGE_SAMPLES, SENTENCES, HELDOUT_SENTENCES = 128, 384, 256
 SENSITIVITY_SAMPLES = 96
 W8A8 = {"bits": 8, "activation_bits": 8}
 
@@ -61,74 +57,6 @@ DATA_FREE: dict[str, dict[str, Any]] = {
 }
 MIXED = "best, 4.5 bits on average"
 PLAIN = "plain rounding"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model with its texts.
-
-    Attributes:
-        model: float.
-        graph: the same, traced.
-        calibration: batches.
-        samples: how many rows of them are used.
-        keep: names that stay float.
-        measure: figures of a quantized model on held-out text, by the name of a column.
-    """
-
-    model: nn.Module
-    graph: torch.fx.GraphModule
-    calibration: list[Any]
-    samples: int
-    measure: Callable[[nn.Module], dict[str, float]]
-    keep: list[str] = field(default_factory=list)
-
-    @property
-    def quantized(self) -> list[str]:
-        """Names of the layers that become INT4."""
-        ledger = decide(self.graph, QuantConfig(modules_to_not_convert=self.keep))
-        return [d.module for d in ledger if d.bits]
-
-
-def language_model() -> Subject:
-    """The embedded one."""
-    model, heldout = load_language_model(), heldout_tokens()[::2]
-    calibration = list(calibration_tokens()[::3].split(16))
-    graph = fxquant.trace(model, calibration[0][:2])
-    expected, reference = model(heldout[:32]).detach(), perplexity(graph, heldout)
-    plain = reference
-
-    @torch.no_grad()
-    def measure(quantized: nn.Module) -> dict[str, float]:
-        nonlocal plain
-        found = perplexity(quantized, heldout)
-        plain = found if plain == reference else plain  # plain rounding comes first
-        closed = 1 - (found - reference) / (plain - reference)
-        figure = fxquant.sqnr_db(expected, quantized(heldout[:32]))
-        return {"SQNR dB": figure, "perplexity": found, "gap closed": closed}
-
-    return Subject(model, graph, calibration, LANGUAGE_SAMPLES, measure)
-
-
-def minilm() -> Subject:
-    """A sentence encoder."""
-    import minilm
-    from transformers import AutoModel
-
-    folder = minilm.model_folder()
-    model = AutoModel.from_pretrained(folder).eval()
-    calibration = minilm.batches(minilm.sentences("calibration", SENTENCES), folder)
-    heldout = minilm.batches(minilm.sentences("heldout", HELDOUT_SENTENCES), folder)
-    expected = minilm.embeddings(model, heldout)
-
-    def measure(quantized: nn.Module) -> dict[str, float]:
-        return {"SQNR dB": fxquant.sqnr_db(expected, minilm.embeddings(quantized, heldout))}
-
-    graph = fxquant.trace(model, calibration[0])
-    return Subject(model, graph, calibration, SENTENCES, measure, ["pooler"])
-
-
-SUBJECTS = {"language model": language_model, "minilm": minilm}
 
 
 def plain_rounding(subject: Subject) -> nn.Module:
@@ -192,12 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", nargs="*", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--method", nargs="*", help="rows of the table; all of them by default")
+    parser.add_argument("--pieces", type=int, default=128, help="of each source to measure on")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     table: list[dict[str, Any]] = []
     for name in arguments.model:
-        subject = SUBJECTS[name]()
+        subject = SUBJECTS[name](arguments.pieces)
         rows: list[dict[str, Any]] = []
         for method, make in candidates(subject):
             if arguments.method and method not in (PLAIN, *arguments.method):
@@ -205,8 +134,9 @@ def main() -> None:
             began = time.perf_counter()
             model = make()
             seconds = time.perf_counter() - began
-            rows.append({"method": method, **subject.measure(model), "seconds": seconds})
-        report(f"{name}, INT4 group 128, held-out text", rows, None)
+            rows.append({"method": method, **subject.row(model), "seconds": seconds})
+        data = f"{subject.samples} pieces of one book, {subject.tokens} tokens"
+        report(f"{name}, INT4 group 128, {subject.figure}; calibrated on {data}", rows, None)
         table += [{"model": name, **row} for row in rows]
     if missing_peers():
         print(f"\nnot installed: {', '.join(missing_peers())}")

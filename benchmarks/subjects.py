@@ -1,0 +1,137 @@
+"""The two models that accuracy is measured on, with their texts; see `sources.py`.
+
+Calibration is text of one book. Each figure is measured on other parts of that book, on every other
+source alone, and of those the worst and the mean are printed.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sources import book_for_calibration, book_held_out, other_sources
+from torch import Tensor, nn
+
+import fxquant
+from fxquant.config.quant_config import QuantConfig
+from fxquant.demo.language_model import load_language_model
+from fxquant.passes.decide import decide
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+WINDOWS, SENTENCES = 128, 384  # for calibration, at most
+SAME = "same book"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its texts.
+
+    Attributes:
+        model: float.
+        graph: the same, traced.
+        calibration: batches.
+        samples: how many rows of them are used.
+        tokens: how many tokens these are.
+        figure: its name.
+        measure: that figure of a quantized model by source, `SAME` first.
+        keep: names that stay float.
+    """
+
+    model: nn.Module
+    graph: torch.fx.GraphModule
+    calibration: list[Any]
+    samples: int
+    tokens: int
+    figure: str
+    measure: Callable[[nn.Module], dict[str, float]]
+    keep: list[str] = field(default_factory=list)
+
+    @property
+    def quantized(self) -> list[str]:
+        """Names of the layers that become INT4."""
+        ledger = decide(self.graph, QuantConfig(modules_to_not_convert=self.keep))
+        return [d.module for d in ledger if d.bits]
+
+    def row(self, model: nn.Module) -> dict[str, float]:
+        """What the table says of a quantized model."""
+        found = self.measure(model)
+        others = [figure for name, figure in found.items() if name != SAME]
+        summary = {SAME: found[SAME], "worst": min(others), "mean": sum(others) / len(others)}
+        return summary | found
+
+
+def language_model(pieces: int) -> Subject:
+    """The embedded one: how much less its predictions diverge than with plain rounding.
+
+    The divergence is the mean of KL(float ‖ quantized) over next bytes. Unlike the gap between
+    perplexities it is a distance on text that the float model predicts badly, too: there, rounding
+    may happen to raise a probability as well as lower it.
+
+    Args:
+        pieces: of each other source to measure on, at most; a window has more tokens than a
+            sentence, so half as many windows are taken.
+    """
+    model = load_language_model()
+    calibration = list(book_for_calibration().windows(WINDOWS).split(16))
+    graph = fxquant.trace(model, calibration[0][:2])
+    texts = {SAME: book_held_out().windows(pieces)}
+    texts |= {source.name: source.windows(pieces // 2) for source in other_sources()}
+    expected = {name: _log_probabilities(graph, windows) for name, windows in texts.items()}
+    plain = dict[str, float]()
+
+    def measure(quantized: nn.Module) -> dict[str, float]:
+        found = {
+            name: F.kl_div(
+                _log_probabilities(quantized, windows), expected[name],
+                log_target=True, reduction="batchmean",
+            ).item()
+            for name, windows in texts.items()
+        }  # fmt: skip
+        plain.update({} if plain else found)  # plain rounding comes first
+        return {name: 1 - found[name] / plain[name] for name in found}
+
+    tokens = sum(batch.numel() for batch in calibration)
+    figure = "gap closed (1 - divergence / that of plain rounding)"
+    return Subject(model, graph, calibration, WINDOWS, tokens, figure, measure)
+
+
+@torch.inference_mode()
+def _log_probabilities(model: nn.Module, windows: Tensor) -> Tensor:
+    """Of each next byte, [tokens, vocabulary]."""
+    parts = [model(batch).float().log_softmax(-1).flatten(0, 1) for batch in windows.split(32)]
+    return torch.cat(parts)
+
+
+def minilm(pieces: int) -> Subject:
+    """A sentence encoder: the SQNR in dB of its mean-pooled embedding.
+
+    Args:
+        pieces: of each other source to measure on, at most.
+    """
+    import minilm
+    from transformers import AutoModel
+
+    folder = minilm.model_folder()
+    model = AutoModel.from_pretrained(folder).eval()
+    calibration = minilm.batches(book_for_calibration().pieces(SENTENCES), folder)
+    texts = {SAME: minilm.batches(book_held_out().pieces(2 * pieces), folder)}
+    for source in other_sources():
+        texts[source.name] = minilm.batches(source.pieces(pieces), folder)
+    expected = {name: minilm.embeddings(model, batches) for name, batches in texts.items()}
+
+    def measure(quantized: nn.Module) -> dict[str, float]:
+        return {
+            name: fxquant.sqnr_db(expected[name], minilm.embeddings(quantized, batches))
+            for name, batches in texts.items()
+        }
+
+    graph = fxquant.trace(model, calibration[0])
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in calibration)
+    samples = sum(len(batch["input_ids"]) for batch in calibration)
+    return Subject(model, graph, calibration, samples, tokens, "dB", measure, ["pooler"])
+
+
+SUBJECTS = {"language model": language_model, "minilm": minilm}
