@@ -28,6 +28,7 @@ from fxquant.exporters.requirements import (
     float_activations,
     fused_alike,
     holdable,
+    linear_layers_only,
     whole_zero_points,
     within,
 )
@@ -112,6 +113,7 @@ class CheckpointFormat(ABC):
 
     def findings(self, source: Source) -> Iterator[Finding]:
         """What would be lost."""
+        yield from linear_layers_only(source)
         yield from float_activations(source)
         schemes: dict[str, Scheme] = {}
         for name, module in source.layers.items():

@@ -15,6 +15,7 @@ from fxquant.exporters.gguf import Gguf
 from fxquant.exporters.gptq import Gptq
 from fxquant.exporters.load import load_checkpoint
 from fxquant.exporters.onnx import Onnx
+from fxquant.exporters.pt2 import Pt2
 from fxquant.exporters.source import Source, source_of
 
 
@@ -34,6 +35,7 @@ FORMATS: dict[str, type[Any]] = {
     "awq": Awq,
     "onnx": Onnx,
     "gguf": Gguf,
+    "pt2": Pt2,
 }
 
 
@@ -53,7 +55,7 @@ def export(
         format: `"compressed-tensors"`, `"gptq"` or `"awq"`: a Hugging Face folder, with the config,
             the tokenizer and the names of the float model's folder `base=`. `"onnx"`: a file, or a
             folder where `path` does not end in .onnx. `"gguf"`: a file, from `base=`, the GGUF
-            file of the float model.
+            file of the float model. `"pt2"`: a file of torch.export.
         **options: of the format; docs/runtimes.md describes them.
 
     Returns:

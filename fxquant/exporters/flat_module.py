@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from fxquant.errors import OptionError
+from fxquant.errors import OptionError, SaveError
 from fxquant.graph.calls import Call
 from fxquant.graph.shapes import DTYPE, SHAPE
 from fxquant.graph.structures import named_fields, tensors_in
@@ -43,6 +43,13 @@ class FlatModule(nn.Module):
         return tuple(tensors_in(self.model(*args, **kwargs)))
 
 
+def open_sizes(call: Call) -> dict[str, Any]:
+    """`dynamic_shapes` for torch's exporters: all sizes that the model leaves open stay open."""
+    tensors = call.tensors()
+    sizes = [dict.fromkeys(range(tensor.ndim), torch.export.Dim.AUTO) for tensor in tensors]
+    return {"tensors": tuple(sizes)}
+
+
 def example_call(model: nn.Module, example_inputs: object) -> Call:
     """The call to export `model` with: the caller's, or one of the shapes that a graph remembers.
 
@@ -62,6 +69,21 @@ def example_call(model: nn.Module, example_inputs: object) -> Call:
         found="nothing, and a model that does not remember the shapes of its inputs",
         needed="the arguments of one call",
         remedy="Pass example_inputs=, a tensor, a tuple or a mapping.",
+    )
+
+
+def not_exportable(format: str, error: BaseException) -> SaveError:
+    """The error for a model of which torch's exporter raised `error`; it has the first reason."""
+    first = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    reason = str(first).strip().partition("\n")[0]
+    return SaveError(
+        f"export to {format}",
+        found=f"a model that torch.export cannot take: {type(first).__name__}: {reason:.300}",
+        needed="a graph of tensor operations",
+        remedy="Export the graph that fxquant.quantize returned; trace_report(graph) lists modules "
+        "that could not be traced. Or pass other example_inputs, or dynamic=False.",
     )
 
 

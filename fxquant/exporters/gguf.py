@@ -26,7 +26,13 @@ from fxquant.exporters.findings import Finding
 from fxquant.exporters.gguf_file import GgufFile, Permutation
 from fxquant.exporters.integer_layer import IntegerLayer, integer_layer
 from fxquant.exporters.optional import optional_library
-from fxquant.exporters.requirements import exact_scales, float_activations, holdable, within
+from fxquant.exporters.requirements import (
+    exact_scales,
+    float_activations,
+    holdable,
+    linear_layers_only,
+    within,
+)
 from fxquant.exporters.source import Source
 from fxquant.exporters.verify import verify_weights
 from fxquant.serialization.atomic import write_atomically
@@ -46,6 +52,7 @@ class Gguf:
 
     def findings(self, source: Source) -> Iterator[Finding]:
         """What would be lost."""
+        yield from linear_layers_only(source)
         yield from float_activations(source)
         file = None if self.base is None else self._open(self.base)
         for name, module in source.layers.items():

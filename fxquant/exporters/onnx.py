@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from fxquant.config.targets import TARGETS, Target
 from fxquant.errors import OptionError, SaveError
 from fxquant.exporters.findings import Finding
-from fxquant.exporters.flat_module import FlatModule, example_call
+from fxquant.exporters.flat_module import FlatModule, example_call, not_exportable, open_sizes
 from fxquant.exporters.integer_layer import integer_layer
 from fxquant.exporters.onnx_layers import OPSET, OnnxInt4, OnnxInt8, with_onnx_activations
 from fxquant.exporters.onnx_reader import OnnxReader
@@ -28,6 +28,7 @@ from fxquant.exporters.requirements import (
     exact_scales,
     float_inside_layers,
     holdable,
+    linear_layers_only,
     whole_zero_points,
     within,
 )
@@ -81,6 +82,7 @@ class Onnx:
 
     def findings(self, source: Source) -> Iterator[Finding]:
         """What would be lost, and which runtimes cannot run it well."""
+        yield from linear_layers_only(source)
         yield from float_inside_layers(source)
         for name, module in source.layers.items():
             layer = integer_layer(module)
@@ -161,7 +163,6 @@ def _exported(flat: FlatModule, call: Call, dynamic: bool) -> Any:
         SaveError: it raised; the text has the first reason.
     """
     tensors = tuple(tensor.detach() for tensor in call.clone().tensors())
-    sizes = tuple(dict.fromkeys(range(t.ndim), torch.export.Dim.AUTO) for t in tensors)
     try:
         with warnings.catch_warnings(action="ignore"), torch.no_grad():  # it warns of its own code
             return torch.onnx.export(
@@ -171,21 +172,11 @@ def _exported(flat: FlatModule, call: Call, dynamic: bool) -> Any:
                 opset_version=OPSET,
                 input_names=flat.input_names,
                 output_names=flat.output_names,
-                dynamic_shapes={"tensors": sizes} if dynamic else None,
+                dynamic_shapes=open_sizes(call) if dynamic else None,
                 verbose=False,
             )
     except Exception as error:  # of many kinds
-        first: BaseException = error
-        while first.__cause__ is not None:
-            first = first.__cause__
-        reason = str(first).strip().partition("\n")[0]
-        raise SaveError(
-            "export to onnx",
-            found=f"a model that torch.export cannot take: {type(first).__name__}: {reason:.300}",
-            needed="a graph of tensor operations",
-            remedy="Export the graph that fxquant.quantize returned; trace_report(graph) lists "
-            "modules that could not be traced. Or pass other example_inputs, or dynamic=False.",
-        ) from error
+        raise not_exportable("onnx", error) from error
 
 
 def _save(onnx: Any, model: Any, source: Source, path: Path, data: str | None = None) -> None:

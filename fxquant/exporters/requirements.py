@@ -29,6 +29,13 @@ def float_inside_layers(source: Source) -> Iterator[Finding]:
             yield Finding(name, problem, "Quantize without activation_bits.")
 
 
+def linear_layers_only(source: Source) -> Iterator[Finding]:
+    """No embedding, convolution or fused expert is quantized: the format has no form for them."""
+    for name in source.other_layers:
+        remedy = "Quantize with layer_types=[torch.nn.Linear] and without embeddings."
+        yield Finding(name, "the format holds quantized Linear layers only", remedy)
+
+
 def holdable(name: str, layer: IntegerLayer | None, target: Target) -> Iterator[Finding]:
     """The format holds such a layer: its kind, its width, its shape cut into groups."""
     if layer is None:

@@ -23,15 +23,17 @@ class Source:
 
     Attributes:
         model: the graph or the swapped model.
-        layers: the quantized layers.
+        layers: the quantized Linear layers.
         float_linears: names of the linear layers that stayed float.
         tensors: float parameters and buffers, those of quantized layers left out.
+        other_layers: names of quantized layers of other kinds than Linear.
     """
 
     model: nn.Module
     layers: dict[str, QuantizedLinear]
     float_linears: list[str]
     tensors: dict[str, Tensor] = field(repr=False)
+    other_layers: list[str] = field(default_factory=list)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,15 +71,8 @@ def source_of(model: nn.Module | str | os.PathLike[str]) -> Source:
     check_type("model", model, nn.Module, "Pass a quantized model, or the path of a saved one.")
     modules = dict(_named_layers(model))
     others = [name for name, m in modules.items() if _is_no_linear(m)]
-    if others:
-        raise OptionError(
-            "export",
-            found=f"quantized layers of other kinds than Linear: {', '.join(others[:3])}",
-            needed="quantized Linear layers only, which is what these formats hold",
-            remedy="Quantize with layer_types=[torch.nn.Linear] and without embeddings.",
-        )
     layers = {name: m for name, m in modules.items() if isinstance(m, QuantizedLinear)}
-    if not layers:
+    if not layers and not others:
         raise OptionError(
             "export",
             found=f"a {type(model).__name__} without a quantized layer",
@@ -86,9 +81,9 @@ def source_of(model: nn.Module | str | os.PathLike[str]) -> Source:
             remedy="Quantize the model first.",
         )
     float_linears = [name for name, m in modules.items() if is_plain_linear(m)]
-    inside = tuple(f"{name}." for name in layers)
+    inside = tuple(f"{name}." for name in (*layers, *others))
     tensors = {name: t for name, t in _named_tensors(model) if not name.startswith(inside)}
-    return Source(model, layers, float_linears, tensors)
+    return Source(model, layers, float_linears, tensors, others)
 
 
 def _is_no_linear(module: nn.Module) -> bool:
