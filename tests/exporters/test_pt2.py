@@ -68,7 +68,7 @@ def test_packed_weights_are_what_the_file_holds(tmp_path):
     )
     for standard in (False, True):
         fxquant.export(graph, tmp_path / "m.pt2", format="pt2", standard=standard)
-        assert (tmp_path / "m.pt2").stat().st_size < 2 * 512 * 1024 * 5 / 8
+        assert (tmp_path / "m.pt2").stat().st_size < 2 * 512 * 1024 * 4 / 6  # of float32
 
 
 def test_layers_of_other_kinds_and_a_swapped_model(tmp_path):
