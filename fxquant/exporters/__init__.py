@@ -20,6 +20,7 @@ written, and every weight is read back from the new files and compared.
 | `flat_module.py` | a model with tensors in a row as inputs and outputs |
 | `onnx.py` | ONNX files |
 | `onnx_layers.py`, `onnx_standard.py` | layers as operators of ONNX Runtime, or of the standard |
+| `pt2.py` | files of torch.export |
 | `gguf.py`, `gguf_file.py` | GGUF files, made of the float model's file |
 | `onnx_reader.py` | weights read from an ONNX file |
 | `stream.py`, `meta_model.py` | a folder quantized tensor by tensor, without the model in memory |
