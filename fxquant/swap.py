@@ -1,18 +1,18 @@
 """Put quantized modules into the user's own class, so that its methods, hooks and caches work."""
 
 import copy
-import functools
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
-from fxquant.errors import OptionError, SaveError
+from fxquant.errors import OptionError
 from fxquant.graph.copying import copy_owning_tensors
 from fxquant.graph.graph_module import check_graph
 from fxquant.graph.identity import FINGERPRINT, first_difference
@@ -23,6 +23,7 @@ from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.weight_forms import form_of
 from fxquant.passes.rewrite import share_tables
+from fxquant.pretrained import guard_saving
 from fxquant.serialization.files import load_model
 from fxquant.tracing.prepare import COMPUTING_HOOKS, unwrap
 from fxquant.tracing.product_only import is_product_only
@@ -106,6 +107,7 @@ class _Plan:
     modules: dict[str, QuantizedLayer] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     left_float: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def _check_same_model(model: nn.Module, qmodel: GraphModule, *, values: bool) -> None:
@@ -117,7 +119,7 @@ def _check_same_model(model: nn.Module, qmodel: GraphModule, *, values: bool) ->
 
 def _plan(model: nn.Module, qmodel: GraphModule, *, with_parameters: bool) -> _Plan:
     """What is to be replaced, and which float parameters are taken over."""
-    plan = _Plan()
+    plan = _Plan(options=(qmodel.meta.get(INFO_KEY) or {}).get("config") or {})
     own = dict(model.named_modules(remove_duplicate=False))
     own["model"] = own.get("model", model)
     unmatched: list[str] = []
@@ -126,7 +128,7 @@ def _plan(model: nn.Module, qmodel: GraphModule, *, with_parameters: bool) -> _P
     for site in sites(qmodel):
         original = own.get(site.name)
         if isinstance(site.module, QuantizedLayer):
-            if original is None or site.name in read_only or not _may_become(original, site.module):
+            if original is None or site.name in read_only or not may_become(original, site.module):
                 plan.left_float.append(site.name)
                 unmatched.append(site.name)
             else:
@@ -177,8 +179,8 @@ def _note_parameter(plan: _Plan, model: nn.Module, name: str, value: object) -> 
         plan.parameters[name] = value
 
 
-def _may_become(original: nn.Module, quantized: QuantizedLayer) -> bool:
-    """Whether the quantized layer computes what `original` does."""
+def may_become(original: nn.Module, quantized: QuantizedLayer) -> bool:
+    """Whether the quantized layer computes what `original` does, up to the values of the weight."""
     if isinstance(quantized, QuantizedLinear):
         return is_product_only(original) and _fits(original, quantized)
     form = form_of(original)
@@ -218,7 +220,7 @@ def _apply(model: nn.Module, plan: _Plan) -> nn.Module:
         replace_layer(layer, copy.deepcopy(quantized, memo))
         layer.training = mode
     share_tables(model)
-    finish_quantized(model)
+    finish_quantized(model, plan.options)
     setattr(model, LEFT_FLOAT, plan.left_float)
     if plan.left_float:
         names = ", ".join(plan.left_float)
@@ -227,30 +229,21 @@ def _apply(model: nn.Module, plan: _Plan) -> nn.Module:
     return model
 
 
-def finish_quantized(model: nn.Module) -> None:
-    """Keep code that reads weights itself away from a model whose layers were replaced."""
-    if not _has_quantized(model):
-        return
+def finish_quantized(model: nn.Module, options: Mapping[str, Any] | None = None) -> None:
+    """Keep code that reads weights itself away from a model whose layers were replaced.
+
+    Args:
+        model: is changed.
+        options: the fields of the `QuantConfig` that the layers were made with, where known.
+    """
     for part in model.modules():
         if isinstance(part, nn.TransformerEncoderLayer) and _has_quantized(part):
             part.activation_relu_or_gelu = 0  # torch's fast path would read the weights itself
-    if hasattr(model, "save_pretrained"):
-        refuse: Any = functools.partial(_refuse_save_pretrained, type(model).__name__)
-        model.save_pretrained = refuse
+    guard_saving(model, options or {})
 
 
 def _has_quantized(module: nn.Module) -> bool:
     return any(isinstance(part, QuantizedLayer) for part in module.modules())
-
-
-def _refuse_save_pretrained(class_name: str, *args: Any, **kwargs: Any) -> NoReturn:
-    raise SaveError(
-        f"{class_name}.save_pretrained",
-        found="quantized layers, which from_pretrained would fill with random weights",
-        needed="a file that loads again",
-        remedy="Save the quantized graph with fxquant.save_model, and load it into the class with "
-        "fxquant.load_into(model, path).",
-    )
 
 
 def _other_model(where: str, found: str) -> OptionError:

@@ -9,7 +9,7 @@ that a module may have; what the user calls a module is data beside the graph.
 import inspect
 import keyword
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -76,18 +76,25 @@ def sites(gm: GraphModule) -> Iterator[Site]:
             yield Site(gm, node, full, user_name(gm, full), layer)
 
 
-def inner_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers inside a module that is none itself, by path.
+def inner_layers(
+    module: nn.Module, is_wanted: Callable[[nn.Module], bool] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """The layers inside a module that is none itself, by path.
 
     Those below code that asks for parameters by name are left out: a quantized layer has none.
+
+    Args:
+        module: the outer one.
+        is_wanted: tells a layer; by default quantized layers and linear ones are.
     """
-    if is_layer(module):
+    is_wanted = is_wanted or is_layer
+    if is_wanted(module):
         return
     asking = [path for path, part in module.named_modules() if _asks_for_parameters(part)]
     for path, part in module.named_modules():
         if (
             path
-            and is_layer(part)
+            and is_wanted(part)
             and not any(f"{path}.".startswith(f"{a}." if a else "") for a in asking)
         ):
             yield path, part

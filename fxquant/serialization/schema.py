@@ -256,16 +256,26 @@ _description = record(
         "trace": optional(_trace),
     }
 )  # fmt: skip
+_layers = record({"layers": map_of(whole), "modules": list_of(_module), "tensors": map_of(text)})
 
 
 def check_description(data: Any) -> None:
     """Raise a `LoadError` that says where unless `data` has the form of a description."""
+    _check(_description, data, "description", "fxquant.save_model")
+
+
+def check_layers(data: Any) -> None:
+    """Raise a `LoadError` that says where unless `data` is what `describe_layers` gives."""
+    _check(_layers, data, "quantized layers", "save_pretrained")
+
+
+def _check(form: Form, data: Any, where: str, writer: str) -> None:
     try:
-        _description(data, "description")
+        form(data, where)
     except FormError as error:
         raise LoadError(
-            "description",
+            where,
             found=str(error),
-            needed="the form that fxquant.save_model writes",
+            needed=f"the form that {writer} writes",
             remedy="The file is damaged or hostile: save the model again.",
         ) from error

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule
 
 from fxquant.graph.calls import Call
 from fxquant.graph.layers import NAMES, WRAPPED, inner_layers, user_name
+from fxquant.modules.weight_forms import form_of
 from fxquant.tracing.assemble import make_graph_module
 from fxquant.tracing.signature import graph_arguments, is_variadic, placeholders
 from fxquant.tracing.trace_report import OpaqueModule
@@ -51,6 +52,23 @@ def graph_around(module: nn.Module, inputs: Call | None) -> GraphModule:
                 keyword[argument.name] = node
         graph.output(graph.call_module(WRAPPED, tuple(positional), keyword))
     return make_graph_module({WRAPPED: wrapped}, graph, type(module).__name__, {NAMES: names})
+
+
+def graph_of_layers(model: nn.Module) -> GraphModule:
+    """A graph that calls each layer of a model, for decisions about them; it cannot be run.
+
+    For models whose weights are not there yet, so that nothing can be traced.
+    """
+    layers = dict(inner_layers(model, lambda part: form_of(part) is not None))
+    for name, part in model.named_modules():
+        if form_of(part) is None and any(True for _ in part.parameters(recurse=False)):
+            layers.setdefault(name, part)
+    graph = Graph()
+    value = graph.placeholder("x")
+    targets = {f"layer_{number}": name for number, name in enumerate(layers)}
+    objects = dict(zip(targets, layers.values(), strict=True))
+    graph.output([graph.call_module(target, (value,)) for target in targets])
+    return make_graph_module(objects, graph, type(model).__name__, {NAMES: targets})
 
 
 def describe_opaque(gm: GraphModule, reasons: dict[str, str]) -> list[OpaqueModule]:

@@ -1,0 +1,1 @@
+"""fxquant inside other libraries: each is imported by name, and registers itself there."""

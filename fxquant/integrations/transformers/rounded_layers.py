@@ -1,0 +1,177 @@
+"""Layers quantized while transformers loads a float folder, weight by weight.
+
+As soon as a weight is read it is rounded, and forgotten: the float model is never in memory as a
+whole. Weights are rounded alone, as in `quantize_checkpoint`: nothing is known of their inputs.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+
+from fxquant.config.method import parse_method
+from fxquant.config.quant_config import QuantConfig
+from fxquant.errors import FxquantError, OptionError
+from fxquant.integrations.transformers.empty_layer import INITIALIZED, become, empty, untie
+from fxquant.modules.layer import QuantizedLayer
+from fxquant.modules.linear import QuantizedLinear
+from fxquant.passes.decide import decide
+from fxquant.passes.layer_maker import naming
+from fxquant.passes.rewrite import share_tables
+from fxquant.passes.rounded_layers import RoundedLayers
+from fxquant.tracing.opaque import graph_of_layers
+
+WEIGHT = ".weight"
+
+
+class RoundedOnLoading:
+    """Quantizes the layers of a model that is being loaded.
+
+    Args:
+        config: which layers, and how.
+
+    Raises:
+        OptionError: the method needs data.
+    """
+
+    def __init__(self, config: QuantConfig) -> None:
+        self.config = config
+        self.rounding = parse_method(config.method, has_data=False).rounding
+        self._bits: dict[str, int] = {}
+        self._tied: dict[str, list[str]] = {}
+        self._made: dict[str, QuantizedLayer] = {}
+        self._failed: FxquantError | None = None
+
+    def prepare(self, model: Any) -> None:
+        """Decide about the layers of `model`, which has no weights yet.
+
+        Raises:
+            RuleError: a rule of the config selects nothing.
+            OptionError: the config leaves every layer float.
+        """
+        _tie(model)
+        decisions = decide(graph_of_layers(model), self.config)
+        self._bits = {d.module: d.bits for d in decisions if d.bits is not None}
+        if not self._bits:
+            raise OptionError(
+                "FxquantConfig",
+                found="rules that leave every layer float",
+                needed="a layer that is quantized",
+                remedy="Skip fewer layers, or load the model without a quantization_config.",
+            )
+        self._tied = _tied_layers(model)
+        looked_up = [n for n in self._bits if isinstance(model.get_submodule(n), nn.Embedding)]
+        untie(model, looked_up)
+
+    def wants(self, parameter: str) -> bool:
+        """Whether a parameter of that name is the weight of a chosen layer."""
+        return parameter.endswith(WEIGHT) and parameter.removesuffix(WEIGHT) in self._bits
+
+    def tied_to(self, parameter: str) -> list[str]:
+        """The weights that are one with the weight of a chosen layer, itself among them."""
+        name = parameter.removesuffix(WEIGHT)
+        return [member + WEIGHT for member in self._tied.get(name, [name])]
+
+    def round(self, model: nn.Module, parameter: str, weight: Tensor) -> dict[str, Tensor]:
+        """Quantize the layer of a loaded weight, and the layers that are tied to it.
+
+        Returns:
+            What stays float, by name: the weight of a tied layer that was not chosen.
+        """
+        name = parameter.removesuffix(WEIGHT)
+        together = self._tied.get(name, [name])
+        layers = RoundedLayers(self.config, self.rounding)
+        shared = nn.Parameter(weight, requires_grad=False)
+        for member in (m for m in together if m in self._bits):
+            try:
+                self._round(model, member, shared, layers)
+            except FxquantError as error:  # transformers would make another one of it
+                self._failed = self._failed or error
+        return {m + WEIGHT: weight for m in together if m not in self._bits}
+
+    def _round(
+        self, model: nn.Module, name: str, weight: nn.Parameter, layers: RoundedLayers
+    ) -> None:
+        place = model.get_submodule(name)
+        layer = copy.copy(place)
+        layer._parameters = {**place._parameters, "weight": weight}
+        if "bias" in layer._parameters:
+            layer._parameters["bias"] = None
+        with naming(name):
+            self._made[name] = layers.quantize(name, layer, self._bits[name])
+        bias = place._parameters.get("bias")
+        made = empty(place)
+        if bias is not None:
+            vars(made).pop("bias")
+            made.register_parameter("bias", bias)
+
+    def finish(self, model: nn.Module) -> None:
+        """Put the quantized layers into the model.
+
+        Layers whose weight the folder lacks stay float, as transformers has initialized them.
+
+        Raises:
+            FxquantError: a weight could not be quantized.
+        """
+        for name in self._bits:
+            weight = model.get_submodule(name)._parameters.get("weight")
+            if name not in self._made and getattr(weight, INITIALIZED, False):
+                assert weight is not None
+                self.round(model, name + WEIGHT, weight.detach())
+        if self._failed is not None:
+            raise self._failed
+        for name, layer in self._made.items():
+            place = model.get_submodule(name)
+            bias = place._parameters.pop("bias", None)
+            if bias is not None:
+                layer.bias = bias.detach().clone()  # a tied bias is a parameter elsewhere
+            become(place, layer)
+        share_tables(model)
+        if self.config.activation_bits is not None:
+            for module in model.modules():
+                if isinstance(module, QuantizedLinear):
+                    module.activation = "int8"
+
+
+class RoundOp(ConversionOps):
+    """What transformers runs on a loaded weight that is to be quantized."""
+
+    def __init__(self, layers: RoundedOnLoading) -> None:
+        self.layers = layers
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], *, model: Any, missing_keys: Any = None, **_: Any
+    ) -> dict[str, Tensor]:
+        """Quantize the weights among the loaded tensors; the others are given back."""
+        kept: dict[str, Tensor] = {}
+        for name, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            if self.layers.wants(name):
+                kept |= self.layers.round(model, name, tensor)
+                if missing_keys is not None:
+                    missing_keys.difference_update(self.layers.tied_to(name))
+            else:
+                kept[name] = tensor
+        return kept
+
+
+def _tie(model: Any) -> None:
+    """Tie the parameters that will be tied when the model is loaded."""
+    for target, source in model.all_tied_weights_keys.items():
+        owner, _, name = target.rpartition(".")
+        setattr(model.get_submodule(owner), name, model.get_parameter(source))
+
+
+def _tied_layers(model: Any) -> dict[str, list[str]]:
+    """For each layer whose weight is tied, all that have the same one."""
+    groups: dict[str, list[str]] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        if target.endswith(WEIGHT) and source.endswith(WEIGHT):
+            names = (source.removesuffix(WEIGHT), target.removesuffix(WEIGHT))
+            group = groups.setdefault(names[0], [names[0]])
+            group.append(names[1])
+            groups[names[1]] = group
+    return groups
