@@ -104,7 +104,10 @@ def test_the_rest_is_loaded_in_the_dtype_that_is_asked_for(kind, tmp_path):
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert {layer.weight.dtype for layer in models.layers(loaded).values()} == {torch.bfloat16}
     if kind == "swapped":
-        assert torch.equal(models.logits(loaded), models.logits(saved.bfloat16()))
+        expected = saved.bfloat16()
+        # transformers keeps the frequencies of rotary embeddings in float32.
+        expected.model.rotary_emb.inv_freq = loaded.model.rotary_emb.inv_freq
+        assert torch.equal(models.logits(loaded), models.logits(expected))
 
 
 def test_layers_that_a_class_keeps_in_float32_stay_so(tmp_path):
