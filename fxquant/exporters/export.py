@@ -94,7 +94,7 @@ def check_export(
 
 def _source(model: nn.Module | str | os.PathLike[str]) -> Source:
     """What there is to export; a folder is a checkpoint in another format."""
-    if not isinstance(model, nn.Module) and os.path.isdir(model):
+    if isinstance(model, str | os.PathLike) and os.path.isdir(model):
         model = load_checkpoint(model)
     return source_of(model)
 
