@@ -51,6 +51,7 @@ from .passes.rewrite import dequantize_model
 from .pipeline import plan, quantize, static_quantize
 from .serialization.files import load_model, save_model
 from .swap import load_into, swap_modules
+from .texts.calibration_text import calibration_text
 from .tracing.trace import trace
 from .tracing.trace_report import TraceReport, trace_report
 from .view.draw import draw
@@ -92,6 +93,7 @@ __all__ = [
     "allocate",
     "calculate_scale_zp_groupwise",
     "calibrate",
+    "calibration_text",
     "check_accuracy_warnings",
     "check_export",
     "create_observer",

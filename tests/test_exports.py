@@ -15,7 +15,7 @@ PUBLIC = [
     "QuantizedLinearIntN", "RoundedScalesWarning", "RuleError", "SaveError", "SensitivityReport",
     "SensitivityRow",
     "TraceError", "TraceReport", "WeightError", "allocate", "calculate_scale_zp_groupwise",
-    "calibrate", "check_accuracy_warnings", "check_export", "create_observer",
+    "calibrate", "calibration_text", "check_accuracy_warnings", "check_export", "create_observer",
     "dequantize_model", "dequantize_weight_int4", "diff", "draw", "export", "info",
     "insert_observers",
     "load_checkpoint", "load_into", "load_model", "pareto", "plan", "quantize",

@@ -21,6 +21,7 @@ from fxquant.report.view import View
 INFO_KEY = "fxquant_info"  # gm.meta: the record of the quantization, as plain data
 LOOSE = ("bits", "group_size", "symmetric", "observer", "activation_bits")  # without a config
 ENOUGH_SAMPLES = 50  # rows of calibration data; with fewer, the record warns
+MOST_LOST_DB = 3.0  # from fitted rows to held-out ones: if more is lost, the record warns
 FLOAT_SHARE = 0.1  # of the product weights: if more stays float, a warning says why
 HEADERS = (
     "module", "type", "shape", "params", "action",
@@ -273,6 +274,14 @@ def _general_warnings(info: QuantizationInfo) -> list[str]:
             f"only {info.calibration_samples_used} calibration samples; "
             f"use at least {ENOUGH_SAMPLES}"
         )
+    if info.sqnr_db is not None and info.fitted_sqnr_db is not None:
+        lost = info.fitted_sqnr_db - info.sqnr_db
+        if lost > MOST_LOST_DB:
+            found.append(
+                f"rows that were held out are {lost:.1f} dB worse than rows that were fitted to: "
+                "the data are few or narrow. Give more rows, of every kind that the model will "
+                "see; calibration_text() has text of several registers and languages"
+            )
     unverified = info.trace and not info.trace.get("verified")
     if unverified:
         found.append(

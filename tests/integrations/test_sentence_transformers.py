@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 import fxquant
-import fxquant.integrations.transformers  # noqa: F401  # registers the quantizer
+import fxquant.integrations.transformers  # registers the quantizer
 from tests.integrations.models import QUIET, layers
 
 TEXTS = ["A short sentence.", "Another one, which is somewhat longer than the first."]

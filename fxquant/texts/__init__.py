@@ -1,0 +1,1 @@
+"""Text to calibrate on, for those who have little of their own."""

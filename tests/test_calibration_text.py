@@ -1,0 +1,38 @@
+"""The built-in text, and the warning that tells when it is worth a try."""
+
+import pytest
+import torch
+
+import fxquant
+
+
+def test_passages_are_short_different_and_of_all_registers_from_the_start():
+    passages = fxquant.calibration_text(256)
+    assert len(set(passages)) == 256
+    assert all(30 < len(passage) < 300 for passage in passages)
+    first = fxquant.calibration_text(32)
+    assert first == passages[:32]
+    assert sum(not passage.isascii() for passage in first) >= 6  # languages
+    assert sum("\n" in passage for passage in first) >= 4  # source code
+
+
+@pytest.mark.parametrize("count", [0, 257, True, "8"])
+def test_a_number_that_cannot_be_had_is_refused(count):
+    with pytest.raises(fxquant.OptionError, match="calibration_text: got count=.*1 to 256"):
+        fxquant.calibration_text(count)
+
+
+@pytest.mark.parametrize("is_narrow", [True, False])
+def test_a_record_warns_where_what_was_fitted_does_not_hold_on_other_rows(is_narrow):
+    generator = torch.Generator().manual_seed(0)
+    common, rare = torch.randn(2, 8, 256, generator=generator)  # directions of inputs
+    data = torch.randn(160, 8, generator=generator) @ common
+    late = data[-20:] if is_narrow else data  # the last eighth is held out
+    late += torch.randn(len(late), 8, generator=generator) @ rare
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 64))
+    _, info = fxquant.quantize(model, [data], method="gptq", accuracy_warning="ignore")
+    lost = info.fitted_sqnr_db - info.sqnr_db
+    warned = [text for text in info.warnings if "the data are few or narrow" in text]
+    assert len(warned) == is_narrow, (lost, info.warnings)
+    if is_narrow:
+        assert warned[0].startswith(f"rows that were held out are {lost:.1f} dB worse")
