@@ -56,8 +56,8 @@ class _Calibrated:
 
     gm: GraphModule
     decisions: list[Decision]
-    fitted: list[Call]
-    held_out: list[Call]
+    fitted: Sequence[Call]
+    held_out: Sequence[Call]
     watcher: InputWatcher
     folded: Sequence[FoldedScale] = ()
 
@@ -145,6 +145,42 @@ def _quantize_with_data(
     return made.gm, info
 
 
+def run_part(
+    gm: GraphModule,
+    decisions: list[Decision],
+    fitted: Sequence[Call],
+    held_out: Sequence[Call],
+    config: QuantConfig,
+    *,
+    noisy: Sequence[Call] | None = None,
+    most_bytes: int | None = None,
+) -> tuple[GraphModule, list[Decision]]:
+    """Quantize the layers of a part of a model, on calls of that part.
+
+    Args:
+        gm: the part, traced; its layers have their names in the whole model.
+        decisions: on its layers.
+        fitted: calls of the part in the float model; they choose the integers.
+        held_out: calls that choose none.
+        config: what is wanted; its method scales no channels, and activations stay float.
+        noisy: what the part is called with in the quantized model in the place of `fitted` and
+            then `held_out`; None: the same.
+        most_bytes: of values that wait between layers in memory; None: no bound.
+
+    Returns:
+        The rewritten graph, and what there is to say of each layer.
+
+    Raises:
+        CalibrationError: the part does not take a call, or a layer reads NaN or Inf.
+        WeightError: a weight cannot be quantized; the layer is named.
+    """
+    recipe = parse_method(config.method, has_data=True)
+    check_weights(gm, _selected(decisions))
+    calibrated = _watched(gm, decisions, fitted, held_out, config, recipe)
+    made = _fit(calibrated, config, recipe, most_bytes, noisy)
+    return made.gm, made.decisions
+
+
 def _calibrate(
     gm: GraphModule,
     decisions: list[Decision],
@@ -165,6 +201,20 @@ def _calibrate(
             activations = SimulatedActivations(config.observer, config.group_size)
         scaled = scale_channels(gm, decisions, fitted, recipe.scalings, weights, activations)
         gm, decisions, folded = scaled.gm, scaled.explain(decisions), scaled.folded
+    return _watched(gm, decisions, fitted, held_out, config, recipe, folded)
+
+
+def _watched(
+    gm: GraphModule,
+    decisions: list[Decision],
+    fitted: Sequence[Call],
+    held_out: Sequence[Call],
+    config: QuantConfig,
+    recipe: Recipe,
+    folded: Sequence[FoldedScale] = (),
+) -> _Calibrated:
+    """Let the data through where layers are not fitted to it."""
+    names = _selected(decisions)
     is_fitted = recipe.rounding == "gptq"
     watcher = InputWatcher(
         gm,
@@ -180,7 +230,11 @@ def _calibrate(
 
 
 def _fit(
-    calibrated: _Calibrated, config: QuantConfig, recipe: Recipe, most_bytes: int | None
+    calibrated: _Calibrated,
+    config: QuantConfig,
+    recipe: Recipe,
+    most_bytes: int | None,
+    noisy: Sequence[Call] | None = None,
 ) -> _Rewritten:
     """The rewritten graph, with layers that are fitted to the data or rounded with its help."""
     decisions = calibrated.decisions
@@ -194,6 +248,7 @@ def _fit(
         layers.quantize,
         calibrated.held_out,
         calibrated.watcher,
+        noisy=noisy,
         most_bytes=None if most_bytes is None else int(most_bytes * WAITING_SHARE),
     )
     return _Rewritten(gm, layers.explain(decisions))

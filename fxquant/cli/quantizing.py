@@ -41,8 +41,8 @@ SHOWN_WARNINGS = 3
 @data_option
 @path_option(
     "--output",
-    "Where to save the model. Of a FOLDER without --data, a path that does not end in .safetensors "
-    "is a new compressed-tensors folder, made tensor by tensor without the model in memory.",
+    "Where to save the model. Of a FOLDER, a path that does not end in .safetensors is a new "
+    "compressed-tensors folder, made block by block: the model is never in memory as a whole.",
 )
 @click.option("--dry-run", is_flag=True, help="The same as `fxquant plan`.")
 @click.option("--table", is_flag=True, help="Print a line for each layer.")
@@ -76,9 +76,10 @@ def quantize_command(
         if dry_run:
             print_plan(out, model, data, config)
             return
-        if output is not None and data is None and _is_folder_to_folder(model, output):
-            _refuse_measuring(average_bits, min_sqnr)
-            info = quantize_checkpoint(model, output, config)
+        if output is not None and _is_folder_to_folder(model, output):
+            _refuse_whole(average_bits, min_sqnr)
+            given = load_data(data, model)
+            info = quantize_checkpoint(model, output, config, given, memory=memory)
             out.text(info.table() if table else summary(info, output, None))
             out.result(info.to_dict())
             return
@@ -148,18 +149,19 @@ def summary(info: QuantizationInfo, output: Path | None, missed: float | None) -
 
 
 def _is_folder_to_folder(model: str, output: Path) -> bool:
-    """Whether a folder becomes a folder: then no more of it than a file's part is in memory."""
+    """Whether a folder becomes a folder: then no more of it than a block is in memory."""
     return output.suffix != ".safetensors" and Path(model).is_dir()
 
 
-def _refuse_measuring(average_bits: float | None, min_sqnr: float | None) -> None:
+def _refuse_whole(average_bits: float | None, min_sqnr: float | None) -> None:
+    """Refuse what needs the whole model."""
     for option, value in (("--average-bits", average_bits), ("--min-sqnr", min_sqnr)):
         if value is not None:
             raise OptionError(
                 option,
-                found=f"{value:g} for a folder that is quantized without data",
-                needed="data to measure on",
-                remedy="Pass --data, and an --output that ends in .safetensors.",
+                found=f"{value:g} for a folder that becomes a folder",
+                needed="the whole model in memory",
+                remedy="Pass an --output that ends in .safetensors, and --data.",
             )
 
 

@@ -23,7 +23,10 @@ written, and every weight is read back from the new files and compared.
 | `pt2.py` | files of torch.export |
 | `gguf.py`, `gguf_file.py` | GGUF files, made of the float model's file |
 | `onnx_reader.py` | weights read from an ONNX file |
-| `stream.py`, `meta_model.py` | a folder quantized tensor by tensor, without the model in memory |
+| `stream.py`, `folder_writer.py` | a folder quantized shard by shard, without the model in memory |
+| `meta_model.py`, `model_weights.py` | the folder's model without weights, and weights of parts |
+| `blockwise.py` | a folder's model calibrated block by block |
+| `block_list.py`, `block_record.py`, `block_calls.py` | its blocks, and what they are called with |
 | `unfinished.py` | a folder on its way, which a killed run is gone on with |
 
 Each format is an `ExportFormat`: what it would lose of a source, and writing it.

@@ -1,17 +1,25 @@
-"""The model of a Hugging Face folder without its weights: what its layers are called."""
+"""The model of a Hugging Face folder without its weights: what its layers are called.
+
+Parameters are on the meta device. Buffers have their values: those that no folder holds (the
+frequencies of rotary embeddings, say) are computed when the model is made.
+"""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fxquant.errors import OptionError
 from fxquant.exporters.optional import optional_library
 
 
 def meta_model(folder: str | os.PathLike[str]) -> nn.Module:
-    """The class that the folder's config names, on the meta device and in eval mode.
+    """The class that the folder's config names, in eval mode; its parameters are on meta.
+
+    A model that keeps a cache of keys and values is set not to.
 
     Args:
         folder: with a config.json that transformers understands.
@@ -24,7 +32,7 @@ def meta_model(folder: str | os.PathLike[str]) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
         kind = getattr(transformers, name, None)
-        with torch.device("meta"):
+        with _parameters_on_meta():
             made = transformers.AutoModel.from_config(config) if kind is None else kind(config)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise OptionError(
@@ -33,5 +41,24 @@ def meta_model(folder: str | os.PathLike[str]) -> nn.Module:
             needed="a checkpoint whose config.json names a class of transformers",
             remedy="Load the model yourself, and call fxquant.quantize and fxquant.export.",
         ) from error
+    if getattr(made.config, "use_cache", False):
+        made.config.use_cache = False
     model: nn.Module = made.eval()
     return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters that modules are given lose their values at once; memory for them is not kept."""
+
+    def moved(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None  # as it is
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    # torch's annotation leaves out that a hook may return another parameter.
+    handle = register_module_parameter_registration_hook(moved)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,41 +1,42 @@
-"""Quantize a Hugging Face folder tensor by tensor: the model is never in memory as a whole.
+"""Quantize a Hugging Face folder into another: the model is never in memory as a whole.
 
-The folder's config says what the layers are called (the model is made on the meta device, without
-weights), the rules decide about them, and each tensor is read, rounded if it is the weight of a
-chosen layer, and written. A killed run is gone on with; see `unfinished.py`.
+The folder's config says what the layers are called (the model is made with its parameters on the
+meta device), and the rules decide about them. Without data each tensor is read, rounded if it is
+the weight of a chosen layer, and written. With data the blocks come one after the other, see
+`blockwise.py`; what lies outside of them is treated as without data. A killed run is gone on with,
+see `unfinished.py`.
 """
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fxquant.config.method import parse_method
+from fxquant.config.memory import memory_bytes
+from fxquant.config.method import Recipe, parse_method
 from fxquant.config.quant_config import QuantConfig, as_config
 from fxquant.errors import OptionError
-from fxquant.exporters.checkpoint import Scheme, copy_other_files
+from fxquant.exporters.blockwise import Blockwise
+from fxquant.exporters.checkpoint import copy_other_files
 from fxquant.exporters.compressed_tensors import CompressedTensors
-from fxquant.exporters.folder_reader import CONFIG, FolderReader, ShardReader
-from fxquant.exporters.integer_layer import integer_layer
+from fxquant.exporters.folder_reader import CONFIG, FolderReader
+from fxquant.exporters.folder_writer import FolderWriter
 from fxquant.exporters.meta_model import meta_model
-from fxquant.exporters.source import Source
+from fxquant.exporters.model_weights import ModelWeights
 from fxquant.exporters.unfinished import UnfinishedFolder
-from fxquant.exporters.verify import verify_weights
-from fxquant.graph.layers import is_plain_linear
-from fxquant.measure.quantization_info import QuantizationInfo
+from fxquant.graph.calls import Call
+from fxquant.graph.left_alone import process_left_alone
+from fxquant.measure.quantization_info import QuantizationInfo, check_accuracy_warnings
 from fxquant.measure.sizes import MEGABYTE
-from fxquant.modules.linear import QuantizedLinear
-from fxquant.numerics.integers import INT8
-from fxquant.numerics.quantized_weight import is_per_channel, resolved_group_size
-from fxquant.passes.decide import Decision, decide
-from fxquant.passes.rounded_layers import RoundedLayers
+from fxquant.passes.calibration_data import calls
+from fxquant.passes.decide import Decision, add_notes, decide
+from fxquant.serialization.digest import digest_of
 from fxquant.tracing.opaque import graph_around
 
-SHARD_BYTES = 256 * 10**6  # of the float tensors that a file is made of
+SHARD_BYTES = 256 * 10**6  # of the float tensors that a file is made of, where it is no block's
 
 
 def quantize_checkpoint(
@@ -44,144 +45,88 @@ def quantize_checkpoint(
     config: QuantConfig | Mapping[str, Any] | str | Path | None = None,
     data: Iterable[object] | None = None,
     *,
+    memory: int | str | None = None,
     resume: bool = True,
 ) -> QuantizationInfo:
     """Quantize a folder of any size into another, without the model in memory.
 
-    Weights are rounded one by one, by `"rtn"` or `"hqq"`. The result is a compressed-tensors
-    folder, which transformers and vLLM read; each weight is read back before its file counts.
-    What the format cannot hold is avoided, as with `target="compressed-tensors"`.
+    Without data, weights are rounded one by one, by `"rtn"` or `"hqq"`. With data, the blocks of
+    the model (the layers of its one `ModuleList`) are read, fitted to what the quantized blocks
+    before them return, written and freed; layers outside of the blocks are rounded as without data.
+    The result is a compressed-tensors folder, which transformers and vLLM read; each weight is read
+    back before its file counts. What the format cannot hold is avoided, as with
+    `target="compressed-tensors"`.
 
     Args:
         source: a folder that `save_pretrained` wrote, with safetensors.
         target: the new folder; free, or an empty folder. Until all of it is written it is called
             `TARGET.unfinished`.
-        config: as in `quantize`.
-        data: None; fitting to data needs the model, see `quantize`.
+        config: as in `quantize`. With data, `method` is `"gptq"` (`"auto"` is the same here),
+            `"best"`, `"rtn"` or `"hqq"`.
+        data: None, or calls of the model, as in `quantize`.
+        memory: as in `quantize`: that values between layers and blocks may take, with those in
+            work. The result is the same, bit for bit.
         resume: whether to go on with what an interrupted run of the same call left. The files have
             the same bits then.
 
     Returns:
-        The record, without figures of accuracy.
+        The record; figures of accuracy are measured with data only, on rows that chose no integer.
 
     Raises:
-        OptionError: an option or the source is not usable, or there is data.
+        OptionError: an option, the source or its model is not usable.
+        CalibrationError: the data is not usable.
+        WeightError: a weight cannot be quantized; the layer is named.
         SaveError: the target cannot be written, or a weight does not read back.
+        AccuracyError: the accuracy is below what `config` asks for; no folder is left.
     """
-    made = _for_folder(as_config(config, {}), data)
-    recipe = parse_method(made.method, has_data=False)
+    made = _for_folder(as_config(config, {}))
+    recipe = parse_method(made.method, has_data=data is not None)
+    most_bytes = memory_bytes(memory)
     base = FolderReader(source)
-    decisions, model = _decided(base, made)
-    stream = _Stream(base, model, decisions, made, recipe.rounding)
-    shards = _shards(base)
-    unfinished = UnfinishedFolder(Path(target), stream.identity(), len(shards), resume=resume)
-    sizes = [stream.shard(unfinished, number, names) for number, names in enumerate(shards)]
+    with process_left_alone():
+        decisions, weights = _decided(base, made)
+        blockwise, drawn = None, list[Call]()
+        if data is not None:
+            fitting = _for_blocks(made, recipe)
+            drawn = list(calls(data, weights.model, made.num_calibration_samples))
+            blockwise = Blockwise(weights, decisions, fitting, drawn, most_bytes)
+        rounding = "rtn" if recipe.rounding == "gptq" else recipe.rounding
+        writer = FolderWriter(weights, decisions, made, rounding)
+        blocks = [] if blockwise is None else blockwise.shards(base.files)
+        rest = _shards(base, {name for names in blocks for name in names})
+        count = len(blocks) + len(rest)
+        identity = _identity(base, made, drawn)
+        unfinished = UnfinishedFolder(Path(target), identity, count, resume=resume)
+        for number, names in enumerate(rest, start=len(blocks)):
+            writer.shard(unfinished, number, names)
+        sqnr_db = None if blockwise is None else blockwise.run(writer, unfinished)
     copy_other_files(base.path, unfinished.path)
-    text = json.dumps(stream.new_config(), indent=2) + "\n"
+    text = json.dumps(writer.new_config(), indent=2) + "\n"
     (unfinished.path / CONFIG).write_text(text, "utf-8")
-    unfinished.finish(sum(sizes))
-    return QuantizationInfo(
+    known = [unfinished.notes(number) or {} for number in range(count)]
+    size = sum(notes["bytes"] for notes in known)
+    for reasons in ({} if blockwise is None else blockwise.notes, *(n["reasons"] for n in known)):
+        decisions = add_notes(decisions, reasons)
+    info = QuantizationInfo(
         decisions,
         config=made,
         method=recipe.name,
+        calibration_samples_used=sum(call.row_count for call in drawn),
+        heldout_samples=0 if blockwise is None else blockwise.heldout_samples,
+        sqnr_db=sqnr_db,
         original_size_mb=sum(base.nbytes(name) for name in base.files) / MEGABYTE,
-        quantized_size_mb=sum(sizes) / MEGABYTE,
+        quantized_size_mb=size / MEGABYTE,
     )
-
-
-class _Stream:
-    """Makes the tensors of the new folder."""
-
-    def __init__(
-        self,
-        base: FolderReader,
-        model: nn.Module,
-        decisions: list[Decision],
-        config: QuantConfig,
-        rounding: str,
-    ) -> None:
-        self.base, self.config, self.rounding = base, config, rounding
-        self.bits = {d.module: d.bits for d in decisions if d.bits is not None}
-        linears = [name for name, m in model.named_modules() if is_plain_linear(m)]
-        kept = {n: base.dtype(n) for n in base.files if n.removesuffix(".weight") not in self.bits}
-        tensors = {
-            name: torch.empty(base.shape(name), dtype=dtype, device="meta")
-            for name, dtype in kept.items()
-            if dtype is not None
-        }
-        float_linears = [name for name in linears if name not in self.bits]
-        self.source = Source(model, {}, float_linears, tensors)
-        self.format = CompressedTensors(base=base.path)
-        self.schemes = {name: self._scheme(name) for name in self.bits}
-
-    def identity(self) -> dict[str, Any]:
-        """What a run is made of: an interrupted one is gone on with if this is the same."""
-        files = [self.base.path / file for file in dict.fromkeys(self.base.files.values())]
-        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return {"files": stats, "config": self.base.config, "options": self.config.to_dict()}
-
-    def shard(self, folder: UnfinishedFolder, number: int, names: list[str]) -> int:
-        """Make a shard, unless it is there; the bytes of its tensors."""
-        known = folder.notes(number)
-        if known is not None:
-            return int(known["bytes"])
-        tensors: dict[str, Tensor] = {}
-        layers = {}
-        for full_name in names:
-            name, _, part = full_name.rpartition(".")
-            if part != "weight" or name not in self.bits:
-                tensors[full_name] = self._tensor(full_name)
-                continue
-            layers[name] = layer = self._quantized(name)
-            integers = integer_layer(layer)
-            assert integers is not None  # all that are made here are known
-            for key, tensor in self.format.layer_tensors(integers, self.source).items():
-                tensors[f"{name}.{key}"] = tensor.contiguous()
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        written = ShardReader(folder.write(number, tensors, {"bytes": size}))
-        read = self.format.read_layer
-        verify_weights(layers.items(), lambda name: read(written, name).weight())
-        folder.accept(number)
-        return size
-
-    def new_config(self) -> dict[str, Any]:
-        """What the new config.json says."""
-        config = dict(self.base.config)
-        config["quantization_config"] = self.format.quantization_config(
-            self.schemes, self.source.float_linears
+    if blockwise is not None:
+        check_accuracy_warnings(
+            info, made.sqnr_warning_threshold, made.sqnr_error_threshold, made.accuracy_warning
         )
-        return config
-
-    def _scheme(self, name: str) -> Scheme:
-        columns = self.base.shape(f"{name}.weight")[1]
-        if is_per_channel(self.bits[name], self.config.group_size, columns):
-            return Scheme(INT8.bits, None, symmetric=True)
-        size = resolved_group_size(self.config.group_size, columns)
-        return Scheme(self.bits[name], None if size >= columns else size, self.config.symmetric)
-
-    def _tensor(self, name: str) -> Tensor:
-        """A tensor of the source; its file is not kept open, whose pages would count as memory."""
-        return ShardReader(self.base.path / self.base.files[name]).tensor(name)
-
-    def _quantized(self, name: str) -> QuantizedLinear:
-        weight = self._tensor(f"{name}.weight")
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        layers = RoundedLayers(self.config, self.rounding)
-        made = layers.quantize(name, linear, self.bits[name])
-        assert isinstance(made, QuantizedLinear)  # it was made of one
-        return made
+    unfinished.finish(size)
+    return info
 
 
-def _for_folder(config: QuantConfig, data: object) -> QuantConfig:
+def _for_folder(config: QuantConfig) -> QuantConfig:
     """The config, kept to what the format of the new folder can hold."""
-    if data is not None:
-        raise OptionError(
-            "quantize_checkpoint",
-            found="calibration data",
-            needed="weights alone to be quantized, each on its own",
-            remedy="Load the model, call fxquant.quantize with the data, and fxquant.export.",
-        )
     name = CompressedTensors.target.name
     if config.target not in (None, name):
         raise OptionError(
@@ -193,7 +138,33 @@ def _for_folder(config: QuantConfig, data: object) -> QuantConfig:
     return config.changed(target=name)
 
 
-def _decided(base: FolderReader, config: QuantConfig) -> tuple[list[Decision], nn.Module]:
+def _for_blocks(config: QuantConfig, recipe: Recipe) -> QuantConfig:
+    """The config for fitting blocks; one whose steps need the whole model is refused."""
+    if recipe.scalings:
+        raise OptionError(
+            "method",
+            found=f"{config.method!r} for a model that is never whole in memory",
+            needed="'gptq', 'best', 'rtn' or 'hqq', which scale no channels",
+            remedy="Choose one of them, or load the model and call fxquant.quantize.",
+        )
+    return config.changed(method="gptq") if config.method == "auto" else config
+
+
+def _identity(base: FolderReader, config: QuantConfig, drawn: Sequence[Call]) -> dict[str, Any]:
+    """What a run is made of: an interrupted one is gone on with if this is the same."""
+    paths = [base.path / file for file in dict.fromkeys(base.files.values())]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    data = [
+        [
+            (at, digest_of("", str(v.dtype), v) if isinstance(v, Tensor) else repr(v))
+            for at, v in call.leaves()
+        ]
+        for call in drawn
+    ]
+    return {"files": stats, "config": base.config, "options": config.to_dict(), "data": data}
+
+
+def _decided(base: FolderReader, config: QuantConfig) -> tuple[list[Decision], ModelWeights]:
     """The decisions on the folder's layers, and the model without weights."""
     if "quantization_config" in base.config:
         raise OptionError(
@@ -222,15 +193,17 @@ def _decided(base: FolderReader, config: QuantConfig) -> tuple[list[Decision], n
                 remedy="Leave it float with modules_to_not_convert, or load the model and call "
                 "fxquant.quantize.",
             )
-    return decisions, model
+    return decisions, ModelWeights(base, model)
 
 
-def _shards(base: FolderReader) -> list[list[str]]:
+def _shards(base: FolderReader, without: Collection[str]) -> list[list[str]]:
     """Which tensors of the source go into which file, in their order."""
-    shards: list[list[str]] = [[]]
+    shards: list[list[str]] = []
     size = 0
     for name in base.files:
-        if shards[-1] and size + base.nbytes(name) > SHARD_BYTES:
+        if name in without:
+            continue
+        if not shards or size + base.nbytes(name) > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)

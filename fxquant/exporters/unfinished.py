@@ -62,10 +62,20 @@ class UnfinishedFolder:
 
     def notes(self, number: int) -> dict[str, Any] | None:
         """What was noted of a finished shard; None where it has to be made."""
-        if not self._shard(number).exists():
+        if not self.shard(number).exists():
             return None
         noted: dict[str, Any] = json.loads(self._note(number).read_text("utf-8"))
         return noted
+
+    def names(self) -> dict[str, Path]:
+        """The tensors of the finished shards, and the file of each."""
+        known = ((number, self.notes(number)) for number in range(self.count))
+        return {
+            name: self.shard(number)
+            for number, notes in known
+            if notes is not None
+            for name in notes["names"]
+        }
 
     def write(self, number: int, tensors: dict[str, Tensor], notes: Mapping[str, Any]) -> Path:
         """Write a shard that does not count yet; its path.
@@ -85,7 +95,7 @@ class UnfinishedFolder:
 
     def accept(self, number: int) -> None:
         """Let a shard that was written count."""
-        os.replace(self.path / NOTES / f"shard-{number}", self._shard(number))
+        os.replace(self.path / NOTES / f"shard-{number}", self.shard(number))
 
     def finish(self, total_bytes: int) -> None:
         """Write the index of the shards, and give the folder its name.
@@ -101,7 +111,8 @@ class UnfinishedFolder:
         except OSError as error:
             raise self._not_written(error) from error
 
-    def _shard(self, number: int) -> Path:
+    def shard(self, number: int) -> Path:
+        """The file of a shard, which is there once it counts."""
         return self.path / shard_name(number, self.count)
 
     def _note(self, number: int) -> Path:

@@ -7,7 +7,7 @@ clone of it and keeps the call as it was.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,10 +24,13 @@ class Call:
     Attributes:
         args: positional arguments.
         kwargs: keyword arguments.
+        padding: booleans [rows, tokens], False where a token is padding, for a part of a model
+            whose arguments do not tell it; None: they do, or there is none.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    padding: Tensor | None = None
 
     @classmethod
     def of(cls, item: object) -> "Call":
@@ -41,7 +44,7 @@ class Call:
         return cls((item,))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Call":
-        """The call with every tensor changed, also those inside containers."""
+        """The call with every tensor of the arguments changed, also those inside containers."""
 
         def change_leaf(leaf: Any) -> Any:
             return change(leaf) if isinstance(leaf, Tensor) else leaf
@@ -49,6 +52,7 @@ class Call:
         return Call(
             tuple(pytree.tree_map(change_leaf, self.args)),
             dict(pytree.tree_map(change_leaf, self.kwargs)),
+            self.padding,
         )
 
     def clone(self) -> "Call":
@@ -86,7 +90,9 @@ class Call:
         count = self.row_count
         if (start, stop) == (0, count) or self._is_ambiguous(count):
             return self
-        return self.map(lambda t: t[start:stop] if t.ndim and t.shape[0] == count else t)
+        made = self.map(lambda t: t[start:stop] if t.ndim and t.shape[0] == count else t)
+        padding = None if self.padding is None else self.padding[start:stop]
+        return replace(made, padding=padding)
 
     def _is_ambiguous(self, count: int) -> bool:
         others = self.tensors()[1:]

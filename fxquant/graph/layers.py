@@ -201,6 +201,17 @@ def user_name(gm: GraphModule, target: str) -> str:
     return target
 
 
+def name_below(gm: GraphModule, path: str) -> None:
+    """Let the user's names of all that a graph holds begin with `path`: it is a part of a model."""
+    names: dict[str, str] = dict(gm.meta.get(NAMES, {}))
+    for owned in (gm._modules, gm._parameters, gm._buffers):
+        for target in owned:
+            names.setdefault(target, target)
+    gm.meta[NAMES] = {
+        target: ".".join(filter(None, (path, name))) for target, name in names.items()
+    }
+
+
 def target_of(path: str, taken: Iterable[str] = ()) -> str:
     """A target for the user's `path`: the same where Python and torch.fx allow it.
 

@@ -4,7 +4,7 @@ Each node runs once and in order on values of its own call, so what a node write
 by the nodes behind it, as in the model, and by nobody else.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,16 +24,14 @@ class Stepper:
 
     Args:
         gm: the graph.
-        call: the arguments of one call.
+        call: the arguments of one call, or what gives them when the first of them is needed.
     """
 
-    def __init__(self, gm: GraphModule, call: Call) -> None:
-        self.gm, self.call = gm, call
+    def __init__(self, gm: GraphModule, call: Call | Callable[[], Call]) -> None:
+        self.gm, self._call = gm, call
         self.nodes = list(gm.graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
-        own = call.clone()  # the graph may write into its inputs
-        names = [n.name for n in self.nodes if n.op == "placeholder"]
-        self.inputs = dict(zip(names, input_values(gm, own), strict=True))
+        self._inputs: dict[str, Any] = {}
         self.interpreter = GraphInterpreter(gm, garbage_collect_values=False)
         self.last_use = last_uses(self.nodes)
         self.opaque = {
@@ -43,6 +41,11 @@ class Stepper:
         }
         self.drawing = {n: i for i, n in enumerate(self.nodes) if is_random(n) or n in self.opaque}
 
+    @property
+    def call(self) -> Call:
+        """The arguments."""
+        return self._call if isinstance(self._call, Call) else self._call()
+
     @torch.no_grad()
     def compute(self, node: Node, values: dict[Node, Any]) -> Any:
         """The value of `node`, from the values of its arguments.
@@ -50,7 +53,7 @@ class Stepper:
         What draws random numbers draws the same at the same place of another run.
         """
         if node.op == "placeholder":
-            return self.inputs[node.name]
+            return self._input(node.name)
         if node in self.drawing:
             torch.manual_seed(self.drawing[node])
         self.interpreter.env = values
@@ -58,6 +61,14 @@ class Stepper:
             with left_alone(self.opaque[node]):
                 return self.interpreter.run_node(node)
         return self.interpreter.run_node(node)
+
+    def _input(self, name: str) -> Any:
+        """The value of a placeholder, which is held by nobody else once it has been taken."""
+        if name not in self._inputs:
+            own = self.call.clone()  # the graph may write into its inputs
+            names = [n.name for n in self.nodes if n.op == "placeholder"]
+            self._inputs = dict(zip(names, input_values(self.gm, own), strict=True))
+        return self._inputs.pop(name)
 
     def advance(self, values: dict[Node, Any], start: int, stop: int) -> None:
         """Compute the nodes from position `start` to before `stop`, and forget what is done with.

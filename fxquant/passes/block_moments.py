@@ -8,7 +8,7 @@ from torch import Tensor
 from fxquant.modules.weight_forms import with_weight
 from fxquant.observers.moments import LayerMoments
 from fxquant.passes.layer_maker import Blocks
-from fxquant.passes.padding import fitting_mask, padding_mask
+from fxquant.passes.padding import fitting_mask
 from fxquant.passes.paired_batches import PairedBatch, difference
 from fxquant.passes.turns import Turn
 
@@ -36,7 +36,7 @@ def collect_blocks(
             if arguments is not None:
                 shift = _shift(blocks, turn, batch, *arguments)
                 add_call(
-                    moments, blocks, chosen, arguments[1], shift, padding_mask(batch.call),
+                    moments, blocks, chosen, arguments[1], shift, batch.padding,
                     is_held_out=batch.is_held_out,
                 )  # fmt: skip
         yield from moments

@@ -1,6 +1,6 @@
 """Calibrate: run data through the observers."""
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 
 import torch
@@ -73,14 +73,14 @@ def run_call(model: nn.Module, call: Call, index: int) -> object:
     Raises:
         CalibrationError: the model does not accept it.
     """
-    with naming_batch(model, call, index):
+    with naming_batch(model, lambda: call, index):
         torch.manual_seed(index)  # a model that draws random numbers draws the same in each pass
         with graph_left_alone(model):
             return call.run(model)
 
 
 @contextmanager
-def naming_batch(model: nn.Module, call: Call, index: int) -> Iterator[None]:
+def naming_batch(model: nn.Module, call: Callable[[], Call], index: int) -> Iterator[None]:
     """Whatever `model` raises on the batch of this number becomes an error that names it.
 
     Raises:
@@ -93,7 +93,7 @@ def naming_batch(model: nn.Module, call: Call, index: int) -> Iterator[None]:
     except Exception as error:  # a model may raise anything at all
         raise CalibrationError(
             f"calibration batch {index}",
-            found=f"that the model raises {type(error).__name__}: {error} on {call.describe()}",
+            found=f"that the model raises {type(error).__name__}: {error} on {call().describe()}",
             needed=f"a batch that {describe_inputs(model)} accepts",
             remedy="Yield the arguments of the model's forward, by position or by name.",
         ) from error

@@ -93,13 +93,19 @@ class HeldValues:
 
     def take(self, key: int) -> list[Values] | None:
         """The values of a batch, which are held no longer; None where none were put."""
+        values = self.look(key)
+        _, size = self._held.pop(key, (None, 0))
+        self.held_bytes -= size
+        self._away.pop(key, None)
+        return values
+
+    def look(self, key: int) -> list[Values] | None:
+        """The values of a batch, which stay held; None where none were put."""
         if key in self._held:
-            values, size = self._held.pop(key)
-            self.held_bytes -= size
-            return values
+            return self._held[key][0]
         if key not in self._away:
             return None
-        values, place = self._away.pop(key)
+        values, place = self._away[key]
         memory = [self._read(offset, size) for offset, size in place.parts]
 
         def back(leaf: Any) -> Any:

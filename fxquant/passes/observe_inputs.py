@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.graph.calls import Call
@@ -79,25 +79,26 @@ class InputWatcher:
             )
         }
 
-    def add(self, name: str, arguments: tuple[Any, ...], call: Call, batch: int) -> None:
+    def add(
+        self, name: str, arguments: tuple[Any, ...], padding: Tensor | None, batch: int
+    ) -> None:
         """Add what the layer `name` reads in a batch; other layers that read it must not add it.
 
         Args:
             name: of the layer.
             arguments: of the layer's call, the input [..., in] first.
-            call: the batch; a two-dimensional `attention_mask` among its keyword arguments masks
-                padding out of the statistics.
-            batch: its number, for errors.
+            padding: booleans [rows, tokens], False where a token is padding and does not count.
+            batch: the number of the batch, for errors.
         """
         if name in self.observers:
             self.observers[name].batch = batch
             self.observers[name](arguments[0])
         if name in self._statistics:
-            blocks, mask = self._blocks[name], padding_mask(call)
+            blocks = self._blocks[name]
             assert blocks.form.reads is not None  # lookups are not watched
             reads = blocks.form.reads(blocks.layer, *arguments)
             for x, seen in zip(reads, self._statistics[name], strict=True):
-                seen.add(x, fitting_mask(mask, x))
+                seen.add(x, fitting_mask(padding, x))
 
     def check(self, names: Iterable[str]) -> None:
         """Refuse what cannot be calibrated.
@@ -116,11 +117,11 @@ class InputWatcher:
         Raises:
             CalibrationError: a layer has read NaN or Inf, or the graph does not take a batch.
         """
-        batch = 0
+        batch, padding = 0, None
 
         def hook_for(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self.add(name, layer_arguments(args, kwargs), calls[batch], batch)
+                self.add(name, layer_arguments(args, kwargs), padding, batch)
 
             return hook
 
@@ -131,6 +132,7 @@ class InputWatcher:
                 hook = module.register_forward_pre_hook(hook_for(name), with_kwargs=True)
                 undo.callback(hook.remove)
             for batch, call in enumerate(calls):
+                padding = padding_mask(call)
                 run_call(gm, call, batch)
         self.check(self.observers)
 

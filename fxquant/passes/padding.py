@@ -8,7 +8,9 @@ ARGUMENT = "attention_mask"
 
 
 def padding_mask(call: Call) -> Tensor | None:
-    """The two-dimensional `attention_mask` among a call's keyword arguments, as booleans."""
+    """What a call says of padding: its own `padding`, or a two-dimensional `attention_mask`."""
+    if call.padding is not None:
+        return call.padding
     given = call.kwargs.get(ARGUMENT)
     return given.bool() if isinstance(given, Tensor) and given.ndim == 2 else None
 

@@ -4,7 +4,7 @@ Each batch goes from one turn to the next on its own: between two turns there ar
 batch, and at a turn only those that later nodes use.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +26,6 @@ class PairedBatch:
     """One batch in both graphs, whose nodes are the same.
 
     Attributes:
-        call: the batch.
         index: its number.
         is_held_out: whether it chooses nothing.
         clean: through the float graph.
@@ -34,9 +33,9 @@ class PairedBatch:
         clean_values: of the float graph's nodes that are still needed.
         noisy_values: of the quantized graph's.
         position: the first node that has not run.
+        padding: booleans [rows, tokens], False where a token is padding; None: none is known.
     """
 
-    call: Call
     index: int
     is_held_out: bool
     clean: Stepper
@@ -44,13 +43,26 @@ class PairedBatch:
     clean_values: dict[Node, Any] = field(default_factory=dict)
     noisy_values: dict[Node, Any] = field(default_factory=dict)
     position: int = 0
+    padding: Tensor | None = None
 
     @classmethod
     def of(
-        cls, float_gm: GraphModule, rewritten: GraphModule, call: Call, index: int, held_out: bool
+        cls,
+        models: tuple[GraphModule, GraphModule],
+        calls: tuple[Callable[[], Call], Callable[[], Call]],
+        index: int,
+        held_out: bool,
     ) -> "PairedBatch":
-        """A batch before the first node."""
-        return cls(call, index, held_out, Stepper(float_gm, call), Stepper(rewritten, call))
+        """A batch before the first node.
+
+        Args:
+            models: the float graph and the quantized one.
+            calls: give the batch for each of them.
+            index: its number.
+            held_out: whether it chooses nothing.
+        """
+        clean, noisy = map(Stepper, models, calls)
+        return cls(index, held_out, clean, noisy)
 
     def advance(self, position: int) -> None:
         """Let both graphs run up to before the node at `position`.
@@ -58,7 +70,9 @@ class PairedBatch:
         Raises:
             CalibrationError: a graph does not take the batch.
         """
-        with naming_batch(self.clean.gm, self.call, self.index):
+        if self.position == 0:
+            self.padding = padding_mask(self.clean.call)
+        with naming_batch(self.clean.gm, lambda: self.clean.call, self.index):
             self.clean.advance(self.clean_values, self.position, position)
             self.noisy.advance(self.noisy_values, self.position, position)
         self.position = max(position, self.position)
@@ -102,7 +116,7 @@ class PairedBatch:
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """Which tokens of `x` [..., channels] count; None: all."""
-        return fitting_mask(padding_mask(self.call), x)
+        return fitting_mask(self.padding, x)
 
 
 def difference(clean: Tensor | None, noisy: Tensor) -> Tensor | None:

@@ -14,6 +14,7 @@ those behind on what the float graph gives.
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ def quantize_sequentially(
     held_out: Sequence[Call] = (),
     watcher: InputWatcher | None = None,
     *,
+    noisy: Sequence[Call] | None = None,
     most_bytes: int | None = None,
 ) -> GraphModule:
     """Swap each layer that the table of decisions quantizes, in the order in which it runs.
@@ -73,6 +75,8 @@ def quantize_sequentially(
             have no tokens.
         held_out: batches that choose no integers; their moments are kept apart.
         watcher: is given what the layers read in the float graph, of `calls`.
+        noisy: what the quantized graph is called with in the place of `calls` and then `held_out`,
+            where layers in front of the graph are quantized too. None: the same as the float graph.
         most_bytes: of values that wait between layers in memory; the others wait in a file. None:
             no bound. The result is the same, bit for bit.
 
@@ -93,7 +97,7 @@ def quantize_sequentially(
     held = HeldValues(most_bytes, own)
     run = _Run(float_gm, rewritten, bits, quantize_layer, watcher or InputWatcher(gm, ()), held)
     with closing(held), graph_left_alone(float_gm), attributes_left_alone(rewritten):
-        run.over(calls, held_out)
+        run.over(calls, held_out, noisy)
     share_tables(rewritten)
     rewritten.recompile()
     return rewritten
@@ -117,12 +121,20 @@ class _Run:
         self.batches: list[PairedBatch] = []
         self.later: dict[str, list[LayerMoments]] = {}
 
-    def over(self, calls: Sequence[Call], held_out: Sequence[Call]) -> None:
+    def over(
+        self, calls: Sequence[Call], held_out: Sequence[Call], noisy: Sequence[Call] | None
+    ) -> None:
         """Quantize the layers of all turns."""
         self.later = self._moments_of_later_calls(calls)
+        models, count = (self.float_gm, self.rewritten), len(calls)
+        clean = [partial(calls.__getitem__, i) for i in range(count)]
+        clean += [partial(held_out.__getitem__, i) for i in range(len(held_out))]
+        given = clean
+        if noisy is not None:
+            given = [partial(noisy.__getitem__, i) for i in range(len(noisy))]
         self.batches = [
-            PairedBatch.of(self.float_gm, self.rewritten, call, i, held_out=i >= len(calls))
-            for i, call in enumerate((*calls, *held_out))
+            PairedBatch.of(models, pair, i, held_out=i >= count)
+            for i, pair in enumerate(zip(clean, given, strict=True))
         ]
         for turn in steps(find_turns(self.rewritten, set(self.bits)), "fitting layers"):
             if turn.is_inside:
@@ -178,7 +190,7 @@ class _Run:
     def _notice(self, name: str, arguments: tuple[Any, ...], batch: PairedBatch) -> None:
         """A layer is called in the float graph; of layers that read the same, the first counts."""
         if name in self.watcher.leaders:
-            self.watcher.add(name, arguments, batch.call, batch.index)
+            self.watcher.add(name, arguments, batch.padding, batch.index)
 
     def _own_moments(self, site: Site) -> LayerMoments:
         later = self.later.pop(site.name, None) or empty_moments(Blocks(site.module), range(1))
@@ -195,16 +207,16 @@ class _Run:
         """Of layers that several nodes call: the moments of all inputs but the first, in float."""
         gm, moments = self.float_gm, dict[str, list[LayerMoments]]()
         counts: dict[nn.Module, int] = defaultdict(int)
-        batch = 0
+        batch, mask = 0, None
 
         def hook_for(name: str, blocks: Blocks) -> Any:
             def hook(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
                 counts[layer] += 1
                 if counts[layer] > 1:
-                    arguments, mask = layer_arguments(args, kwargs), padding_mask(calls[batch])
+                    arguments = layer_arguments(args, kwargs)
                     add_call(moments[name], blocks, range(blocks.count), arguments, None, mask)
                     if name in self.watcher.leaders:
-                        self.watcher.add(name, arguments, calls[batch], batch)
+                        self.watcher.add(name, arguments, mask, batch)
 
             return hook
 
@@ -216,5 +228,6 @@ class _Run:
                 layer.register_forward_hook(hook_for(name, blocks), with_kwargs=True)
             for batch, call in enumerate(calls if repeated else ()):
                 counts.clear()
+                mask = padding_mask(call)
                 run_call(gm, call, batch)
         return moments
