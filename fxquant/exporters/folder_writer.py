@@ -146,6 +146,10 @@ class _Written:
 
     files: dict[str, Path]
 
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor called `name`."""
+        return name in self.files
+
     def tensor(self, name: str) -> Tensor:
         """The tensor called `name`."""
         return ShardReader(self.files[name]).tensor(name)
