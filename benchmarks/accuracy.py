@@ -16,6 +16,7 @@ columns behind them, text that calibration did not resemble (see `sources.py`). 
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fxquant.passes.decide import decide
 from fxquant.passes.rewrite import rewrite
 
 SENSITIVITY_SAMPLES = 96
+MANY = 10_000  # samples: more than there are
 W8A8 = {"bits": 8, "activation_bits": 8}
 
 # The options of `static_quantize` by the name of a row.
@@ -54,6 +56,15 @@ DATA_FREE: dict[str, dict[str, Any]] = {
     "no data: rtn": {"method": "rtn"},
     "no data: rtn, asymmetric": {"method": "rtn", "symmetric": False},
     "no data: hqq, asymmetric": {"method": "hqq", "symmetric": False},
+}
+# With the text that fxquant ships: in place of the book, or behind it.
+BUILT_IN: dict[str, dict[str, Any]] = {
+    "built-in text: gptq, asymmetric": {"method": "gptq", "symmetric": False},
+    "built-in text: best, asymmetric": {"method": "best", "symmetric": False},
+}
+BOTH: dict[str, dict[str, Any]] = {
+    "book and built-in text: gptq, asymmetric": {"method": "gptq", "symmetric": False},
+    "book and built-in text: best, asymmetric": {"method": "best", "symmetric": False},
 }
 MIXED = "best, 4.5 bits on average"
 PLAIN = "plain rounding"
@@ -110,6 +121,12 @@ def candidates(subject: Subject) -> Iterator[tuple[str, Callable[[], nn.Module]]
         yield name, lambda options=options: data_free(subject, options)
     for name, options in METHODS.items():
         yield name, lambda options=options: static(subject, options)
+    only = replace(subject, calibration=subject.built_in, samples=MANY)
+    for name, options in BUILT_IN.items():
+        yield name, lambda options=options: static(only, options)
+    both = replace(only, calibration=[*subject.calibration, *subject.built_in])
+    for name, options in BOTH.items():
+        yield name, lambda options=options: static(both, options)
     yield MIXED, lambda: mixed(subject)
     for name, make in installed_peers().items():
         yield name, lambda m=make: m(subject.model, subject.quantized, subject.calibration)

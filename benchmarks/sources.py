@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+import fxquant
 from fxquant.demo.language_model import CONTEXT, calibration_tokens, heldout_tokens
 
 T = TypeVar("T")
@@ -73,6 +74,11 @@ def book_for_calibration() -> Source:
 def book_held_out() -> Source:
     """Other parts of it."""
     return Source("same book", lambda: _decoded(heldout_tokens()[BOOK_HELDOUT]))
+
+
+def built_in_text() -> Source:
+    """What `fxquant.calibration_text` has for those without data."""
+    return Source("built-in text", lambda: "\n\n".join(fxquant.calibration_text(256)), "\n\n")
 
 
 def _dictionaries() -> str:

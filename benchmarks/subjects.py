@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sources import book_for_calibration, book_held_out, other_sources
+from sources import book_for_calibration, book_held_out, built_in_text, other_sources
 from torch import Tensor, nn
 
 import fxquant
@@ -32,7 +32,8 @@ class Subject:
     Attributes:
         model: float.
         graph: the same, traced.
-        calibration: batches.
+        calibration: batches of the book.
+        built_in: batches of the text that fxquant ships.
         samples: how many rows of them are used.
         tokens: how many tokens these are.
         figure: its name.
@@ -43,6 +44,7 @@ class Subject:
     model: nn.Module
     graph: torch.fx.GraphModule
     calibration: list[Any]
+    built_in: list[Any]
     samples: int
     tokens: int
     figure: str
@@ -95,7 +97,8 @@ def language_model(pieces: int) -> Subject:
 
     tokens = sum(batch.numel() for batch in calibration)
     figure = "gap closed (1 - divergence / that of plain rounding)"
-    return Subject(model, graph, calibration, WINDOWS, tokens, figure, measure)
+    built_in = list(built_in_text().windows(WINDOWS).split(16))
+    return Subject(model, graph, calibration, built_in, WINDOWS, tokens, figure, measure)
 
 
 @torch.inference_mode()
@@ -131,7 +134,8 @@ def minilm(pieces: int) -> Subject:
     graph = fxquant.trace(model, calibration[0])
     tokens = sum(int(batch["attention_mask"].sum()) for batch in calibration)
     samples = sum(len(batch["input_ids"]) for batch in calibration)
-    return Subject(model, graph, calibration, samples, tokens, "dB", measure, ["pooler"])
+    built_in = minilm.batches(built_in_text().pieces(SENTENCES), folder)
+    return Subject(model, graph, calibration, built_in, samples, tokens, "dB", measure, ["pooler"])
 
 
 SUBJECTS = {"language model": language_model, "minilm": minilm}

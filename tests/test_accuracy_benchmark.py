@@ -19,7 +19,8 @@ def sources(monkeypatch):
 
 
 def test_no_piece_to_measure_on_is_one_of_calibration(sources):
-    calibration = set(sources.book_for_calibration().pieces(10_000))
+    given = (sources.book_for_calibration(), sources.built_in_text())
+    calibration = {piece for source in given for piece in source.pieces(10_000)}
     others = [sources.book_held_out(), *sources.other_sources()]
     assert len({source.name for source in others}) == 6
     for source in others:
