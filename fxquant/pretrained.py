@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from fxquant.errors import SaveError
-from fxquant.modules.layer import QuantizedLayer
+from fxquant.modules.layer import has_quantized_layer
 
 GUARDED = ("save_pretrained", "save")  # of a part that has the first
 Savable = Callable[[nn.Module, Mapping[str, Any]], AbstractContextManager[None] | None]
@@ -41,14 +41,10 @@ def guard_saving(model: nn.Module, options: Mapping[str, Any]) -> None:
         options: the fields of the `QuantConfig` that the layers were made with.
     """
     for part in model.modules():
-        if hasattr(type(part), GUARDED[0]) and _has_quantized(part):
+        if hasattr(type(part), GUARDED[0]) and has_quantized_layer(part):
             for name in GUARDED:
                 if hasattr(type(part), name):
                     vars(part)[name] = functools.partial(_save, part, name, dict(options))
-
-
-def _has_quantized(module: nn.Module) -> bool:
-    return any(isinstance(part, QuantizedLayer) for part in module.modules())
 
 
 def _save(part: nn.Module, method: str, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

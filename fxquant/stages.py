@@ -17,7 +17,6 @@ from fxquant.measure.paired_run import output_sqnr
 from fxquant.measure.quantization_info import QuantizationInfo
 from fxquant.measure.row_parts import leading_rows, takes
 from fxquant.measure.sizes import MEGABYTE, model_bytes
-from fxquant.modules.linear import QuantizedLinear
 from fxquant.observers.input_statistics import InputStatistics
 from fxquant.passes.calibrate import calibrate
 from fxquant.passes.calibration_data import calls, check_batches
@@ -25,7 +24,10 @@ from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import Decision, decide
 from fxquant.passes.fitted_layers import FittedLayers
 from fxquant.passes.observe_inputs import InputWatcher, expected_inputs
-from fxquant.passes.quantize_activations import quantize_activations
+from fxquant.passes.quantize_activations import (
+    quantize_activations,
+    quantize_activations_dynamically,
+)
 from fxquant.passes.quantize_sequentially import quantize_sequentially
 from fxquant.passes.rewrite import rewrite
 from fxquant.passes.rounded_layers import RoundedLayers
@@ -113,7 +115,7 @@ def _quantize_without_data(
     check_weights(gm, _selected(decisions))
     made = _round(gm, decisions, config, recipe.rounding, expected_inputs(gm))
     if config.activation_bits is not None:
-        _quantize_activations_dynamically(made.gm)
+        quantize_activations_dynamically(made.gm)
     calibrated = _Calibrated(gm, decisions, [], [], InputWatcher(gm, ()))
     return made.gm, _measured(calibrated, made, config, recipe)
 
@@ -273,16 +275,10 @@ def _with_activations(made: _Rewritten, calibrated: _Calibrated, config: QuantCo
     if config.activation_bits is None:
         return made
     if config.observer == DYNAMIC:
-        _quantize_activations_dynamically(made.gm)
+        quantize_activations_dynamically(made.gm)
         return made
     watcher = calibrated.watcher
     return replace(made, gm=quantize_activations(made.gm, watcher.observers, watcher.statistics))
-
-
-def _quantize_activations_dynamically(qmodel: GraphModule) -> None:
-    for module in qmodel.modules():
-        if isinstance(module, QuantizedLinear):
-            module.activation = "int8"
 
 
 def _measured(

@@ -19,7 +19,7 @@ from fxquant.graph.identity import FINGERPRINT, first_difference
 from fxquant.graph.layers import replace_layer, sites, tensor_attribute, user_name
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
 from fxquant.measure.quantization_info import INFO_KEY
-from fxquant.modules.layer import QuantizedLayer
+from fxquant.modules.layer import QuantizedLayer, has_quantized_layer
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.weight_forms import form_of
 from fxquant.passes.rewrite import share_tables
@@ -237,13 +237,9 @@ def finish_quantized(model: nn.Module, options: Mapping[str, Any] | None = None)
         options: the fields of the `QuantConfig` that the layers were made with, where known.
     """
     for part in model.modules():
-        if isinstance(part, nn.TransformerEncoderLayer) and _has_quantized(part):
+        if isinstance(part, nn.TransformerEncoderLayer) and has_quantized_layer(part):
             part.activation_relu_or_gelu = 0  # torch's fast path would read the weights itself
     guard_saving(model, options or {})
-
-
-def _has_quantized(module: nn.Module) -> bool:
-    return any(isinstance(part, QuantizedLayer) for part in module.modules())
 
 
 def _other_model(where: str, found: str) -> OptionError:

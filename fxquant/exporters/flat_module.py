@@ -1,5 +1,6 @@
 """A model whose inputs and outputs are tensors in a row, as torch.export and ONNX want them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from fxquant.errors import OptionError, SaveError
 from fxquant.graph.calls import Call
+from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.shapes import DTYPE, SHAPE
 from fxquant.graph.structures import named_fields, tensors_in
 
@@ -33,6 +35,29 @@ class FlatModule(nn.Module):
         self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.input_names = _input_names(model, call)
         self.output_names = _output_names(call.run(model))
+
+    @classmethod
+    def with_layers(
+        cls, model: nn.Module, call: Call, make: Callable[[nn.Module], nn.Module | None]
+    ) -> "FlatModule":
+        """Run a copy of `model`, in evaluation mode, with other modules in the place of some.
+
+        Args:
+            model: is not changed; the copy shares its tensors.
+            call: as above.
+            make: gives what stands in the place of a module; None: the module itself.
+        """
+        flat = cls(model, call)
+        found = list(flat.named_modules(remove_duplicate=False))
+        flat.model = copy_sharing_tensors(model, frozen=True)
+        made: dict[int, nn.Module | None] = {}
+        for path, module in found:
+            if id(module) not in made:
+                made[id(module)] = make(module)
+            replacement = made[id(module)]
+            if replacement is not None:
+                flat.set_submodule(path, replacement)
+        return flat.eval()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The output's tensors in order."""

@@ -35,7 +35,6 @@ from fxquant.exporters.requirements import (
 from fxquant.exporters.source import Source
 from fxquant.exporters.verify import verify_weights
 from fxquant.graph.calls import Call
-from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.serialization.atomic import write_atomically, write_folder_atomically
 
 SUFFIX = ".onnx"
@@ -134,19 +133,14 @@ class Onnx:
     def _with_operators(self, source: Source, call: Call) -> FlatModule:
         """A copy of the model, with operators in the place of quantized layers."""
         names = {id(layer): name for name, layer in source.layers.items()}
-        flat = FlatModule(source.model, call)
-        places = [
-            (path, names[id(module)])
-            for path, module in flat.named_modules(remove_duplicate=False)
-            if id(module) in names
-        ]
-        flat.model = copy_sharing_tensors(source.model, frozen=True)
-        made = {name: self._operator(name, source) for name in dict(places).values()}
-        for path, name in places:
-            flat.set_submodule(path, made[name])
+
+        def operator(module: nn.Module) -> nn.Module | None:
+            return self._operator(names[id(module)], source) if id(module) in names else None
+
+        flat = FlatModule.with_layers(source.model, call, operator)
         if isinstance(flat.model, GraphModule):
             with_onnx_activations(flat.model)
-        return flat.eval()
+        return flat
 
     def _operator(self, name: str, source: Source) -> nn.Module:
         layer = integer_layer(source.layers[name])

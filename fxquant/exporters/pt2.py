@@ -22,7 +22,6 @@ from fxquant.exporters.findings import Finding
 from fxquant.exporters.flat_module import FlatModule, example_call, not_exportable, open_sizes
 from fxquant.exporters.source import Source
 from fxquant.graph.calls import Call
-from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.kernels.interface import LinearSpec
 from fxquant.kernels.reference import REFERENCE
 from fxquant.modules.linear_intn import QuantizedLinearIntN
@@ -89,11 +88,8 @@ class Pt2:
                 weights or gives other outputs, or the file cannot be written.
         """
         call = example_call(source.model, self.example_inputs)
-        flat = FlatModule(source.model, call)
-        flat.model = copy_sharing_tensors(source.model, frozen=True)
-        if self.standard:
-            _use_standard_operators(flat)
-        flat.eval()
+        make = _standard if self.standard else _as_it_is
+        flat = FlatModule.with_layers(source.model, call, make)
         program = _exported(flat, call, self.dynamic)
         names = {"inputs": flat.input_names, "outputs": flat.output_names}
 
@@ -106,13 +102,12 @@ class Pt2:
         write_atomically(path, save)
 
 
-def _use_standard_operators(flat: FlatModule) -> None:
-    made: dict[int, nn.Module] = {}
-    for path, module in list(flat.named_modules(remove_duplicate=False)):
-        if isinstance(module, QuantizedLinearIntN):
-            if id(module) not in made:
-                made[id(module)] = StandardLinear(module)
-            flat.set_submodule(path, made[id(module)])
+def _standard(module: nn.Module) -> nn.Module | None:
+    return StandardLinear(module) if isinstance(module, QuantizedLinearIntN) else None
+
+
+def _as_it_is(module: nn.Module) -> None:
+    """Every layer stays."""
 
 
 def _exported(flat: FlatModule, call: Call, dynamic: bool) -> ExportedProgram:

@@ -77,3 +77,8 @@ class LayerAround(QuantizedLayer):
     def quantized_weight(self) -> QuantizedWeight:
         """The integers with their scales and zero points, as the matrix of the layer's form."""
         return self.inner.quantized_weight
+
+
+def has_quantized_layer(module: nn.Module) -> bool:
+    """Whether a quantized layer is in `module`, or is it."""
+    return any(isinstance(part, QuantizedLayer) for part in module.modules())

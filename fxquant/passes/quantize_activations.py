@@ -7,6 +7,7 @@ after:  `q = quantize_activation(x, self.x_scale, self.x_zero_point)`
 
 from collections.abc import Mapping
 
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import OptionError
@@ -70,6 +71,13 @@ def quantize_activations(
         site.node.replace_input_with(source, made[place])
     finish(rewritten)
     return rewritten
+
+
+def quantize_activations_dynamically(model: nn.Module) -> None:
+    """Let every quantized Linear layer round its input to INT8 itself while it runs, in place."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.activation = "int8"
 
 
 def _insert(

@@ -16,9 +16,9 @@ from fxquant.config.quant_config import QuantConfig
 from fxquant.errors import FxquantError, OptionError
 from fxquant.integrations.transformers.empty_layer import INITIALIZED, become, empty, untie
 from fxquant.modules.layer import QuantizedLayer
-from fxquant.modules.linear import QuantizedLinear
 from fxquant.passes.decide import decide
 from fxquant.passes.layer_maker import naming
+from fxquant.passes.quantize_activations import quantize_activations_dynamically
 from fxquant.passes.rewrite import share_tables
 from fxquant.passes.rounded_layers import RoundedLayers
 from fxquant.tracing.opaque import graph_of_layers
@@ -130,9 +130,7 @@ class RoundedOnLoading:
             become(place, layer)
         share_tables(model)
         if self.config.activation_bits is not None:
-            for module in model.modules():
-                if isinstance(module, QuantizedLinear):
-                    module.activation = "int8"
+            quantize_activations_dynamically(model)
 
 
 class RoundOp(ConversionOps):
