@@ -29,7 +29,6 @@ from fxquant.measure.measured_rows import measure_rows
 from fxquant.measure.output_metric import Metric, db_of
 from fxquant.measure.paired_run import output_sqnr
 from fxquant.measure.sensitivity_row import SensitivityRow
-from fxquant.modules.weight_forms import matrix_of
 from fxquant.passes.calibration_data import calls, check_batches
 from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import ACTIONS, Decision, decide
@@ -217,8 +216,14 @@ def _with_errors(row: SensitivityRow, errors: Errors, report: SensitivityReport)
 
 def _shared_inputs(candidates: Sequence[Candidate]) -> dict[str, str]:
     """A text for each layer that is the same for layers that read one value or share a weight."""
+    # Of the weights themselves, which live on; a matrix made of one is gone at once, and its
+    # address may be the next one's.
     weights: dict[int, str] = {}
-    return {c.name: weights.setdefault(matrix_of(c.layer).data_ptr(), c.shares) for c in candidates}
+    return {c.name: weights.setdefault(_address(c.layer), c.shares) for c in candidates}
+
+
+def _address(layer: nn.Module) -> int:
+    return layer.get_parameter("weight").data_ptr()
 
 
 class _Evaluation:

@@ -57,32 +57,33 @@ def groups_inside(turn: Turn, first: PairedBatch | None) -> list[OpaqueGroup]:
         turn: all of them.
         first: a batch that has arrived at the module, to see the order.
     """
-    order: list[tuple[str, tuple[Any, ...]]] = []
-    by_name = {site.name: site for site in turn.sites}
+    groups: list[list[Site]] = []
+    counts: dict[str, int] = defaultdict(int)
+    # What the last group read. It is held, as the memory of a freed tensor is soon another's,
+    # and an address would then say that two layers read the same.
+    last: Tensor | None = None
+    version = 0
 
-    def note(name: str) -> Any:
+    def note(site: Site) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            nonlocal last, version
+            counts[site.name] += 1
+            if counts[site.name] > 1:
+                return
             x = layer_input(args, kwargs)
-            order.append((name, (x.data_ptr(), tuple(x.shape), x._version)))
+            if last is not None and x.is_set_to(last) and x._version == version:
+                groups[-1].append(site)
+            else:
+                groups.append([site])
+                last, version = x, x._version
 
         return hook
 
     if first is not None:
-        hooks = {site.module: note(site.name) for site in turn.sites}
+        hooks = {site.module: note(site) for site in turn.sites}
         _run_node(first.noisy, turn.node, first.noisy_values, hooks)
-    groups: list[tuple[list[Site], tuple[Any, ...]]] = []
-    counts: dict[str, int] = defaultdict(int)
-    for name, read in order:
-        counts[name] += 1
-        if counts[name] > 1:
-            continue
-        if groups and groups[-1][1] == read:
-            groups[-1][0].append(by_name[name])
-        else:
-            groups.append(([by_name[name]], read))
     rest = [site for site in turn.sites if site.name not in counts]
-    found = [group for group, _ in groups] + ([rest] if rest else [])
-    return [OpaqueGroup(group, counts) for group in found]
+    return [OpaqueGroup(group, counts) for group in (*groups, rest) if group]
 
 
 def collect_inside(

@@ -98,7 +98,7 @@ class _Tracer(torch.fx.Tracer):
         self.left_out: list[str] = []
         self._attribute_proxies: dict[str, Proxy] = {}
         self._numbers: set[Node] = set()
-        self._before: dict[nn.Module, dict[str, int]] = {}
+        self._before: dict[nn.Module, dict[str, tuple[Any, int]]] = {}
         self._parameters: dict[nn.Module, tuple[int, ...]] = {}
         self._autocasts = torch.is_autocast_enabled("cpu")
         self._troubles = 0
@@ -149,7 +149,7 @@ class _Tracer(torch.fx.Tracer):
         for path, part in module.named_modules():
             before, now = self._before.get(part, {}), _plain_attributes(part)
             for name in now:
-                if not name.startswith("_tensor_constant") and before.get(name) != now[name]:
+                if not name.startswith("_tensor_constant") and _differ(before.get(name), now[name]):
                     return f"{path}.{name}".lstrip(".")
         return None
 
@@ -314,17 +314,24 @@ def _parameters_of(module: nn.Module) -> tuple[int, ...]:
     return tuple(id(p) for p in module._parameters.values())
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, int]:
-    """The identity, or the length for containers, of each attribute that is no module or tensor."""
-    found = {}
+def _plain_attributes(module: nn.Module) -> dict[str, tuple[Any, int]]:
+    """Each buffer and each attribute that is no module or tensor, with the length of containers.
+
+    The values themselves are held: the identity of one that is gone may become another's.
+    """
+    found: dict[str, tuple[Any, int]] = {}
     for name, value in vars(module).items():
         if name.startswith("_") and name in _OWN:
             continue
         size = len(value) if isinstance(value, list | dict | set | deque) else 0
-        found[name] = hash((id(value), size))
+        found[name] = (value, size)
     for name, buffer in module._buffers.items():
-        found[name] = id(buffer)
+        found[name] = (buffer, 0)
     return found
+
+
+def _differ(before: tuple[Any, int] | None, now: tuple[Any, int]) -> bool:
+    return before is None or before[0] is not now[0] or before[1] != now[1]
 
 
 _OWN = frozenset(vars(nn.Module()))

@@ -80,6 +80,34 @@ def test_layers_in_opaque_modules_and_shared_layers_are_reached():
     assert seen["fc"].tokens == 2 * 23 * 5  # of all its calls
 
 
+class OneAfterTheOther(nn.Module):
+    """Opaque, and what its second layer reads lies where the first one's input was."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.memory = bytearray(4 * 16 * 5 * WIDTH)
+
+    def place(self, x):
+        placed = torch.frombuffer(self.memory, dtype=torch.float32, count=x.numel())
+        return placed.view(x.shape).copy_(x)
+
+    def forward(self, x):
+        y = self.first(self.place(x))
+        if y.abs().max() > 1e9:
+            return y
+        return self.second(self.place(y.relu()))
+
+
+def test_inputs_that_follow_each_other_in_the_same_memory_are_not_one():
+    _, q, seen = seen_moments(OneAfterTheOther().eval())
+    quantized = {name.rpartition(".")[2]: module for name, module in q.named_modules()}
+    (moments,) = (m for name, m in seen.items() if name.endswith("second"))
+    with torch.no_grad():
+        noisy = torch.cat([quantized["first"](x).relu() for x in X]).flatten(0, 1)
+    assert torch.allclose(moments.hessian, noisy.T @ noisy, rtol=1e-4, atol=1e-3)
+
+
 def test_a_layer_without_tokens_is_rounded_and_the_ledger_says_so():
     class Unreached(nn.Module):
         def __init__(self):
