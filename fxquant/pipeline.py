@@ -9,8 +9,7 @@ from torch.fx import GraphModule
 
 from fxquant.analysis.allocation import allocate
 from fxquant.analysis.sensitivity import sensitivity
-from fxquant.analysis.shipped_layers import ROUNDINGS
-from fxquant.config.method import parse_method
+from fxquant.config.method import UNSCALED, parse_method
 from fxquant.config.option_checks import FLOAT_BITS, TypeRule
 from fxquant.config.quant_config import QuantConfig, QuantOptions, as_config
 from fxquant.config.targets import TARGETS
@@ -262,7 +261,7 @@ def _allocated(
         bits=config.bits,
         group_size=config.group_size,
         method="gradient",
-        rounding=config.method if config.method in ROUNDINGS else "auto",
+        rounding=config.method if config.method in UNSCALED else "auto",
         symmetric=config.symmetric,
         zero_points=config.zero_points,
         target=config.target,

@@ -1,6 +1,6 @@
 """The stages of a quantization: trace, decide, calibrate, make layers, rewrite, measure."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -37,23 +37,39 @@ from fxquant.tracing.prepare import check_initialized, unwrap
 from fxquant.tracing.trace import graph_of
 from fxquant.tracing.trace_report import trace_report
 
+ROUNDED = Recipe((), "rtn")  # what "auto" compares fitted layers with
 WAITING_SHARE = 0.5  # of the memory, for values between layers; the batch and the layer in work too
 
 
 @dataclass(frozen=True)
-class _Rewritten:
-    """A rewritten graph, and what the passes said about each layer."""
+class Rewritten:
+    """A graph with quantized layers.
+
+    Attributes:
+        gm: the rewritten graph.
+        decisions: what the passes said about each layer.
+        recipe: how the layers were made.
+        method: the recipe's name; where `"auto"` took another one, with the reason.
+    """
 
     gm: GraphModule
     decisions: list[Decision]
+    recipe: Recipe
+    method: str
 
 
 @dataclass(frozen=True)
-class _Calibrated:
+class Calibrated:
     """A float graph, perhaps with scales folded into it, and what data told about it.
 
-    `watcher` knows what the inputs of layers look like: at once, or, where layers are fitted to
-    their inputs, after that.
+    Attributes:
+        gm: the float graph.
+        decisions: on its layers.
+        fitted: the batches that choose integers.
+        held_out: those that choose none.
+        watcher: knows what the inputs of layers look like: at once, or, where layers are fitted to
+            their inputs, after that.
+        folded: the scales that were folded into the graph.
     """
 
     gm: GraphModule
@@ -64,13 +80,15 @@ class _Calibrated:
     folded: Sequence[FoldedScale] = ()
 
     @property
-    def steadied(self) -> dict[str, InputStatistics]:
-        """The statistics, drawn towards what the graph promises where there were few tokens."""
-        expected = expected_inputs(self.gm)
-        return {
-            name: seen.steadied(expected.get(name))
-            for name, seen in self.watcher.statistics.items()
-        }
+    def inputs(self) -> dict[str, InputStatistics]:
+        """What is known of the layers' inputs.
+
+        What the data told, drawn towards what the graph promises where there were few tokens;
+        without data that promise.
+        """
+        promised = expected_inputs(self.gm)
+        seen = self.watcher.statistics
+        return {**promised, **{name: s.steadied(promised.get(name)) for name, s in seen.items()}}
 
 
 def run_stages(
@@ -113,11 +131,9 @@ def _quantize_without_data(
     gm = graph_of(model, example)
     decisions = decide(gm, config)
     check_weights(gm, _selected(decisions))
-    made = _round(gm, decisions, config, recipe.rounding, expected_inputs(gm))
-    if config.activation_bits is not None:
-        quantize_activations_dynamically(made.gm)
-    calibrated = _Calibrated(gm, decisions, [], [], InputWatcher(gm, ()))
-    return made.gm, _measured(calibrated, made, config, recipe)
+    calibrated = Calibrated(gm, decisions, [], [], InputWatcher(gm, ()))
+    made = _with_activations(_round(calibrated, config, recipe), calibrated, config)
+    return made.gm, _measured(calibrated, made, config)
 
 
 def _quantize_with_data(
@@ -133,18 +149,8 @@ def _quantize_with_data(
     decisions = decide(gm, config)
     check_weights(gm, _selected(decisions))
     calibrated = _calibrate(gm, decisions, drawn, config, recipe)
-    made = _with_activations(_fit(calibrated, config, recipe, most_bytes), calibrated, config)
-    info = _measured(calibrated, made, config, recipe)
-    if config.method != "auto" or not calibrated.held_out or info.sqnr_db is None:
-        return made.gm, info
-    # Whether fitting pays is known only afterwards, on rows that it did not see.
-    nearest = _round(calibrated.gm, calibrated.decisions, config, "rtn", calibrated.steadied)
-    nearest = _with_activations(nearest, calibrated, config)
-    plain = _measured(calibrated, nearest, config, Recipe((), "rtn"))
-    if plain.sqnr_db is not None and plain.sqnr_db > info.sqnr_db:
-        plain.method = f"rtn (gptq: {info.sqnr_db:.2f} dB on held-out data)"
-        return nearest.gm, plain
-    return made.gm, info
+    made = make_layers(calibrated, config, recipe, most_bytes)
+    return made.gm, _measured(calibrated, made, config)
 
 
 def run_part(
@@ -178,7 +184,7 @@ def run_part(
     """
     recipe = parse_method(config.method, has_data=True)
     check_weights(gm, _selected(decisions))
-    calibrated = _watched(gm, decisions, fitted, held_out, config, recipe)
+    calibrated = watched(gm, decisions, fitted, held_out, config, recipe)
     made = _fit(calibrated, config, recipe, most_bytes, noisy)
     return made.gm, made.decisions
 
@@ -189,7 +195,7 @@ def _calibrate(
     drawn: list[Call],
     config: QuantConfig,
     recipe: Recipe,
-) -> _Calibrated:
+) -> Calibrated:
     """Split the data, fold scales, and let the data through where layers are not fitted to it."""
     names = _selected(decisions)
     check_batches(drawn)
@@ -203,10 +209,10 @@ def _calibrate(
             activations = SimulatedActivations(config.observer, config.group_size)
         scaled = scale_channels(gm, decisions, fitted, recipe.scalings, weights, activations)
         gm, decisions, folded = scaled.gm, scaled.explain(decisions), scaled.folded
-    return _watched(gm, decisions, fitted, held_out, config, recipe, folded)
+    return watched(gm, decisions, fitted, held_out, config, recipe, folded)
 
 
-def _watched(
+def watched(
     gm: GraphModule,
     decisions: list[Decision],
     fitted: Sequence[Call],
@@ -214,8 +220,12 @@ def _watched(
     config: QuantConfig,
     recipe: Recipe,
     folded: Sequence[FoldedScale] = (),
-) -> _Calibrated:
-    """Let the data through where layers are not fitted to it."""
+) -> Calibrated:
+    """Let the data through where layers are not fitted to it: that lets it through itself.
+
+    Raises:
+        CalibrationError: the graph does not take a batch, or a layer reads NaN or Inf.
+    """
     names = _selected(decisions)
     is_fitted = recipe.rounding == "gptq"
     watcher = InputWatcher(
@@ -228,20 +238,49 @@ def _watched(
         calibrate(gm, fitted)
     elif not is_fitted:
         watcher.run(gm, fitted)
-    return _Calibrated(gm, decisions, fitted, held_out, watcher, folded)
+    return Calibrated(gm, decisions, fitted, held_out, watcher, folded)
+
+
+def make_layers(
+    calibrated: Calibrated, config: QuantConfig, recipe: Recipe, most_bytes: int | None = None
+) -> Rewritten:
+    """The rewritten graph of a method; `"auto"` looks which of two is better.
+
+    Whether fitting pays is known only afterwards, on rows that it did not see: where layers that
+    are rounded alone give the better output there, `"auto"` takes these.
+
+    Args:
+        calibrated: the float graph and its data.
+        config: what is wanted.
+        recipe: of its method.
+        most_bytes: of values that wait between layers in memory; None: no bound.
+
+    Raises:
+        CalibrationError: the graph does not take a batch, or a layer reads NaN or Inf.
+        WeightError: a weight cannot be quantized; the layer is named.
+    """
+    gm, held_out = calibrated.gm, calibrated.held_out
+    made = _with_activations(_fit(calibrated, config, recipe, most_bytes), calibrated, config)
+    if config.method != "auto" or not held_out or not _selected(calibrated.decisions):
+        return made
+    rounded = _with_activations(_round(calibrated, config, ROUNDED), calibrated, config)
+    fitted_db, rounded_db = (output_sqnr(gm, m.gm, held_out).db for m in (made, rounded))
+    if rounded_db > fitted_db:
+        return replace(rounded, method=f"rtn (gptq: {fitted_db:.2f} dB on held-out data)")
+    return made
 
 
 def _fit(
-    calibrated: _Calibrated,
+    calibrated: Calibrated,
     config: QuantConfig,
     recipe: Recipe,
     most_bytes: int | None,
     noisy: Sequence[Call] | None = None,
-) -> _Rewritten:
+) -> Rewritten:
     """The rewritten graph, with layers that are fitted to the data or rounded with its help."""
     decisions = calibrated.decisions
     if recipe.rounding != "gptq" or not _selected(decisions):
-        return _round(calibrated.gm, decisions, config, recipe.rounding, calibrated.steadied)
+        return _round(calibrated, config, recipe)
     layers = FittedLayers(config, refined=recipe.refined)
     gm = quantize_sequentially(
         calibrated.gm,
@@ -253,24 +292,18 @@ def _fit(
         noisy=noisy,
         most_bytes=None if most_bytes is None else int(most_bytes * WAITING_SHARE),
     )
-    return _Rewritten(gm, layers.explain(decisions))
+    return Rewritten(gm, layers.explain(decisions), recipe, recipe.name)
 
 
-def _round(
-    gm: GraphModule,
-    decisions: list[Decision],
-    config: QuantConfig,
-    rounding: str,
-    statistics: Mapping[str, InputStatistics],
-) -> _Rewritten:
+def _round(calibrated: Calibrated, config: QuantConfig, recipe: Recipe) -> Rewritten:
     """The rewritten graph, with each layer rounded on its own."""
-    rounding = "rtn" if rounding == "gptq" else rounding
-    layers = RoundedLayers(config, rounding, statistics)
-    qmodel = rewrite(gm, decisions, layers.quantize)
-    return _Rewritten(qmodel, layers.explain(decisions))
+    rounding = "rtn" if recipe.rounding == "gptq" else recipe.rounding
+    layers = RoundedLayers(config, rounding, calibrated.inputs)
+    qmodel = rewrite(calibrated.gm, calibrated.decisions, layers.quantize)
+    return Rewritten(qmodel, layers.explain(calibrated.decisions), recipe, recipe.name)
 
 
-def _with_activations(made: _Rewritten, calibrated: _Calibrated, config: QuantConfig) -> _Rewritten:
+def _with_activations(made: Rewritten, calibrated: Calibrated, config: QuantConfig) -> Rewritten:
     """The same with quantized activations, if they were asked for."""
     if config.activation_bits is None:
         return made
@@ -281,15 +314,13 @@ def _with_activations(made: _Rewritten, calibrated: _Calibrated, config: QuantCo
     return replace(made, gm=quantize_activations(made.gm, watcher.observers, watcher.statistics))
 
 
-def _measured(
-    calibrated: _Calibrated, made: _Rewritten, config: QuantConfig, recipe: Recipe
-) -> QuantizationInfo:
+def _measured(calibrated: Calibrated, made: Rewritten, config: QuantConfig) -> QuantizationInfo:
     """The record: measured on what was held out and, of the output, on what was fitted to."""
     gm, held_out, fitted = calibrated.gm, calibrated.held_out, calibrated.fitted
     info = QuantizationInfo(
         made.decisions,
         config=config,
-        method=recipe.name,
+        method=made.method,
         calibration_samples_used=sum(call.row_count for call in (*fitted, *held_out)),
         heldout_samples=sum(call.row_count for call in held_out),
         folded_scales=list(calibrated.folded),

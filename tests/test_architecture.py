@@ -54,6 +54,15 @@ def test_no_import_hides_inside_a_function(path):
             assert not hidden, f"{path}:{hidden[0].lineno}"
 
 
+def test_no_class_name_stands_for_two_things():
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
 TABLES = [p for p in sorted(PACKAGE.glob("*/__init__.py")) if "| file |" in p.read_text()]
 
 

@@ -21,7 +21,7 @@ from fxquant.numerics.weights import MOST_ZERO_POINT, stored_zero_points
 from fxquant.observers.moments import LayerMoments, damped
 
 ROUNDS = 3
-SWEEPS = 2  # of coordinate descent in a round
+PASSES_A_ROUND = 2  # of coordinate descent in a round
 RIDGE = 1e-4  # of the diagonal: holds scales near what they were where the data say nothing
 MOST_SCALE_CHANGE = 3.0  # times its former size: a scale beyond has no support in the data
 
@@ -51,15 +51,15 @@ def refine(
         return quantized
     hessian = damped(moments.hessian, damping)
     hessian /= hessian.diagonal().mean()  # keeps products inside float32 for tiny and huge inputs
-    search = _Search(target.detach().float(), quantized, hessian, integer_zero_points)
+    search = _Descent(target.detach().float(), quantized, hessian, integer_zero_points)
     for _ in range(ROUNDS):
         search.refit()
-        for _ in range(SWEEPS):
+        for _ in range(PASSES_A_ROUND):
             search.descend()
     return search.result()
 
 
-class _Search:
+class _Descent:
     """The current integers and their grid.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 The outputs of the layer in each width are concatenated along the batch dimension, so that the nodes
 after the layer run once for all widths. This saves time only where activations are small: there the
-time of a run hardly depends on the number of rows. Above `LARGEST` nothing is batched.
+time of a run hardly depends on the number of rows. Above `BATCHED_BYTES` nothing is batched.
 
 A graph may mix the rows of a batch, so this is checked twice. The float graph is run on repeated
 inputs: each value must either repeat along its first dimension or not depend on the number of rows.
@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from fxquant.graph.stepper import Stepper, held_bytes
 
-LARGEST = 1_000_000  # bytes of all activations; above, batching does not pay on a CPU
+BATCHED_BYTES = 1_000_000  # bytes of all activations; above, batching does not pay on a CPU
 
 
 class RepeatedValues:
@@ -55,7 +55,7 @@ class NotRepeatableError(Exception):
 
 def repeated_values(stepper: Stepper, values: dict[Node, Any], count: int) -> RepeatedValues | None:
     """The values of a run on repeated inputs, or None where that does not pay or does not work."""
-    if count < 2 or held_bytes(values.values()) * count > LARGEST:
+    if count < 2 or held_bytes(values.values()) * count > BATCHED_BYTES:
         return None
     try:
         return RepeatedValues(stepper, values, count)

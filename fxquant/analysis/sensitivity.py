@@ -17,7 +17,8 @@ from fxquant.analysis.flow import error_flow
 from fxquant.analysis.gradient import measure_gradient
 from fxquant.analysis.memory_plan import plan_exact
 from fxquant.analysis.sensitivity_report import SensitivityReport
-from fxquant.analysis.shipped_layers import ROUNDINGS, ShippedLayers, shipped_layers
+from fxquant.analysis.shipped_layers import ShippedLayers, shipped_layers
+from fxquant.config.method import UNSCALED
 from fxquant.config.option_checks import FLOAT_BITS
 from fxquant.config.quant_config import QuantConfig
 from fxquant.errors import check_choice, check_positive_int
@@ -40,7 +41,7 @@ from fxquant.view.graph_view import to_networkx
 
 Analysis = Literal["local", "exact", "gradient"]
 METHODS: tuple[Analysis, ...] = get_args(Analysis)
-WIDTHS = (4, 8)
+MEASURED_WIDTHS = (4, 8)
 
 
 def sensitivity(
@@ -106,7 +107,7 @@ def sensitivity(
         method = analysis
     check_choice("method", method, METHODS)
     rounding = "auto" if rounding is None else rounding
-    check_choice("rounding", rounding, ROUNDINGS)
+    check_choice("rounding", rounding, UNSCALED)
     options = QuantConfig(
         bits=bits,
         embeddings=embeddings,
@@ -190,7 +191,7 @@ class _Measurement:
         steps = len(self.batches) * (len(self.candidates) if method == "exact" else 1)
         with tqdm(total=steps, desc=method, disable=not self.is_shown) as bar:
             arguments = (
-                self.gm, self.candidates, WIDTHS, self.batches, self.layers.quantize,
+                self.gm, self.candidates, MEASURED_WIDTHS, self.batches, self.layers.quantize,
                 self.select, self.metric, bar.update,
             )  # fmt: skip
             if method == "gradient":

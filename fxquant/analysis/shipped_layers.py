@@ -6,21 +6,17 @@ from dataclasses import dataclass, replace
 from torch import nn
 from torch.fx import GraphModule
 
+from fxquant.config.method import parse_method
 from fxquant.config.quant_config import QuantConfig
 from fxquant.graph.calls import Call
 from fxquant.graph.layers import sites
 from fxquant.measure.heldout import hold_out
-from fxquant.measure.paired_run import output_sqnr
 from fxquant.measure.row_parts import takes
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.passes.decide import Decision
-from fxquant.passes.fitted_layers import FittedLayers
-from fxquant.passes.observe_inputs import expected_inputs, observe_inputs
-from fxquant.passes.quantize_sequentially import quantize_sequentially
-from fxquant.passes.rewrite import QuantizeLayer, rewrite
+from fxquant.passes.rewrite import QuantizeLayer
 from fxquant.passes.rounded_layers import RoundedLayers
-
-ROUNDINGS = ("auto", "rtn", "hqq", "gptq", "best")
+from fxquant.stages import make_layers, watched
 
 
 @dataclass(frozen=True)
@@ -59,36 +55,30 @@ def shipped_layers(
         gm: the float graph.
         decisions: from `decide`; what they leave float is not made.
         batches: calibration data; the last rows are held out.
-        rounding: one of `ROUNDINGS`.
+        rounding: one of `UNSCALED`.
         config: how layers are quantized.
     """
+    recipe = parse_method(rounding, has_data=True)
+    config = config.changed(method=rounding)
     fitted, held_out = hold_out(batches, lambda call: takes(gm, call))
     rows = sum(call.row_count for call in held_out)
     measured = held_out or fitted
-    names = [d.module for d in decisions if d.bits is not None]
-    expected = expected_inputs(gm)
-    statistics = {
-        name: seen.steadied(expected.get(name))
-        for name, seen in observe_inputs(gm, names, fitted).items()
-    }
-    plain = "hqq" if rounding == "hqq" else "rtn"
-    rounded = RoundedLayers(config, plain, statistics)
-    if rounding in ("rtn", "hqq") or not names:
-        return ShippedLayers(rounded.quantize, plain, fitted, measured, rows)
-    layers = FittedLayers(config, refined=rounding == "best")
+    calibrated = watched(gm, list(decisions), fitted, held_out, config, recipe)
     in_4_bits = [replace(d, action="float" if d.bits is None else "int4") for d in decisions]
-    qmodel = quantize_sequentially(gm, in_4_bits, fitted, layers.quantize, held_out)
-    if rounding == "auto" and held_out:
-        nearest = rewrite(gm, in_4_bits, rounded.quantize)
-        if output_sqnr(gm, nearest, held_out).db > output_sqnr(gm, qmodel, held_out).db:
-            return ShippedLayers(rounded.quantize, "rtn", fitted, measured, rows)
-    made = {s.name: s.module for s in sites(qmodel) if isinstance(s.module, QuantizedLayer)}
+    made: dict[str, QuantizedLayer] = {}
+    if recipe.rounding == "gptq":
+        shipped = make_layers(replace(calibrated, decisions=in_4_bits), config, recipe)
+        recipe = shipped.recipe
+        found = ((site.name, site.module) for site in sites(shipped.gm))
+        made = {name: layer for name, layer in found if isinstance(layer, QuantizedLayer)}
+    plain = "hqq" if recipe.rounding == "hqq" else "rtn"
+    rounded = RoundedLayers(config, plain, calibrated.inputs)
 
     def quantize(name: str, layer: nn.Module, bits: int) -> QuantizedLayer:
-        found = made.get(name)
-        return found if found is not None and found.bits == bits else rounded.quantize(
-            name, layer, bits
-        )  # fmt: skip
+        own = made.get(name)
+        if own is not None and own.bits == bits:
+            return own
+        return rounded.quantize(name, layer, bits)
 
-    taken = "gptq" if rounding == "auto" else rounding
+    taken = recipe.rounding if rounding == "auto" else rounding
     return ShippedLayers(quantize, taken, fitted, measured, rows)

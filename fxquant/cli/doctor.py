@@ -14,11 +14,11 @@ from fxquant.numerics.metrics import sqnr_db
 from fxquant.report.tables import text_table
 
 TOOLS = ("dev", "docs", "browser")  # extras for work on fxquant itself
-LEAST_DB = 15.0  # of a product of a random layer, whose weights are rounded to 4 bits
+LEAST_PRODUCT_DB = 15.0  # of a product of a random layer, whose weights are rounded to 4 bits
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One line of the diagnosis.
 
     Attributes:
@@ -34,12 +34,12 @@ class Finding:
     is_fault: bool = False
 
 
-def diagnose() -> list[Finding]:
+def diagnose() -> list[Check]:
     """Look at the installation; each part of it gives one finding."""
     return [*_versions(), _cpu(), _kernel(), _product(), *_extras()]
 
 
-def as_text(findings: list[Finding]) -> str:
+def as_text(findings: list[Check]) -> str:
     """The findings as a table, and what to do below it."""
     table = text_table(("part", "found"), [(f.what, f.found) for f in findings])
     remedies = [f"{f.what}: {f.remedy}" for f in findings if f.remedy]
@@ -48,27 +48,27 @@ def as_text(findings: list[Finding]) -> str:
     return "\n".join([table, "", "What to do:", *(f"  {remedy}" for remedy in remedies)])
 
 
-def as_dict(findings: list[Finding]) -> dict[str, Any]:
+def as_dict(findings: list[Check]) -> dict[str, Any]:
     """The findings as plain data."""
     return {"ok": not any(f.is_fault for f in findings), "findings": [asdict(f) for f in findings]}
 
 
-def _versions() -> list[Finding]:
+def _versions() -> list[Check]:
     system = f"{platform.system()} {platform.machine()}"
     return [
-        Finding("fxquant", metadata.version("fxquant")),
-        Finding("Python", f"{platform.python_version()} on {system}"),
-        Finding("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        Check("fxquant", metadata.version("fxquant")),
+        Check("Python", f"{platform.python_version()} on {system}"),
+        Check("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
     ]
 
 
-def _cpu() -> Finding:
-    return Finding("CPU", f"{torch.backends.cpu.get_cpu_capability()} (as torch names it)")
+def _cpu() -> Check:
+    return Check("CPU", f"{torch.backends.cpu.get_cpu_capability()} (as torch names it)")
 
 
-def _kernel() -> Finding:
+def _kernel() -> Check:
     if NOT_BUILT is not None:
-        return Finding(
+        return Check(
             "C++ kernel",
             f"missing: {NOT_BUILT}",
             "install a C++17 compiler and install fxquant again, or install a wheel that has the "
@@ -76,10 +76,10 @@ def _kernel() -> Finding:
         )
     sets = _native.instruction_sets()
     others = f" (also built in: {', '.join(sets[1:])})" if sets[1:] else ""
-    return Finding("C++ kernel", f"uses {sets[0]}{others}")
+    return Check("C++ kernel", f"uses {sets[0]}{others}")
 
 
-def _product() -> Finding:
+def _product() -> Check:
     """Multiply with a quantized layer, and compare with the float layer."""
     generator = torch.Generator().manual_seed(0)
     linear = torch.nn.Linear(256, 64, bias=False)
@@ -89,9 +89,9 @@ def _product() -> Finding:
         layer = QuantizedLinearInt4.from_float(linear)
         accuracy = sqnr_db(linear(x), layer(x))
     found = f"{accuracy:.1f} dB against float32, computed by the {layer.backend} backend"
-    if accuracy >= LEAST_DB:
-        return Finding("INT4 product", found)
-    return Finding(
+    if accuracy >= LEAST_PRODUCT_DB:
+        return Check("INT4 product", found)
+    return Check(
         "INT4 product",
         found,
         "set FXQUANT_BACKEND=reference, and report this output as a bug.",
@@ -99,7 +99,7 @@ def _product() -> Finding:
     )
 
 
-def _extras() -> list[Finding]:
+def _extras() -> list[Check]:
     """For each optional part of fxquant: which of its packages are installed."""
     about = metadata.metadata("fxquant")
     requirements = [Requirement(text) for text in about.get_all("Requires-Dist") or ()]
@@ -107,7 +107,7 @@ def _extras() -> list[Finding]:
     return [_extra(name, requirements) for name in names]
 
 
-def _extra(extra: str, requirements: list[Requirement]) -> Finding:
+def _extra(extra: str, requirements: list[Requirement]) -> Check:
     needed = [
         r
         for r in requirements
@@ -118,8 +118,8 @@ def _extra(extra: str, requirements: list[Requirement]) -> Finding:
     missing = [r.name for r in needed if _version(r) is None]
     if missing:
         found = f"not installed: {', '.join(missing)}"
-        return Finding(f"extra {extra!r}", found, f"pip install 'fxquant[{extra}]', if you need it")
-    return Finding(f"extra {extra!r}", ", ".join(f"{r.name} {_version(r)}" for r in needed))
+        return Check(f"extra {extra!r}", found, f"pip install 'fxquant[{extra}]', if you need it")
+    return Check(f"extra {extra!r}", ", ".join(f"{r.name} {_version(r)}" for r in needed))
 
 
 def _version(requirement: Requirement) -> str | None:

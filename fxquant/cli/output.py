@@ -14,7 +14,7 @@ from fxquant.report.tables import to_json
 CHECK_FAILED = 1
 WRONG_USE = 2
 # Unicode's categories of characters that a terminal obeys and a reader does not see.
-HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def printable(text: str) -> str:
@@ -26,7 +26,7 @@ def printable(text: str) -> str:
     'fc\\x1b[2J'
     """
     return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in HIDDEN else repr(c)[1:-1] for c in text
+        c if c in "\n\t" or unicodedata.category(c) not in ESCAPED else repr(c)[1:-1] for c in text
     )
 
 

@@ -6,7 +6,6 @@ from typing import Any
 import click
 
 from fxquant.analysis.sensitivity import METHODS, Analysis, sensitivity
-from fxquant.analysis.shipped_layers import ROUNDINGS
 from fxquant.cli.options import (
     MODEL_HELP,
     bits_option,
@@ -19,6 +18,7 @@ from fxquant.cli.options import (
 )
 from fxquant.cli.output import CHECK_FAILED, Output
 from fxquant.cli.sources import load_data, load_source
+from fxquant.config.method import UNSCALED
 from fxquant.config.quant_config import QuantConfig
 from fxquant.errors import OptionError
 from fxquant.exporters.stream import quantize_checkpoint
@@ -181,7 +181,7 @@ def _example(batches: Any, model: Any) -> Call | None:
     help="local: each layer's own error. gradient, exact: the output's, for each layer alone.",
 )  # fmt: skip
 @click.option(
-    "--rounding", type=click.Choice(ROUNDINGS), default="auto", show_default=True,
+    "--rounding", type=click.Choice(UNSCALED), default="auto", show_default=True,
     help="The method that makes the layers; rtn is much faster.",
 )  # fmt: skip
 @path_option("--html", "Write a page to explore.")

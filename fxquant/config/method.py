@@ -7,6 +7,7 @@ from fxquant.errors import OptionError, near_misses
 SCALINGS = ("awq", "smoothquant")
 ROUNDINGS = ("rtn", "hqq", "gptq")
 SHORTHANDS = ("auto", "best")
+UNSCALED = ("auto", *ROUNDINGS, "best")  # methods that leave the graph's channels as they are
 NEED_DATA = (*SCALINGS, "gptq")
 
 

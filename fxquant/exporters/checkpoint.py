@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fxquant.config.targets import Target
-from fxquant.errors import OptionError, check_positive_int
+from fxquant.errors import check_positive_int
 from fxquant.exporters.findings import Finding
 from fxquant.exporters.folder_reader import CONFIG, FolderReader
 from fxquant.exporters.integer_layer import IntegerLayer, integer_layer
@@ -27,6 +27,7 @@ from fxquant.exporters.requirements import (
     exact_scales,
     float_activations,
     fused_alike,
+    given_base,
     holdable,
     linear_layers_only,
     whole_zero_points,
@@ -41,7 +42,7 @@ from fxquant.serialization.atomic import write_folder_atomically
 GIGABYTE = 10**9
 TIED = "tie_word_embeddings"
 # Weights of the float model in any form, which the new folder must not have too.
-LEFT_OUT = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".h5", ".msgpack", ".onnx",
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".h5", ".msgpack", ".onnx",
             ".onnx_data", ".gguf", ".ot")  # fmt: skip
 
 
@@ -138,14 +139,13 @@ class CheckpointFormat(ABC):
             OptionError: `base` is missing or no folder of a float model.
             SaveError: a weight reads back differently, or the folder cannot be written.
         """
-        if self.base is None:
-            raise OptionError(
-                "base",
-                found="nothing",
-                needed="the folder of the float model, whose config and names are taken over",
-                remedy="Pass base=, a folder that save_pretrained wrote.",
+        base = FolderReader(
+            given_base(
+                self.base,
+                "the folder of the float model, whose config and names are taken over",
+                "Pass base=, a folder that save_pretrained wrote.",
             )
-        base = FolderReader(self.base)
+        )
         write_folder_atomically(path, lambda folder: self._fill(Path(folder), source, base))
 
     def _fill(self, folder: Path, source: Source, base: FolderReader) -> None:
@@ -211,6 +211,6 @@ def copy_other_files(base: Path, folder: Path) -> None:
     for path in sorted(base.rglob("*")):
         relative = path.relative_to(base)
         is_hidden = any(part.startswith(".") for part in relative.parts)
-        if path.is_file() and not is_hidden and not path.name.endswith(LEFT_OUT):
+        if path.is_file() and not is_hidden and not path.name.endswith(WEIGHT_SUFFIXES):
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / relative)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxquant.config.targets import TARGETS, WORD
 from fxquant.exporters.checkpoint import CheckpointFormat, Scheme, most_common
-from fxquant.exporters.folder_reader import TensorReader
+from fxquant.exporters.folder_reader import NamedTensors
 from fxquant.exporters.integer_layer import IntegerLayer
 from fxquant.exporters.source import Source
 from fxquant.exporters.stored_layer import StoredLayer
@@ -44,7 +44,7 @@ class CompressedTensors(CheckpointFormat):
             tensors["weight_zero_point"] = pack_rows(layer.zero_points.T, layer.bits).T
         return tensors
 
-    def read_layer(self, folder: TensorReader, name: str) -> StoredLayer:
+    def read_layer(self, folder: NamedTensors, name: str) -> StoredLayer:
         """What the files hold of a layer."""
         rows, columns = folder.tensor(f"{name}.weight_shape").tolist()
         packed = folder.tensor(f"{name}.weight_packed")

@@ -8,12 +8,9 @@ from typing import Any, Protocol
 from torch import nn
 
 from fxquant.errors import OptionError, check_choice
-from fxquant.exporters.awq import Awq
-from fxquant.exporters.compressed_tensors import CompressedTensors
 from fxquant.exporters.findings import Finding, refuse_losses
 from fxquant.exporters.gguf import Gguf
-from fxquant.exporters.gptq import Gptq
-from fxquant.exporters.load import load_checkpoint
+from fxquant.exporters.load import CHECKPOINT_FORMATS, load_checkpoint
 from fxquant.exporters.onnx import Onnx
 from fxquant.exporters.pt2 import Pt2
 from fxquant.exporters.source import Source, source_of
@@ -30,9 +27,7 @@ class ExportFormat(Protocol):
 
 
 FORMATS: dict[str, type[Any]] = {
-    "compressed-tensors": CompressedTensors,
-    "gptq": Gptq,
-    "awq": Awq,
+    **CHECKPOINT_FORMATS,
     "onnx": Onnx,
     "gguf": Gguf,
     "pt2": Pt2,

@@ -19,7 +19,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-class TensorReader(Protocol):
+class NamedTensors(Protocol):
     """What tensors can be read from by name."""
 
     def has(self, name: str) -> bool:

@@ -97,7 +97,7 @@ class FolderWriter:
 
     def reader(self, folder: UnfinishedFolder) -> Callable[[str], Tensor]:
         """Gives the tensors of the float model by name, as the shards that are there hold them."""
-        written = _Written(folder.names())
+        written = _FinishedShards(folder.names())
 
         def read(full_name: str) -> Tensor:
             name, _, part = full_name.rpartition(".")
@@ -141,7 +141,7 @@ class FolderWriter:
 
 
 @dataclass(frozen=True)
-class _Written:
+class _FinishedShards:
     """The tensors of finished shards, by name; no file is kept open."""
 
     files: dict[str, Path]

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from fxquant.config.targets import GGUF_BLOCK, TARGETS, Target
-from fxquant.errors import OptionError
 from fxquant.exporters.findings import Finding
 from fxquant.exporters.gguf_file import GgufFile, Permutation
 from fxquant.exporters.integer_layer import IntegerLayer, integer_layer
@@ -29,6 +28,7 @@ from fxquant.exporters.optional import optional_library
 from fxquant.exporters.requirements import (
     exact_scales,
     float_activations,
+    given_base,
     holdable,
     linear_layers_only,
     within,
@@ -89,14 +89,12 @@ class Gguf:
             OptionError: `base` is missing or no GGUF file, or the library is.
             SaveError: a weight reads back differently, or the file cannot be written.
         """
-        if self.base is None:
-            raise OptionError(
-                "base",
-                found="nothing",
-                needed="the GGUF file of the float model, whose names and order are taken over",
-                remedy="Make it with llama.cpp's convert_hf_to_gguf.py, and pass base=.",
-            )
-        file = self._open(self.base)
+        base = given_base(
+            self.base,
+            "the GGUF file of the float model, whose names and order are taken over",
+            "Make it with llama.cpp's convert_hf_to_gguf.py, and pass base=.",
+        )
+        file = self._open(base)
         replaced: dict[str, tuple[np.ndarray, Any]] = {}
         orders: dict[str, Permutation] = {}
         for name, module in source.layers.items():

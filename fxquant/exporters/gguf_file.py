@@ -10,7 +10,7 @@ import numpy as np
 
 from fxquant.errors import OptionError
 
-LEAST_DB = 3.0  # of a quantized weight against the float one: less is another weight
+LEAST_MATCH_DB = 3.0  # of a quantized weight against the float one: less is another weight
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class GgufFile:
                 candidates.append(Permutation(heads))
         best = min(candidates, key=lambda order: float(np.square(own - order.rows(weight)).sum()))
         error = float(np.square(own - best.rows(weight)).sum())
-        return best if error * 10 ** (LEAST_DB / 10) < float(np.square(own).sum()) else None
+        return best if error * 10 ** (LEAST_MATCH_DB / 10) < float(np.square(own).sum()) else None
 
     def save(self, path: Path, replaced: Mapping[str, tuple[np.ndarray, Any]]) -> None:
         """Write a copy in which some tensors are others, given with their types."""

@@ -13,7 +13,7 @@ from fxquant.exporters.checkpoint import CheckpointFormat
 from fxquant.exporters.compressed_tensors import FORMAT, CompressedTensors
 from fxquant.exporters.folder_reader import FolderReader
 from fxquant.exporters.gptq import Gptq
-from fxquant.exporters.optional import optional_library
+from fxquant.exporters.meta_model import meta_model
 from fxquant.exporters.stored_layer import StoredLayer
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.layers import is_plain_linear
@@ -23,7 +23,7 @@ from fxquant.numerics.metrics import sqnr_db
 from fxquant.numerics.quantized_weight import SCALE_DTYPE, QuantizedWeight, symmetric_zero_point
 from fxquant.swap import finish_quantized
 
-FORMATS: dict[str, type[CheckpointFormat]] = {
+CHECKPOINT_FORMATS: dict[str, type[CheckpointFormat]] = {
     "compressed-tensors": CompressedTensors,
     "gptq": Gptq,
     "awq": Awq,
@@ -50,14 +50,15 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module | None = No
         the weights are.
 
     Raises:
-        OptionError: the folder cannot be read, or transformers is missing.
+        OptionError: the folder cannot be read, or transformers is missing or does not know the
+            model.
         LoadError: the folder has another format, a layer that cannot be held, or tensors for which
             the model has no place, or not all that it needs.
     """
     reader = FolderReader(folder)
     format = _format_of(reader)
     if model is None:
-        model = _empty_model(reader)
+        model = meta_model(reader.path, "Pass model=, a model of the class whose folder it is.")
     made = copy_sharing_tensors(model, frozen=True).eval()
     ending = f".{format.packed_name}"
     names = [name.removesuffix(ending) for name in reader.files if name.endswith(ending)]
@@ -82,32 +83,15 @@ def _format_of(reader: FolderReader) -> CheckpointFormat:
     config = reader.config.get(QUANTIZATION) or {}
     method = config.get("quant_method")
     is_packed = method != "compressed-tensors" or config.get("format") == FORMAT
-    if method in FORMATS and is_packed:
-        return FORMATS[method]()
+    if method in CHECKPOINT_FORMATS and is_packed:
+        return CHECKPOINT_FORMATS[method]()
     found = f"a checkpoint quantized by {method!r}" if method else "a float checkpoint"
     raise LoadError(
         str(reader.path),
         found=found if is_packed else f"the format {config.get('format')!r}",
-        needed=f"one of {', '.join(FORMATS)} ({FORMAT})",
+        needed=f"one of {', '.join(CHECKPOINT_FORMATS)} ({FORMAT})",
         remedy="Quantize the float model with fxquant.quantize.",
     )
-
-
-def _empty_model(reader: FolderReader) -> nn.Module:
-    """A model of the class that the config names, with any weights."""
-    transformers = optional_library("transformers", "minilm", "to make the model of the folder")
-    values = {key: value for key, value in reader.config.items() if key != QUANTIZATION}
-    try:
-        config = transformers.AutoConfig.for_model(**values)
-        model: nn.Module = getattr(transformers, (config.architectures or ["?"])[0])(config)
-    except (AttributeError, ValueError, KeyError, TypeError) as error:
-        raise LoadError(
-            str(reader.path),
-            found=f"a config of which transformers makes no model: {error}",
-            needed="a model of the class whose checkpoint it is",
-            remedy="Pass model=.",
-        ) from error
-    return model
 
 
 def _bias(reader: FolderReader, name: str) -> Tensor | None:

@@ -16,13 +16,12 @@ from fxquant.errors import OptionError
 from fxquant.exporters.optional import optional_library
 
 
-def meta_model(folder: str | os.PathLike[str]) -> nn.Module:
+def meta_model(folder: str | os.PathLike[str], remedy: str) -> nn.Module:
     """The class that the folder's config names, in eval mode; its parameters are on meta.
-
-    A model that keeps a cache of keys and values is set not to.
 
     Args:
         folder: with a config.json that transformers understands.
+        remedy: what the caller can do where it does not.
 
     Raises:
         OptionError: transformers is missing, or does not know the model.
@@ -39,10 +38,8 @@ def meta_model(folder: str | os.PathLike[str]) -> nn.Module:
             f"the folder {os.fspath(folder)!r}",
             found=f"that transformers cannot make its model: {type(error).__name__}: {error}",
             needed="a checkpoint whose config.json names a class of transformers",
-            remedy="Load the model yourself, and call fxquant.quantize and fxquant.export.",
+            remedy=remedy,
         ) from error
-    if getattr(made.config, "use_cache", False):
-        made.config.use_cache = False
     model: nn.Module = made.eval()
     return model
 

@@ -22,7 +22,6 @@ from fxquant.exporters.findings import Finding
 from fxquant.exporters.flat_module import FlatModule, example_call, not_exportable, open_sizes
 from fxquant.exporters.source import Source
 from fxquant.graph.calls import Call
-from fxquant.kernels.interface import LinearSpec
 from fxquant.kernels.reference import REFERENCE
 from fxquant.modules.linear_intn import QuantizedLinearIntN
 from fxquant.serialization.atomic import write_atomically
@@ -44,10 +43,7 @@ class StandardLinear(nn.Module):
 
     def __init__(self, layer: QuantizedLinearIntN) -> None:
         super().__init__()
-        self.spec = LinearSpec(
-            layer.out_features, layer.in_features, layer.group_size, layer.symmetric,
-            layer.activation, layer.bits,
-        )  # fmt: skip
+        self.spec = layer.spec
         saved = REFERENCE.pack(layer.quantized_weight, self.spec)
         for name, tensor in zip(("packed", "scales", "zero_points"), saved, strict=True):
             self.register_buffer(name, tensor.contiguous())

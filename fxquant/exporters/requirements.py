@@ -1,16 +1,32 @@
 """What several formats ask of a layer, each as findings."""
 
+import os
 from collections.abc import Iterator, Mapping
 
 import torch
 
 from fxquant.config.targets import Target
+from fxquant.errors import OptionError
 from fxquant.exporters.findings import Finding
 from fxquant.exporters.integer_layer import IntegerLayer
 from fxquant.exporters.source import Source
 
 # Layers that vLLM runs as one product, so that their schemes must be the same.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+Base = str | os.PathLike[str]
+
+
+def given_base(base: Base | None, needed: str, remedy: str) -> Base:
+    """The float model's own file or folder, without which the format cannot be written.
+
+    Raises:
+        OptionError: it is None.
+    """
+    if base is None:
+        raise OptionError("base", found="nothing", needed=needed, remedy=remedy)
+    return base
 
 
 def float_activations(source: Source) -> Iterator[Finding]:

@@ -173,7 +173,11 @@ def _decided(base: FolderReader, config: QuantConfig) -> tuple[list[Decision], M
             needed="a float model",
             remedy="Name the folder of the float model.",
         )
-    model = meta_model(base.path)
+    advice = "Load the model yourself, and call fxquant.quantize and fxquant.export."
+    model = meta_model(base.path, advice)
+    config_of_model: Any = model.config
+    if getattr(config_of_model, "use_cache", False):
+        config_of_model.use_cache = False  # blocks are called without a cache of keys and values
     decisions = decide(graph_around(model, None), config)
     if all(decision.bits is None for decision in decisions):
         raise OptionError(

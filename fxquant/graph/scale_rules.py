@@ -18,7 +18,10 @@ from torch.fx.node import map_arg
 from fxquant.graph.ops import op_name, op_of
 
 MOVES = ("move", "split")
-NORMS = {"layer_norm": (2, 3), "rms_norm": (2,)}  # where weight and bias are among the arguments
+AFFINE_AT = {
+    "layer_norm": (2, 3),
+    "rms_norm": (2,),
+}  # where weight and bias are among the arguments
 
 
 class CannotScaleError(Exception):
@@ -86,7 +89,7 @@ def propagate_back(
         return [mapped] if fit else []
     if rule == "norm":
         found = [
-            _argument(node, i, n) for i, n in zip(NORMS[name], ("weight", "bias"), strict=False)
+            _argument(node, i, n) for i, n in zip(AFFINE_AT[name], ("weight", "bias"), strict=False)
         ]
         affine = [n for n in found if isinstance(n, Node)]
         return [[(n, channel_map.flatten()) for n in affine]] if found[0] in affine else []

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.modules.float_linear import as_parameter
 from fxquant.modules.layer import LayerAround
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_of import linear_of
@@ -53,9 +54,9 @@ class GroupedLinear(nn.Module):
         experts, out_features, in_features = weight.shape
         with torch.device("meta"):
             made = cls(experts, in_features, out_features, bias is not None)
-        made.weight = _parameter(weight)
+        made.weight = as_parameter(weight)
         if bias is not None:
-            made.bias = _parameter(bias)
+            made.bias = as_parameter(bias)
         return made.eval()
 
     def forward(
@@ -201,9 +202,3 @@ def _join(
             output[start : start + len(product)] = product
             start += len(product)
     return output
-
-
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    if isinstance(tensor, nn.Parameter):
-        return tensor
-    return nn.Parameter(tensor.detach(), requires_grad=False)

@@ -82,11 +82,23 @@ class QuantizedLinearIntN(QuantizedLinear):
 
     def _prepare(self) -> None:
         """Go on with the kernel for the present kind of activation."""
-        backend, _ = choose_backend(self._current_spec(), self._device)
+        backend, _ = choose_backend(self.spec, self._device)
         if backend.name == self.backend:
-            self._spec = self._current_spec()  # every kind of activation reads one layout
+            self._spec = self.spec  # every kind of activation reads one layout
         else:
             self._hold(self.quantized_weight)
+
+    @property
+    def spec(self) -> LinearSpec:
+        """What a kernel has to compute."""
+        return LinearSpec(
+            out_features=self.out_features,
+            in_features=self.in_features,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            activation=self._activation,
+            bits=self.bits,
+        )
 
     @property
     def backend(self) -> str:
@@ -208,19 +220,9 @@ class QuantizedLinearIntN(QuantizedLinear):
         buffers: dict[str, Any] = self._buffers  # sooner read than attributes of a module
         return tuple(map(buffers.__getitem__, self._kernel_names))
 
-    def _current_spec(self) -> LinearSpec:
-        return LinearSpec(
-            out_features=self.out_features,
-            in_features=self.in_features,
-            group_size=self.group_size,
-            symmetric=self.symmetric,
-            activation=self._activation,
-            bits=self.bits,
-        )
-
     def _hold(self, weight: QuantizedWeight) -> None:
         """Choose a kernel and keep `weight` in its layout."""
-        self._spec = self._current_spec()
+        self._spec = self.spec
         self._backend, _ = choose_backend(self._spec, weight.packed.device)
         for name in self._kernel_names:
             del self._buffers[name]

@@ -20,7 +20,7 @@ Values = dict[Any, Any]
 
 
 @dataclass(frozen=True)
-class _Written:
+class _AwayTensor:
     """A tensor whose memory is in the file.
 
     Attributes:
@@ -39,7 +39,7 @@ class _Written:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _FilePlace:
     """Where a batch lies in the file: each memory's offset and bytes."""
 
     parts: tuple[tuple[int, int], ...]
@@ -57,7 +57,7 @@ class HeldValues:
         self.most_bytes, self.held_bytes = most_bytes, 0
         self._shared = {_address(t.detach()) for t in shared if _is_plain(t.detach())}
         self._held: dict[int, tuple[list[Values], int]] = {}
-        self._away: dict[int, tuple[list[Values], _Place]] = {}
+        self._away: dict[int, tuple[list[Values], _FilePlace]] = {}
         self._room: dict[int, tuple[int, int]] = {}  # of a batch: where, and how many bytes
         self._file: IO[bytes] | None = None
         self._end = 0
@@ -87,7 +87,7 @@ class HeldValues:
             if not self._can_leave(leaf):
                 return leaf
             number = numbers[_address(leaf)]
-            return _Written(number, leaf.dtype, leaf.shape, leaf.stride(), leaf.storage_offset())
+            return _AwayTensor(number, leaf.dtype, leaf.shape, leaf.stride(), leaf.storage_offset())
 
         self._away[key] = _changed(values, away), self._write(key, size, memory.values())
 
@@ -109,7 +109,7 @@ class HeldValues:
         memory = [self._read(offset, size) for offset, size in place.parts]
 
         def back(leaf: Any) -> Any:
-            if not isinstance(leaf, _Written):
+            if not isinstance(leaf, _AwayTensor):
                 return leaf
             tensor = torch.empty(0, dtype=leaf.dtype)
             return tensor.set_(memory[leaf.storage], leaf.offset, leaf.size, leaf.stride)
@@ -129,7 +129,7 @@ class HeldValues:
     def _can_leave(self, leaf: Any) -> bool:
         return _is_plain(leaf) and _address(leaf) not in self._shared
 
-    def _write(self, key: int, size: int, tensors: Iterable[Tensor]) -> _Place:
+    def _write(self, key: int, size: int, tensors: Iterable[Tensor]) -> _FilePlace:
         offset, room = self._room.get(key, (0, 0))
         if room < size:  # a batch that has grown moves to the end
             offset, self._end = self._end, self._end + size
@@ -152,7 +152,7 @@ class HeldValues:
                 needed=f"room for {self._end / 1e9:.1f} GB, which memory= does not hold",
                 remedy="Set TMPDIR to a folder with room, or allow more memory.",
             ) from error
-        return _Place(tuple(parts))
+        return _FilePlace(tuple(parts))
 
     def _read(self, offset: int, size: int) -> torch.UntypedStorage:
         assert self._file is not None  # it was written to

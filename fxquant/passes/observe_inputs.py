@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.graph.calls import Call
+from fxquant.graph.channel_scaling import NORMS
 from fxquant.graph.effects import writes_before
 from fxquant.graph.layers import Site, is_plain_linear, layer_arguments, sites
 from fxquant.modules.weight_forms import block_names, form_of
@@ -22,8 +23,6 @@ from fxquant.passes.calibrate import run_call
 from fxquant.passes.layer_maker import Blocks
 from fxquant.passes.padding import fitting_mask, padding_mask
 from fxquant.passes.turns import repeated_layers
-
-NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
 class InputWatcher:

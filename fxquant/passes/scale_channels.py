@@ -30,7 +30,7 @@ from fxquant.passes.decide import Decision, add_notes
 from fxquant.passes.observe_inputs import observe_inputs
 
 POWERS = tuple(i / 20 for i in range(1, 21))
-PRIOR_TOKENS = 32  # a handful of tokens says little about how channels differ
+TRUSTED_TOKENS = 32  # a handful of tokens says little about how channels differ
 LEAST_GAIN = 0.01  # of the squared error: less is noise of the sample
 
 RoundWeight = Callable[[Tensor, int], Tensor]
@@ -234,7 +234,7 @@ def _steadied(values: Tensor, statistics: InputStatistics) -> Tensor:
     """Magnitudes of channels as if a few more tokens had the average one everywhere."""
     if not statistics.tokens:
         return torch.ones_like(values)
-    seen = statistics.tokens / (statistics.tokens + PRIOR_TOKENS)
+    seen = statistics.tokens / (statistics.tokens + TRUSTED_TOKENS)
     return torch.lerp(values.mean(), values, seen)
 
 

@@ -20,7 +20,7 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-LARGEST = 1 << 31  # of a size
+LARGEST_ARGUMENT = 1 << 31  # of a size
 MOST_LAYERS = 10_000  # of one recurrent module
 MOST_EXPERTS = 10_000  # of one layer
 MOST_PARTS = 16  # of a tuple
@@ -45,7 +45,7 @@ NAMES = _words(
         "SmoothL1Loss HuberLoss KLDivLoss CrossEntropyLoss NLLLoss BCELoss BCEWithLogitsLoss"
     )  # fmt: skip
 # Classes of torch.nn that a file may not hold, and why.
-LEFT_OUT = {
+UNSUPPORTED_CLASSES = {
     **dict.fromkeys(
         _words(
             "AdaptiveLogSoftmaxWithLoss CTCLoss CosineEmbeddingLoss GaussianNLLLoss "
@@ -116,9 +116,9 @@ def _is_none(value: Any) -> bool:
     return value is None
 
 
-_SIZE = _whole(0, LARGEST)
+_SIZE = _whole(0, LARGEST_ARGUMENT)
 _SIZES = _several(_SIZE)
-_OFFSETS = _several(_whole(-LARGEST, LARGEST))
+_OFFSETS = _several(_whole(-LARGEST_ARGUMENT, LARGEST_ARGUMENT))
 _REALS = _several(_is_real)
 
 
@@ -143,7 +143,7 @@ KINDS: dict[str, Kind] = {
     "dims": _whole(1, 3),
     **_named(_or_none(_SIZES), "kernel_size stride dilation output_padding normalized_shape"),
     "output_size": _or_none(_several(_or_none(_SIZE))),
-    "size": _or_none(_several(_or_none(_whole(-LARGEST, LARGEST)))),
+    "size": _or_none(_several(_or_none(_whole(-LARGEST_ARGUMENT, LARGEST_ARGUMENT)))),
     "padding": _is_padding,
     **_named(
         _is_flag,
@@ -167,10 +167,10 @@ KINDS: dict[str, Kind] = {
     **_named(_or_none(_is_real), "eps momentum max_norm"),
     "scale_factor": _or_none(_REALS),
     "output_ratio": _or_none(_several(_is_share)),
-    **_named(_or_none(_whole(-LARGEST, LARGEST)), "padding_idx ignore_index"),
+    **_named(_or_none(_whole(-LARGEST_ARGUMENT, LARGEST_ARGUMENT)), "padding_idx ignore_index"),
     **_named(_or_none(_OFFSETS), "dim start_dim end_dim"),
     "unflattened_size": _OFFSETS,
-    "divisor_override": _or_none(_whole(1, LARGEST)),
+    "divisor_override": _or_none(_whole(1, LARGEST_ARGUMENT)),
     **_named(_is_none, "weight pos_weight process_group"),
 }
 # Arguments that say nothing about the module, or only where its first values come from.
@@ -243,7 +243,7 @@ def torch_classes() -> dict[str, type[nn.Module]]:
 
 def left_out(cls: type[nn.Module]) -> str | None:
     """Why a file may not hold a class of torch.nn; None for other classes."""
-    return LEFT_OUT.get(cls.__name__) if cls.__module__.startswith("torch.nn.") else None
+    return UNSUPPORTED_CLASSES.get(cls.__name__) if cls.__module__.startswith("torch.nn.") else None
 
 
 def argument_names(cls: type[nn.Module]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ Form = Callable[[Any, str], None]
 MOST = 1_000_000  # entries of a list or mapping
 MOST_CHARACTERS = 100_000  # of a text
 MOST_DEPTH = 100  # of values and records
-LARGEST = 1 << 62
+LARGEST_INTEGER = 1 << 62
 
 
 class FormError(Exception):
@@ -35,7 +35,7 @@ def flag(data: Any, at: str) -> None:
 
 def whole(data: Any, at: str) -> None:
     """A number without a fraction."""
-    if type(data) is not int or abs(data) > LARGEST:
+    if type(data) is not int or abs(data) > LARGEST_INTEGER:
         raise FormError(f"{at} is {data!r:.60}, not a whole number")
 
 

@@ -17,6 +17,7 @@ from fxquant.graph.layers import NAMES, ROOT, has_hooks, target_of, tensor_attri
 from fxquant.graph.linear_operands import LinearOperands, linear_operands
 from fxquant.graph.ops import is_addition, op_name
 from fxquant.graph.shapes import MODULE_PATH
+from fxquant.modules.float_linear import linear_around
 from fxquant.modules.grouped_linear import GroupedLinear
 from fxquant.tracing.assemble import make_graph_module
 from fxquant.tracing.constants import Constant, Constants
@@ -255,23 +256,8 @@ def _call_linear(
     target = names.of(weight, matrix, bias, path)
     if names.names.get(target, target) != (path or ROOT):
         _mark_read_only(gm, names, target, weight)
-    names.made.setdefault(target, linear_of(matrix, bias))
+    names.made.setdefault(target, linear_around(matrix, bias))
     return _replace_by_call(gm.graph, last, target, source)
-
-
-def linear_of(weight: Any, bias: Any) -> nn.Linear:
-    """An `nn.Linear` around a weight [out, in] and a bias [out] or None; nothing is copied."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = _as_parameter(weight)
-    if bias is not None:
-        linear.bias = _as_parameter(bias)
-    return linear.eval()
-
-
-def _as_parameter(tensor: Tensor) -> nn.Parameter:
-    if isinstance(tensor, nn.Parameter):
-        return tensor
-    return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 def _bias_addition(constants: Constants, node: Node, out: int) -> tuple[Node, Any] | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fxquant.graph.layers import has_hooks
 from fxquant.graph.structures import graph_function
+from fxquant.modules.float_linear import linear_around
 
 
 @graph_function
@@ -70,14 +71,14 @@ class TraceableMultiheadAttention(nn.Module):
         bias = original.in_proj_bias
         biases: Any = (None, None, None) if bias is None else bias.detach().chunk(3)
         if self.is_packed:
-            self.in_proj = _linear_on(original.in_proj_weight, bias)
+            self.in_proj = linear_around(original.in_proj_weight, bias)
             weights: Any = original.in_proj_weight.detach().chunk(3)
         else:
             weights = (original.q_proj_weight, original.k_proj_weight, original.v_proj_weight)
         names = PROJECTIONS if self.is_packed else ("q_proj", "k_proj", "v_proj")
         self.projections = names
         for name, weight, vector in zip(names, weights, biases, strict=True):
-            self.add_module(name, _linear_on(weight, vector))
+            self.add_module(name, linear_around(weight, vector))
         self.out_proj = original.out_proj
 
     def forward(
@@ -115,20 +116,6 @@ class TraceableMultiheadAttention(nn.Module):
 
 
 PROJECTIONS = ("in_proj_q", "in_proj_k", "in_proj_v")
-
-
-def _linear_on(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = _parameter(weight)
-    if bias is not None:
-        linear.bias = _parameter(bias)
-    return linear.eval()
-
-
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    if isinstance(tensor, nn.Parameter):
-        return tensor
-    return nn.Parameter(tensor, requires_grad=False)
 
 
 def attend(

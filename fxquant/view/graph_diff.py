@@ -133,7 +133,7 @@ def diff(before: GraphModule, after: GraphModule) -> GraphDiff:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _GraphPlace:
     """A node, or a layer inside the opaque module that a node calls."""
 
     gm: GraphModule
@@ -152,21 +152,21 @@ class _Place:
         return type(module).__name__ if module is not None else type_name(self.node.target)
 
 
-def _nodes(gm: GraphModule) -> dict[str, _Place]:
+def _nodes(gm: GraphModule) -> dict[str, _GraphPlace]:
     found = {}
     for node in gm.graph.nodes:
         target = str(node.target) if node.op == "call_module" else None
-        found[node.name] = _Place(gm, node, target)
+        found[node.name] = _GraphPlace(gm, node, target)
     for site in sites(gm):
         if site.is_inside:
-            found[site.target] = _Place(gm, site.node, site.target)
+            found[site.target] = _GraphPlace(gm, site.node, site.target)
     return found
 
 
 def _change(
     name: str,
-    old: _Place | None,
-    new: _Place | None,
+    old: _GraphPlace | None,
+    new: _GraphPlace | None,
     rules: dict[str, str],
     rows: dict[str, Any],
 ) -> NodeChange:
@@ -193,7 +193,7 @@ def _change(
     )
 
 
-def _is_same(old: _Place, new: _Place) -> bool:
+def _is_same(old: _GraphPlace, new: _GraphPlace) -> bool:
     before, after = old.module, new.module
     if old.kind != new.kind:
         return False

@@ -90,8 +90,8 @@ def test_batched_widths_give_what_single_runs_give(monkeypatch, kind):
     small = [x[:2] for x in X]
     gm = fxquant.trace(Branches() if kind == "branches" else MixesRows(), small[0])
     figures = {}
-    for limit in (0, batching.LARGEST):
-        monkeypatch.setattr(batching, "LARGEST", limit)
+    for limit in (0, batching.BATCHED_BYTES):
+        monkeypatch.setattr(batching, "BATCHED_BYTES", limit)
         report = fxquant.sensitivity(gm, small, method="exact", **OPTIONS)
         figures[limit] = [r.output_errors for r in report.rows]
     for plain, together in zip(*figures.values(), strict=True):
