@@ -72,9 +72,11 @@ PLAIN = "plain rounding"
 
 def plain_rounding(subject: Subject) -> nn.Module:
     """Rounding to nearest over the full range, symmetric."""
-    ledger = decide(subject.graph, QuantConfig(modules_to_not_convert=subject.keep))
+    decisions = decide(subject.graph, QuantConfig(modules_to_not_convert=subject.keep))
     return rewrite(
-        subject.graph, ledger, lambda _, linear, __: fxquant.QuantizedLinearInt4.from_float(linear)
+        subject.graph,
+        decisions,
+        lambda _, linear, __: fxquant.QuantizedLinearInt4.from_float(linear),
     )
 
 

@@ -54,8 +54,8 @@ class Subject:
     @property
     def quantized(self) -> list[str]:
         """Names of the layers that become INT4."""
-        ledger = decide(self.graph, QuantConfig(modules_to_not_convert=self.keep))
-        return [d.module for d in ledger if d.bits]
+        decisions = decide(self.graph, QuantConfig(modules_to_not_convert=self.keep))
+        return [d.module for d in decisions if d.bits]
 
     def row(self, model: nn.Module) -> dict[str, float]:
         """What the table says of a quantized model."""

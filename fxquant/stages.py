@@ -266,7 +266,8 @@ def make_layers(
     rounded = _with_activations(_round(calibrated, config, ROUNDED), calibrated, config)
     fitted_db, rounded_db = (output_sqnr(gm, m.gm, held_out).db for m in (made, rounded))
     if rounded_db > fitted_db:
-        return replace(rounded, method=f"rtn (gptq: {fitted_db:.2f} dB on held-out data)")
+        why = f"better than gptq: {fitted_db:.2f} dB on held-out data"
+        return replace(rounded, method=f"rtn ({why})")
     return made
 
 

@@ -179,7 +179,9 @@ def test_a_model_may_be_a_function_of_a_file_and_data_a_file_of_inputs(tmp_path)
         record = json.loads(run(*command, "--json").stdout)
         assert record["calibration_samples_used"] == 40
         assert record["sqnr_db"] > 10
-    assert "KeyError: 'missing'" in run("quantize", f"{path}:missing", status=2).stderr
+    stderr = run("quantize", f"{path}:bild", status=2).stderr
+    assert "has no 'bild'" in stderr
+    assert "Did you mean 'build'?" in stderr
     path.write_text(FILE)
     stderr = run("quantize", f"{path}:build", status=2).stderr
     assert "SyntaxError" in stderr

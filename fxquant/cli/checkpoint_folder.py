@@ -73,5 +73,5 @@ def _transformers() -> Any:
             "transformers",
             found="that it is not installed",
             needed="it, to read a Hugging Face checkpoint",
-            remedy="pip install 'fxquant[minilm]', or name a function that returns the model.",
+            remedy="pip install transformers, or name a function that returns the model.",
         ) from error

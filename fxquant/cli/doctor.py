@@ -55,10 +55,11 @@ def as_dict(findings: list[Check]) -> dict[str, Any]:
 
 def _versions() -> list[Check]:
     system = f"{platform.system()} {platform.machine()}"
+    threads = torch.get_num_threads()
     return [
         Check("fxquant", metadata.version("fxquant")),
         Check("Python", f"{platform.python_version()} on {system}"),
-        Check("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        Check("torch", f"{torch.__version__}, {threads} thread{'s' if threads > 1 else ''}"),
     ]
 
 

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.fx import GraphModule
 from fxquant.analysis.gate import read_report
 from fxquant.cli.checkpoint_folder import load_folder, text_batches
 from fxquant.cli.output import UserCodeError
-from fxquant.errors import OptionError
+from fxquant.errors import OptionError, near_misses
 from fxquant.serialization.files import load_model, read_description
 
 ROWS = 8  # of a batch, where a file of inputs is split
@@ -89,13 +90,13 @@ def call_factory(name: str, where: str) -> Any:
     """Call the function named `package.module:function` or `path/to/file.py:function`.
 
     Raises:
-        OptionError: it cannot be imported.
+        OptionError: it cannot be imported, or has no such function.
         UserCodeError: its file or the function raised.
     """
     module, _, function = name.rpartition(":")
     try:
-        factory = _import(module, function)
-    except (ImportError, AttributeError, ValueError, KeyError, OSError) as error:
+        names = _import(module)
+    except (ImportError, ValueError, OSError) as error:
         raise OptionError(
             f"{where} {name!r}",
             found=f"that it cannot be imported: {type(error).__name__}: {error}",
@@ -105,19 +106,28 @@ def call_factory(name: str, where: str) -> Any:
         ) from error
     except Exception as error:  # a user's file may raise anything at all
         raise _raised(where, name, error) from error
+    if not hasattr(names, function):
+        close = near_misses(function, vars(names), count=1)
+        raise OptionError(
+            f"{where} {name!r}",
+            found=f"that {module} has no {function!r}",
+            needed="the name of a function in it",
+            remedy=f"Did you mean {close[0]!r}?" if close else "Check the spelling.",
+        )
     try:
-        return factory()
+        return getattr(names, function)()
     except Exception as error:
         raise _raised(where, name, error) from error
 
 
-def _import(module: str, function: str) -> Any:
+def _import(module: str) -> Any:
+    """An object whose attributes are the names of a module or of a file."""
     if module.endswith(".py"):
         sys.path.insert(0, str(Path(module).resolve().parent))
-        return runpy.run_path(module)[function]
+        return SimpleNamespace(**runpy.run_path(module))
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    return getattr(importlib.import_module(module), function)
+    return importlib.import_module(module)
 
 
 def _raised(where: str, name: str, error: Exception) -> UserCodeError:

@@ -114,7 +114,7 @@ class CheckpointFormat(ABC):
 
     def findings(self, source: Source) -> Iterator[Finding]:
         """What would be lost."""
-        yield from linear_layers_only(source)
+        yield from linear_layers_only(source, self.target)
         yield from float_activations(source)
         schemes: dict[str, Scheme] = {}
         for name, module in source.layers.items():

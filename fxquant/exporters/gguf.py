@@ -52,7 +52,7 @@ class Gguf:
 
     def findings(self, source: Source) -> Iterator[Finding]:
         """What would be lost."""
-        yield from linear_layers_only(source)
+        yield from linear_layers_only(source, self.target)
         yield from float_activations(source)
         file = None if self.base is None else self._open(self.base)
         for name, module in source.layers.items():

@@ -81,7 +81,7 @@ class Onnx:
 
     def findings(self, source: Source) -> Iterator[Finding]:
         """What would be lost, and which runtimes cannot run it well."""
-        yield from linear_layers_only(source)
+        yield from linear_layers_only(source, self.target)
         yield from float_inside_layers(source)
         for name, module in source.layers.items():
             layer = integer_layer(module)

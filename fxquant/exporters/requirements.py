@@ -45,11 +45,11 @@ def float_inside_layers(source: Source) -> Iterator[Finding]:
             yield Finding(name, problem, "Quantize without activation_bits.")
 
 
-def linear_layers_only(source: Source) -> Iterator[Finding]:
+def linear_layers_only(source: Source, target: Target) -> Iterator[Finding]:
     """No embedding, convolution or fused expert is quantized: the format has no form for them."""
     for name in source.other_layers:
-        remedy = "Quantize with layer_types=[torch.nn.Linear] and without embeddings."
-        yield Finding(name, "the format holds quantized Linear layers only", remedy)
+        problem = "the format holds quantized Linear layers only"
+        yield Finding(name, problem, within(target))
 
 
 def holdable(name: str, layer: IntegerLayer | None, target: Target) -> Iterator[Finding]:

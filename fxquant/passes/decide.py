@@ -233,9 +233,9 @@ def _bits_of(node: ParameterNode, config: QuantConfig) -> tuple[int, str, str]:
         return config.bits[node.name], "bits", f"the mapping gives it {config.bits[node.name]}"
     if form.is_lookup:
         bits = FLOAT_BITS if config.embeddings is None else config.embeddings
-        return bits, "embeddings", form.phrase
+        return bits, "embeddings", _chosen(form.phrase, bits)
     if not isinstance(config.bits, Mapping):
-        return config.bits, "default", form.phrase
+        return config.bits, "default", _chosen(form.phrase, config.bits)
     pattern = _matching_name(config.bits, node.name)
     if pattern is None:
         return FLOAT_BITS, "bits", "the mapping does not name it"
@@ -244,6 +244,10 @@ def _bits_of(node: ParameterNode, config: QuantConfig) -> tuple[int, str, str]:
         f"bits: {pattern}",
         f"the mapping gives it {config.bits[pattern]}",
     )
+
+
+def _chosen(phrase: str, bits: int) -> str:
+    return f"{phrase}, float" if bits == FLOAT_BITS else f"{phrase}, {bits} bits"
 
 
 def _why_not(node: ParameterNode) -> str:

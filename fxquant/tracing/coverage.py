@@ -52,8 +52,13 @@ def weigh(gm: GraphModule, model: nn.Module, prepared: nn.Module, oracle: Oracle
             weight.unreached.append(name)
     names = {node.name for node in parameter_nodes(gm)}
     called = {site.module for site in sites(gm)}
+    own = {name for name, _ in model.named_modules()}
     for name, module in prepared.named_modules():
-        if isinstance(module, nn.Linear) and name and name not in names and module not in called:
+        if not isinstance(module, nn.Linear) or not name or name in names or module in called:
+            continue
+        # A stand-in of attention has its projections in two forms; the one that the graph does not
+        # call is no layer of the user's.
+        if name in own or memory_of(module.weight) not in seen:
             weight.idle[name] = [module.out_features, module.in_features]
             weight.unreached.append(name)
     weight.unreached = list(dict.fromkeys(weight.unreached))

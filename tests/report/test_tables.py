@@ -4,7 +4,7 @@ from fxquant.report import tables
 
 HEADS = ("module", "params", "weight\ndB", "why")
 ROWS = [
-    ("encoder.layer.11.attention.output.dense", 147840, "20.1", "a linear layer (default)"),
+    ("encoder.layer.11.attention.output.dense", 147840, "20.1", "a linear layer, 4 bits (default)"),
     (
         "encoder.layer.11.output.LayerNorm",
         768,

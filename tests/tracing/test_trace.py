@@ -15,6 +15,16 @@ from tests.models import WIDTH
 X = torch.randn(3, 5, WIDTH)
 
 
+class AttentionAndIdle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+        self.idle = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, y):
+        return self.attention(x, y, y)[0]
+
+
 def linear_names(gm):
     return [s.name for s in sites(gm) if isinstance(s.module, nn.Linear)]
 
@@ -229,3 +239,12 @@ def test_one_tensor_passed_as_two_arguments_stays_two_inputs():
     gm = fxquant.trace(model, (X, X))
     with torch.no_grad():
         assert torch.allclose(gm(X, memory)[0], model(X, memory)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_only_layers_of_the_user_are_listed_as_never_called(is_shared):
+    example = (X, X) if is_shared else (X, torch.randn(3, 5, WIDTH))
+    gm = fxquant.trace(AttentionAndIdle().eval(), example)
+    assert fxquant.trace_report(gm).unreached == ["idle"]
+    rows = {d.module: d.rule for d in fxquant.plan(gm).decisions}
+    assert [name for name, rule in rows.items() if rule == "not called"] == ["idle"]
