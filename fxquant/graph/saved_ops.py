@@ -86,7 +86,8 @@ TENSOR_OPS = _words(
     "lp_pool2d pad constant_pad_nd reflection_pad1d reflection_pad2d "
     "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d interpolate upsample "
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d "
-    "upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d grid_sample grid_sampler "
+    "upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa "
+    "_upsample_bicubic2d_aa grid_sample grid_sampler "
     "affine_grid pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle fold "
     "im2col col2im fft ifft rfft irfft hfft ihfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn "
     "fftfreq rfftfreq fftshift ifftshift stft istft "
@@ -106,7 +107,8 @@ TENSOR_OPS = _words(
     "hann_window hamming_window blackman_window kaiser_window bartlett_window "
     # checks that exported programs hold
     "_is_all_true _is_any_true _assert_tensor_metadata _assert_scalar _assert_async _assert "
-    "sym_int sym_float sym_max sym_min sym_not sym_ite sym_sqrt sym_sum _sym_sqrt _assert_is_none "
+    "sym_storage_offset sym_int sym_float sym_max sym_min sym_not sym_ite sym_sqrt sym_sum "
+    "_sym_sqrt _assert_is_none "
     "sym_constrain_range sym_constrain_range_for_size"
 )
 
@@ -164,7 +166,7 @@ _PYTHON: dict[str, Any] = {
 _WRITTEN = {"empty": "zeros", "empty_like": "zeros_like", "new_empty": "new_zeros"}
 # What may be given the dtype of a tensor: above all not `view`.
 DTYPE_READERS = _words(
-    "to eq ne is_ is_not expect_constant zeros ones full empty arange tensor as_tensor "
+    "to eq ne is_ is_not expect_constant dtype_limit zeros ones full empty arange tensor as_tensor "
     "linspace zeros_like ones_like full_like empty_like rand_like randn_like rand randn "
     "new_zeros new_ones new_full new_empty new_tensor sum mean prod cumsum softmax "
     "log_softmax normalize eye linear"

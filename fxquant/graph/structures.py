@@ -30,6 +30,9 @@ def graph_function(function: Callable[P, R]) -> Callable[P, R]:
     return record_or_call
 
 
+DTYPE_LIMITS = ("min", "max", "eps", "tiny", "smallest_normal")
+
+
 class OutputDict(dict[str, Any]):
     """A model's named outputs: by key, by attribute, or by position.
 
@@ -75,6 +78,24 @@ def named_tuple(class_name: str, fields: tuple[str, ...], *values: Any) -> Any:
 @functools.cache
 def _tuple_class(class_name: str, fields: tuple[str, ...]) -> Any:
     return namedtuple(class_name, fields, rename=True)
+
+
+@graph_function
+def dtype_limit(dtype: torch.dtype, name: str) -> float | int:
+    """A limit of a dtype, one of `DTYPE_LIMITS`; integers have "min" and "max" only.
+
+    It stands for an attribute of `torch.finfo(dtype)` or `torch.iinfo(dtype)`.
+    """
+    if name not in DTYPE_LIMITS:
+        raise TraceError(
+            f"limit {name!r} of {dtype}",
+            found="a name that is no limit",
+            needed=", ".join(DTYPE_LIMITS),
+            remedy="Trace the model again.",
+        )
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    found: float | int = getattr(limits, name)
+    return found
 
 
 @graph_function

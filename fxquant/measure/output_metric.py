@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxquant.errors import OptionError
+from fxquant.errors import CalibrationError, OptionError
 from fxquant.numerics.metrics import squared_sum
 
 Metric = str | Callable[[Tensor, Tensor], float]
@@ -34,7 +34,20 @@ class OutputError:
         self._sum = self._weight = 0.0
 
     def add(self, reference: Tensor, found: Tensor) -> None:
-        """Add a batch."""
+        """Add a batch.
+
+        Raises:
+            CalibrationError: the two have different shapes, and the metric compares elements.
+        """
+        if not callable(self.metric) and reference.shape != found.shape:
+            raise CalibrationError(
+                "the model's output",
+                found=f"the shape {tuple(found.shape)} after quantizing a layer, which was "
+                f"{tuple(reference.shape)}: it depends on the values of the input",
+                needed="outputs that can be compared element by element",
+                remedy="Pass select, to compare a tensor of a fixed shape, a metric of your own, "
+                "or method='local'.",
+            )
         if callable(self.metric):
             self._sum += float(self.metric(reference, found))
             self._weight += 1

@@ -274,6 +274,11 @@ def _general_warnings(info: QuantizationInfo) -> list[str]:
             f"only {info.calibration_samples_used} calibration samples; "
             f"use at least {ENOUGH_SAMPLES}"
         )
+    if info.sqnr_db is None and info.rows:
+        found.append(
+            "the output's SQNR is not measured: after quantizing it has another shape, which "
+            "depends on the values of the input. Compare the two models with a metric of your own"
+        )
     if info.sqnr_db is not None and info.fitted_sqnr_db is not None:
         lost = info.fitted_sqnr_db - info.sqnr_db
         if lost > MOST_LOST_DB:

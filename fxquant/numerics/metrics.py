@@ -21,9 +21,13 @@ class SqnrMeter:
         self._signal = torch.zeros((), dtype=torch.float64)
         self._noise = torch.zeros((), dtype=torch.float64)
         self._count = 0
+        self.has_other_shapes = False
 
     def add(self, reference: Tensor, approximation: Tensor) -> None:
-        """Add a pair of equally shaped tensors."""
+        """Add a pair of tensors; of two of different shapes there is no ratio, then and later."""
+        if reference.shape != approximation.shape:
+            self.has_other_shapes = True
+            return
         self._count += 1
         reference, approximation = reference.detach().float(), approximation.detach().float()
         self._signal += squared_sum(reference)
@@ -36,13 +40,17 @@ class SqnrMeter:
 
     @property
     def db(self) -> float:
-        """The ratio so far, in decibels."""
-        return power_ratio_db(self._signal.item(), self._noise.item())
+        """The ratio so far, in decibels; NaN where shapes differed."""
+        return (
+            math.nan
+            if self.has_other_shapes
+            else power_ratio_db(self._signal.item(), self._noise.item())
+        )
 
     @property
     def db_or_none(self) -> float | None:
-        """The ratio, or None if nothing was added."""
-        return self.db if self._count else None
+        """The ratio, or None if nothing was added or shapes differed."""
+        return self.db if self._count and not self.has_other_shapes else None
 
 
 def squared_sum(x: Tensor) -> Tensor:

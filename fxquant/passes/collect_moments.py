@@ -51,7 +51,7 @@ def collect(
         mask = batch.mask_for(noisy)
         x, lack = tokens_of(noisy, mask), difference(clean, noisy)
         lack = None if lack is None or not lack.any() else tokens_of(lack, mask)
-        shifts = _shifts(turn.residuals, batch, noisy, mask)
+        shifts = _shifts(turn.residuals, linears, batch, noisy, mask)
         if not shares_lack and lack is not None:
             for name, linear in linears.items():
                 product = lack @ linear.weight.detach().float().T
@@ -81,15 +81,20 @@ def _add(
 
 
 def _shifts(
-    residuals: Mapping[str, Node], batch: PairedBatch, x: Tensor, mask: Tensor | None
+    residuals: Mapping[str, Node],
+    linears: Mapping[str, nn.Linear],
+    batch: PairedBatch,
+    x: Tensor,
+    mask: Tensor | None,
 ) -> dict[str, Tensor]:
     """The errors of what the layers' outputs are added to, [tokens, out] by name."""
     found = {}
     for name, node in residuals.items():
         values = batch.values_of(node)
         error = None if values is None else difference(*values)
-        if error is None or error.shape[:-1].numel() != x.shape[:-1].numel():
-            continue
+        expected = x.shape[:-1].numel(), linears[name].out_features
+        if error is None or (error.shape[:-1].numel(), error.shape[-1]) != expected:
+            continue  # it is broadcast, or the output is
         rows = error.reshape(*x.shape[:-1], error.shape[-1])
         found[name] = tokens_of(rows, mask)
     return found

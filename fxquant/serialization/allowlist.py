@@ -17,6 +17,7 @@ from fxquant.graph.grouped_matmul import grouped_matmul
 from fxquant.graph.loops import loop
 from fxquant.graph.saved_ops import saved_functions, saved_methods, saved_overload
 from fxquant.graph.structures import (
+    dtype_limit,
     expect_constant,
     expect_shape,
     named_result,
@@ -34,6 +35,7 @@ FXQUANT_FUNCTIONS: tuple[Callable[..., Any], ...] = (
     expect_constant,
     expect_shape,
     named_result,
+    dtype_limit,
     named_tuple,
     output_dict,
     grouped_matmul,

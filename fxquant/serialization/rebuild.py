@@ -17,7 +17,7 @@ from fxquant.graph.graph_module import build_graph_module
 from fxquant.graph.layers import RESERVED
 from fxquant.graph.saved_ops import fault_of_call, written
 from fxquant.graph.shapes import KEPT
-from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.layer import QuantizedLayer
 from fxquant.serialization.allowlist import (
     DESCRIBED,
     check_method,
@@ -125,8 +125,9 @@ class Rebuilder:
         if found is None:
             return None
         module = found
-        if isinstance(module, QuantizedLinear):
-            return module.weight if name == "weight" else module._buffers.get("bias")
+        if isinstance(module, QuantizedLayer):  # its packed memory is not to be reached
+            known = {"weight": module.weight, "bias": module._buffers.get("bias")}
+            return known.get(name)
         own = module._parameters.get(name)
         value = module._buffers.get(name) if own is None else own
         if value is None and type(module) in self.allowed_modules:

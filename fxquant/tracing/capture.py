@@ -19,6 +19,7 @@ class Capture:
         left_out: outputs that a graph cannot hold.
         has_short_loops: whether a loop over a size was unrolled because it has too few rounds in
             the example to tell what a round does.
+        was_asked: whether the forward asked if it is being compiled, and was told that it is.
     """
 
     graph: Graph
@@ -28,6 +29,7 @@ class Capture:
     fixed: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     has_short_loops: bool = False
+    was_asked: bool = False
 
 
 def describe_error(error: BaseException) -> str:

@@ -6,12 +6,8 @@ again, arguments and results get back their structure, and those regions are inl
 """
 
 import inspect
-import io
-import logging
 import operator
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +32,7 @@ from fxquant.graph.structures import (
     output_dict,
 )
 from fxquant.tracing.capture import Capture, describe_error, left_out
+from fxquant.tracing.export_surroundings import CompilerQuestions, quiet_export
 from fxquant.tracing.loop_marks import LoopMarks
 from fxquant.tracing.rolling import CannotRollError, roll_loops
 from fxquant.tracing.signature import (
@@ -60,7 +57,11 @@ class _UnsupportedError(Exception):
 
 
 def capture_export(
-    module: nn.Module, inputs: Call, *, are_sizes_free: bool = True
+    module: nn.Module,
+    inputs: Call,
+    *,
+    are_sizes_free: bool = True,
+    answers: tuple[bool, ...] = (False, True),
 ) -> Capture | str:
     """Export `module` on example inputs; return the reason as text if that is not possible.
 
@@ -69,6 +70,8 @@ def capture_export(
         inputs: one call's arguments. A size of 1 is taken as fixed, so let there be none that may
             change.
         are_sizes_free: whether batch and length may change; else the graph is for these sizes.
+        answers: what a forward is told that asks whether it is being compiled, one after the other
+            while it fails: whether it runs as in eager mode.
     """
     arguments = graph_arguments(module, inputs)
     unfit = unfit_argument(arguments)
@@ -76,12 +79,21 @@ def capture_export(
         return unfit
     # One tensor passed twice would be taken as one input, so each argument is a tensor of its own.
     example = {a.name: Call((a.value,)).clone().args[0] for a in arguments if a.is_input}
-    marks = LoopMarks() if are_sizes_free else None
-    found = _attempt(module, arguments, example, marks, are_sizes_free)
-    if isinstance(found, str) and marks is not None and marks.count:
-        unrolled = _attempt(module, arguments, example, None, are_sizes_free)
-        return f"{found}; {unrolled}" if isinstance(unrolled, str) else unrolled
-    return found
+    reasons: list[str] = []
+    for rolled in (True, False) if are_sizes_free else (False,):
+        for as_in_eager_mode in answers:
+            marks = LoopMarks() if rolled else None
+            questions = CompilerQuestions(as_in_eager_mode=as_in_eager_mode)
+            found = _attempt(module, arguments, example, marks, questions, are_sizes_free)
+            if not isinstance(found, str):
+                return found
+            if found not in reasons:
+                reasons.append(found)
+            if not questions.were_asked:
+                break
+        if marks is not None and not marks.count:
+            break
+    return "; ".join(reasons)
 
 
 def _attempt(
@@ -89,12 +101,13 @@ def _attempt(
     arguments: list[Argument],
     example: dict[str, Any],
     marks: LoopMarks | None,
+    questions: CompilerQuestions,
     are_sizes_free: bool,
 ) -> Capture | str:
     """One export; with `marks`, a loop over a size becomes one node."""
     try:
         flat = _Flat(module, arguments, marks).eval()
-        with left_alone(module), _quiet_export():
+        with left_alone(module), quiet_export(), questions.answered():
             program = _export(flat, example, are_sizes_free)
         if marks is not None and marks.fault is not None:
             return marks.fault
@@ -102,7 +115,8 @@ def _attempt(
         free = DYNAMIC_DIMENSIONS if are_sizes_free else 0
         is_short = marks is not None and marks.has_short_loops
         fixed = _fixed_sizes(arguments, free)
-        return replace(capture, fixed=fixed, has_short_loops=is_short)
+        was_asked = questions.were_asked and not questions.as_in_eager_mode
+        return replace(capture, fixed=fixed, has_short_loops=is_short, was_asked=was_asked)
     except (CannotRollError, _UnsupportedError) as error:
         return str(error)
     except Exception as error:  # a user's forward may raise anything at all
@@ -129,37 +143,6 @@ def _fixed_sizes(arguments: list[Argument], free: int) -> list[str]:
         for dimension, size in enumerate(tensor.shape)
         if dimension >= free
     ]
-
-
-@contextmanager
-def _quiet_export() -> Iterator[None]:
-    """Without the fast path of attention, gradients, export's warnings and log lines."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    apply = nn.Module._apply
-
-    def apply_where_needed(module: nn.Module, function: Any, *args: Any, **kwargs: Any) -> Any:
-        # `self.fc.to(x.dtype)` in a forward: torch cannot put back parameters that are fake.
-        if all(function(tensor) is tensor for tensor in (*module.parameters(), *module.buffers())):
-            return module
-        return apply(module, function, *args, **kwargs)  # type: ignore[no-untyped-call]
-
-    disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    nn.Module._apply = apply_where_needed  # type: ignore[method-assign, assignment]
-    try:
-        unheard = io.StringIO()  # a failing export prints its unfinished graph
-        with (
-            torch.no_grad(),
-            redirect_stdout(unheard),
-            redirect_stderr(unheard),
-            warnings.catch_warnings(action="ignore"),
-        ):
-            yield
-    finally:
-        nn.Module._apply = apply  # type: ignore[method-assign]
-        logging.disable(disabled)
-        torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 class _FlatOutput:

@@ -10,6 +10,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -149,8 +150,10 @@ def _build(graph: Graph, tree: ast.AST, inputs: dict[str, Any] | None, sizes: An
             below = apply(first, build(left), between)
             return apply(ast.And(), below, apply(second, between, build(right)))
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
-            operands = tuple(map(build, arguments))
-            return 1 if inputs is None else graph.call_function(_FUNCTIONS[name], operands)
+            operands = list(map(build, arguments))
+            if inputs is None:
+                return 1
+            return reduce(lambda a, b: graph.call_function(_FUNCTIONS[name], (a, b)), operands)
         case ast.Subscript(
             value=ast.Call(func=ast.Attribute(value=source, attr="size"), args=[]),
             slice=ast.Constant(value=int(dim)),

@@ -11,6 +11,9 @@ import torch
 import torch.fx
 from torch import Tensor
 from torch.fx import Proxy
+from torch.utils import _pytree as pytree
+
+from fxquant.graph.structures import DTYPE_LIMITS, dtype_limit
 
 
 def has_wrapped_functions() -> bool:
@@ -35,7 +38,7 @@ def traceable(see_through: bool) -> Iterator[None]:
         for key in _wrapped_by_libraries():
             del wrapped[key]
     try:
-        with torch.no_grad(), _proxies_are_tensors():
+        with torch.no_grad(), _proxies_are_tensors(), _factories_are_recorded():
             yield
     finally:
         wrapped.clear()
@@ -97,3 +100,57 @@ def _proxies_are_tensors() -> Iterator[None]:
         yield
     finally:
         builtins.isinstance = kind
+
+
+# Functions that torch does not ask a proxy about: `torch.ones(batch, length)` has no tensor among
+# its arguments.
+_FACTORIES = (
+    "ones", "zeros", "empty", "full", "arange", "linspace", "eye", "rand", "randn", "randint",
+)  # fmt: skip
+
+
+@contextmanager
+def _factories_are_recorded() -> Iterator[None]:
+    """A call of a factory with a proxy among its arguments becomes a node."""
+    kept = {name: getattr(torch, name) for name in (*_FACTORIES, "finfo", "iinfo")}
+    for name in _FACTORIES:
+        setattr(torch, name, _recorded(kept[name]))
+    for name in ("finfo", "iinfo"):
+        setattr(torch, name, _limits(kept[name]))
+    try:
+        yield
+    finally:
+        for name, factory in kept.items():
+            setattr(torch, name, factory)
+
+
+def _recorded(factory: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs))
+        proxy = next((leaf for leaf in leaves if Proxy in type(leaf).__mro__), None)
+        if proxy is None:
+            return factory(*args, **kwargs)
+        return proxy.tracer.create_proxy("call_function", factory, args, kwargs)
+
+    return call
+
+
+class _Limits:
+    """What `torch.finfo` and `torch.iinfo` tell of a dtype that is known when the graph runs."""
+
+    def __init__(self, dtype: Any) -> None:
+        self._dtype = dtype
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in DTYPE_LIMITS:
+            raise AttributeError(f"a graph does not know {name!r} of a dtype")
+        return dtype_limit(self._dtype, name)
+
+
+def _limits(original: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        values = (*args, *kwargs.values())
+        is_known = not any(Proxy in type(value).__mro__ for value in values)
+        return original(*args, **kwargs) if is_known else _Limits(*values)
+
+    return call

@@ -215,7 +215,9 @@ class _Tracer(torch.fx.Tracer):
         if name == "getattr":
             return node.args[1] not in ("T", "mT", "H", "mH", "data", "real", "imag", "grad")
         row = OPS.get(name)
-        if (row is not None and row.scale == "inquiry") or name in ("item", "tolist", "stride"):
+        if (row is not None and row.scale == "inquiry") or name in (
+            "item", "tolist", "stride", "dtype_limit",
+        ):  # fmt: skip
             return True
         operands = node.all_input_nodes
         is_python = getattr(node.target, "__module__", None) in ("_operator", "math", "builtins")

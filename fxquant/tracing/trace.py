@@ -211,7 +211,7 @@ class _Search:
             if isinstance(capture, str):
                 reasons.append(capture)
                 self.attempts.append(f"model: export: {capture}")
-                if capture.startswith("GuardOnDataDependent"):
+                if "GuardOnDataDependent" in capture:
                     return  # a branch on values, whatever the sizes
                 continue
             if capture.has_short_loops:
@@ -219,6 +219,12 @@ class _Search:
                 if not isinstance(longer, str):
                     yield self._judged(longer, "export")
             yield self._judged(capture, "export")
+            if capture.was_asked and self.best is None:  # then it does something else in eager mode
+                capture = capture_export(
+                    self.prepared, call, are_sizes_free=are_sizes_free, answers=(True,)
+                )
+                if not isinstance(capture, str):
+                    yield self._judged(capture, "export")
 
     def _judged(self, capture: Capture, way: str) -> _Found:
         opaque = dict(capture.opaque)

@@ -316,3 +316,64 @@ class InnerClass(nn.Module):
 
     def forward(self, x):
         return self.head(self.child(x))
+
+
+@awkward(blind=True)
+class AsksTheCompiler(Base):
+    """Under a compiler its forward takes a way on which it fails; only export can trace it."""
+
+    def forward(self, x):
+        bias = None
+        if not torch.compiler.is_compiling():
+            bias = torch.ones(x.shape[0], x.shape[1], 1)
+        return self.second(torch.relu(self.first(x) + bias).view(*x.shape[:-1], -1))
+
+
+@awkward(blind=True)
+class TellsTheCompilerSomethingElse(Base):
+    """Under a compiler its forward computes other values."""
+
+    def forward(self, x):
+        factor = 1.0 if torch.compiler.is_compiling() else 2.0
+        return self.second(torch.relu(factor * self.first(x)).view(*x.shape[:-1], -1))
+
+
+@awkward()
+class MakesTensorsOfSizes(Base):
+    """Factories get sizes as separate arguments, and a limit of the input's dtype."""
+
+    def forward(self, x):
+        batch, length = x.shape[0], x.shape[1]
+        hidden = torch.arange(length)[None] >= torch.full((batch, 1), length - 1)
+        shift = torch.ones(batch, length, 1) + torch.zeros(batch, length, 1, dtype=x.dtype)
+        scores = torch.matmul(x, x.transpose(1, 2)).masked_fill(
+            hidden[:, None] & (length > 1), torch.finfo(x.dtype).min
+        )
+        return self.second(torch.relu(self.first(scores.softmax(-1) @ x + shift)))
+
+
+@awkward()
+class AddsAColumn(Base):
+    """What a layer's output is added to has one column, which comes from another layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(W, 1)
+
+    def forward(self, x):
+        return torch.relu(self.second(torch.relu(self.first(x))) + self.gate(self.first(x)))
+
+
+@awkward(options={"skip_param_threshold": 0})
+class ReadsTheDtypeOfAConvolution(Base):
+    """A position embedding is made in the dtype and on the device of a convolution's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Conv1d(W, W, 1)
+
+    def forward(self, x):
+        weight = self.positions.weight
+        places = torch.arange(x.shape[1], device=weight.device, dtype=weight.dtype)
+        h = self.positions((x + places[:, None]).transpose(1, 2)).transpose(1, 2)
+        return self.second(torch.relu(self.first(h)))
