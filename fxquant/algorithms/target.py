@@ -41,7 +41,7 @@ class Shrinkage:
     def applied(self, weight: Tensor, moments: LayerMoments, rows: slice) -> Tensor:
         """Some rows of the target, from the same rows of the float32 weight."""
         share = 2 * self.share / (1 + self.share)
-        cross = moments.crosses_of(rows).sum(0)
+        cross = moments.cross_of(rows).sum(0)
         return weight + share * _regression(moments.input, None, cross, self.ridge)
 
 
@@ -49,12 +49,12 @@ def best_shrinkage(moments: LayerMoments) -> Shrinkage | None:
     """What does best from one half of the tokens to the other; None where nothing gains."""
     if moments.tokens < moments.in_features or not moments.has_shift:
         return None
-    crosses = moments.crosses_of(slice(None, None, max(1, moments.out_features // OUTPUTS)))
-    tried = [_try(moments.input, crosses, RIDGES[len(RIDGES) // 2])]
+    cross = moments.cross_of(slice(None, None, max(1, moments.out_features // OUTPUTS)))
+    tried = [_try(moments.input, cross, RIDGES[len(RIDGES) // 2])]
     for direction in (-1, 1):  # the gain rises to one peak
         place = len(RIDGES) // 2 + direction
         while 0 <= place < len(RIDGES):
-            tried.append(_try(moments.input, crosses, RIDGES[place]))
+            tried.append(_try(moments.input, cross, RIDGES[place]))
             if tried[-1] < max(tried):
                 break
             place += direction
@@ -62,12 +62,12 @@ def best_shrinkage(moments: LayerMoments) -> Shrinkage | None:
     return best if best.gain > 0 else None
 
 
-def _try(moments: InputMoments, crosses: Tensor, ridge: float) -> Shrinkage:
-    """How well a ridge does on some rows of the moments' crosses [2, rows, in]."""
+def _try(moments: InputMoments, cross: Tensor, ridge: float) -> Shrinkage:
+    """How well a ridge does on some rows of the moments' cross [2, rows, in]."""
     along = size = 0.0
     for seen, unseen in ((0, 1), (1, 0)):
-        step = _regression(moments, seen, crosses[seen], ridge)
-        along += float((step * crosses[unseen]).sum())
+        step = _regression(moments, seen, cross[seen], ridge)
+        along += float((step * cross[unseen]).sum())
         size += float(((step @ moments.hessians[unseen]) * step).sum())
     if not size > 0:
         return Shrinkage(0.0, 0.0, ridge)

@@ -9,7 +9,7 @@ from fxquant.numerics.grouping import activation_group
 from fxquant.numerics.integers import INT8
 from fxquant.numerics.quantized_weight import QuantizedWeight
 
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # a smaller one has no finite reciprocal
+LEAST_SCALE = torch.finfo(torch.float32).tiny  # a smaller one has no finite reciprocal
 
 
 class ReferenceBackend:
@@ -75,6 +75,6 @@ def quantize_tokens(x: Tensor, group_size: int) -> Tensor:
     """
     missing = -x.shape[-1] % group_size
     groups = F.pad(x.detach(), (0, missing)).unflatten(-1, (-1, group_size))
-    scale = (groups.abs().amax(-1, keepdim=True) / INT8.quant_max).clamp_min(SMALLEST_SCALE)
+    scale = (groups.abs().amax(-1, keepdim=True) / INT8.quant_max).clamp_min(LEAST_SCALE)
     rounded = ((groups * scale.reciprocal()).round() * scale).flatten(-2)[..., : x.shape[-1]]
     return x + (rounded - x).detach() if x.requires_grad else rounded

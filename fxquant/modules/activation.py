@@ -16,7 +16,7 @@ from fxquant.numerics.integers import UINT8, dequantize_affine, quantize_affine,
 LEAST_SCALE_RATIO = (
     1e-6  # channels narrower than this part of the widest share its scale: negligible
 )
-MOST_FINER = 1024  # bounds `finer_by`, whose result multiplies a count of levels
+MOST_TIMES_FINER = 1024  # bounds `finer_by`, whose result multiplies a count of levels
 
 
 def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -72,4 +72,4 @@ def finer_by(lowest: Tensor, highest: Tensor) -> int:
     widths = highest - lowest
     common = highest.max() - lowest.min()
     finer = common / widths.median().clamp(min=torch.finfo(torch.float32).tiny)
-    return int(finer.clamp(1, MOST_FINER))
+    return int(finer.clamp(1, MOST_TIMES_FINER))

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e18  # squares far inside float32's range
+LEAST_NORM, LARGEST_NORM = 1e-12, 1e18  # squares far inside float32's range
 
 
 class SqnrMeter:
@@ -59,7 +59,7 @@ def squared_sum(x: Tensor) -> Tensor:
     Summed in float32, which is several times faster, unless the squares overflow or vanish there.
     """
     norm = torch.linalg.vector_norm(x)
-    if not SMALLEST_NORM < norm < LARGEST_NORM:
+    if not LEAST_NORM < norm < LARGEST_NORM:
         norm = torch.linalg.vector_norm(x, dtype=torch.float64)
     return norm.double().square()
 

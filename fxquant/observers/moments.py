@@ -134,7 +134,7 @@ class LayerMoments:
         self.input = InputMoments(in_features) if shared is None else shared
         self.in_features, self.out_features = in_features, out_features
         self._weight = None if weight is None else weight.detach()
-        self._crosses: Tensor | None = None
+        self._cross: Tensor | None = None
         self._total_shift = torch.zeros(out_features, dtype=torch.float64)
         self._held_shifts: list[Tensor | None] = []
 
@@ -159,11 +159,11 @@ class LayerMoments:
         """Add the shift [tokens, out] of tokens x [tokens, in] that `input` has been given."""
         if shift is None:
             return
-        if self._crosses is None:
+        if self._cross is None:
             size = 2, self.out_features, self.in_features
-            self._crosses = torch.zeros(size, dtype=torch.float32)
+            self._cross = torch.zeros(size, dtype=torch.float32)
         self._total_shift += shift.double().sum(0)
-        add_products(self._crosses, shift, x)
+        add_products(self._cross, shift, x)
 
     def hold_out(self, x: Tensor, shift: Tensor | None = None, mask: Tensor | None = None) -> None:
         """Add a batch that choices are measured on; the arguments are those of `add`."""
@@ -230,16 +230,16 @@ class LayerMoments:
     @property
     def has_shift(self) -> bool:
         """Whether the output lacks anything."""
-        return any(t is not None and bool(t.any()) for t in (self._crosses, self.input.lacks))
+        return any(t is not None and bool(t.any()) for t in (self._cross, self.input.lacks))
 
     @property
-    def crosses(self) -> Tensor:
+    def cross(self) -> Tensor:
         """Σ shift xᵀ, float32 [2, out, in], by half."""
-        return self.crosses_of(slice(None))
+        return self.cross_of(slice(None))
 
-    def crosses_of(self, rows: slice) -> Tensor:
+    def cross_of(self, rows: slice) -> Tensor:
         """The same of some outputs."""
-        found = None if self._crosses is None else self._crosses[:, rows]
+        found = None if self._cross is None else self._cross[:, rows]
         if self.input.lacks is None or self._weight is None:
             size = len(range(*rows.indices(self.out_features)))
             return torch.zeros(2, size, self.in_features) if found is None else found

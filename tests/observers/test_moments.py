@@ -11,7 +11,7 @@ def test_sums_over_both_halves_are_the_sums_over_all_tokens():
     x, shift = x.flatten(0, 1), shift.flatten(0, 1)
     assert moments.tokens == 35
     assert torch.allclose(moments.hessian, x.T @ x, atol=1e-4)
-    assert torch.allclose(moments.crosses.sum(0), shift.T @ x, atol=1e-4)
+    assert torch.allclose(moments.cross.sum(0), shift.T @ x, atol=1e-4)
     assert torch.allclose(moments.importance, x.square().mean(0), atol=1e-5)
     assert torch.allclose(moments.total, x.double().sum(0), atol=1e-5)
     assert torch.allclose(moments.total_shift, shift.double().sum(0), atol=1e-5)
@@ -28,7 +28,7 @@ def test_padding_does_not_count():
     two.add(x[mask], shift[mask])
     assert one.tokens == two.tokens == 10
     assert torch.allclose(one.hessian, two.hessian)
-    assert torch.allclose(one.crosses, two.crosses)
+    assert torch.allclose(one.cross, two.cross)
 
 
 def test_one_token_is_enough():

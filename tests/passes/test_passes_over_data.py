@@ -134,7 +134,7 @@ def test_what_an_input_lacks_becomes_the_shift_of_each_output(graph):
             shift = (clean - noisy) @ gm.get_submodule(name).weight.T
             moments = seen[name]
             expected = shift[fitted].T @ noisy[fitted]
-            assert torch.allclose(moments.crosses.sum(0), expected, rtol=1e-3, atol=1e-3)
+            assert torch.allclose(moments.cross.sum(0), expected, rtol=1e-3, atol=1e-3)
             assert torch.allclose(moments.total_shift, shift[fitted].double().sum(0), atol=1e-3)
             weight = gm.get_submodule(name).weight
             zero = torch.zeros(len(weight))

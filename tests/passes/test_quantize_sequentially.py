@@ -41,9 +41,9 @@ def test_each_layer_sees_what_the_quantized_layers_before_it_produce():
     assert moments.tokens == 23 * 5
     assert torch.allclose(moments.hessian, noisy.T @ noisy, rtol=1e-4, atol=1e-3)
     shift = (clean - noisy) @ gm.second.weight.T
-    assert torch.allclose(moments.crosses.sum(0), shift.T @ noisy, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(moments.cross.sum(0), shift.T @ noisy, rtol=1e-3, atol=1e-3)
     assert torch.allclose(moments.total_shift, shift.double().sum(0), atol=1e-3)
-    assert seen["first"].crosses.abs().max() == 0
+    assert seen["first"].cross.abs().max() == 0
 
 
 def test_the_error_of_a_residual_is_part_of_the_shift():
@@ -64,7 +64,7 @@ def test_the_error_of_a_residual_is_part_of_the_shift():
         shift = gm.second(clean.relu()) - gm.second(noisy.relu()) + clean - noisy
     moments = seen["second"]
     assert torch.allclose(moments.total_shift, shift.double().sum(0), atol=1e-3)
-    assert torch.allclose(moments.crosses.sum(0), shift.T @ noisy.relu(), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(moments.cross.sum(0), shift.T @ noisy.relu(), rtol=1e-3, atol=1e-3)
 
 
 def test_layers_in_opaque_modules_and_shared_layers_are_reached():
