@@ -38,10 +38,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The C++ extension on random products and weights, checked against double, under two sanitizers.
+# The C++ extension on random products, weights and attention, checked against double, under two sanitizers.
 # libgomp's own memory would count as leaked.
 CSRC := fxquant/kernels/csrc
-CHECKS := build/sanitize/check_linear build/sanitize/check_rounding
+CHECKS := $(addprefix build/sanitize/,check_linear check_rounding check_attention)
 KERNEL := $(patsubst $(CSRC)/%.cpp,build/sanitize/%.o,$(filter-out %/module.cpp,$(wildcard $(CSRC)/*.cpp)))
 SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
 # GCC takes twice as long over the unrolled products otherwise: -g1 still names the lines.
@@ -58,7 +58,7 @@ $(CHECKS): %: %.o $(KERNEL)
 # and qemu-user. The emulated CPUs have and have not the dot product of bytes.
 ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_ROOT ?= /usr/aarch64-linux-gnu
-ARM_CHECKS := build/arm/check_linear build/arm/check_rounding
+ARM_CHECKS := $(patsubst build/sanitize/%,build/arm/%,$(CHECKS))
 ARM_KERNEL := $(patsubst build/sanitize/%,build/arm/%,$(KERNEL))
 
 arm: $(ARM_CHECKS)

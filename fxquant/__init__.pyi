@@ -21,6 +21,7 @@ from .exporters.export import check_export, export
 from .exporters.findings import Finding
 from .exporters.load import RoundedScalesWarning, load_checkpoint
 from .exporters.stream import quantize_checkpoint
+from .fusion.fuse import fuse
 from .measure.quantization_info import (
     AccuracyWarning,
     QuantizationInfo,
@@ -102,6 +103,7 @@ __all__ = [
     "diff",
     "draw",
     "export",
+    "fuse",
     "info",
     "insert_observers",
     "load_checkpoint",

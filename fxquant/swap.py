@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
 from fxquant.errors import OptionError
+from fxquant.fusion.fused import refuse_fused
 from fxquant.graph.copying import copy_owning_tensors
 from fxquant.graph.graph_module import check_graph
 from fxquant.graph.identity import FINGERPRINT, first_difference
@@ -52,8 +53,8 @@ def swap_modules(model: M, qmodel: GraphModule, *, share_memory: bool = False) -
         `fxquant_left_float` and in a `LeftFloatWarning`.
 
     Raises:
-        OptionError: `qmodel` was made from another model, or has a channel scale folded into a
-            layer that would stay float.
+        OptionError: `qmodel` was made from another model, is fused, or has a channel scale folded
+            into a layer that would stay float.
     """
     inner = unwrap(model)
     check_graph("qmodel", qmodel)
@@ -119,6 +120,7 @@ def _check_same_model(model: nn.Module, qmodel: GraphModule, *, values: bool) ->
 
 def _plan(model: nn.Module, qmodel: GraphModule, *, with_parameters: bool) -> _Plan:
     """What is to be replaced, and which float parameters are taken over."""
+    refuse_fused("swap_modules", qmodel)
     plan = _Plan(options=(qmodel.meta.get(INFO_KEY) or {}).get("config") or {})
     own = dict(model.named_modules(remove_duplicate=False))
     own["model"] = own.get("model", model)

@@ -16,7 +16,7 @@ PUBLIC = [
     "SensitivityRow",
     "TraceError", "TraceReport", "WeightError", "allocate", "calculate_scale_zp_groupwise",
     "calibrate", "calibration_text", "check_accuracy_warnings", "check_export", "create_observer",
-    "dequantize_model", "dequantize_weight_int4", "diff", "draw", "export", "info",
+    "dequantize_model", "dequantize_weight_int4", "diff", "draw", "export", "fuse", "info",
     "insert_observers",
     "load_checkpoint", "load_into", "load_model", "pareto", "plan", "quantize",
     "quantize_checkpoint",

@@ -17,6 +17,27 @@ def linear(
     threads: int,
     /,
 ) -> bool: ...
+def attention(
+    query: int,
+    query_sizes: tuple[int, ...],
+    query_strides: tuple[int, ...],
+    key: int,
+    key_sizes: tuple[int, ...],
+    key_strides: tuple[int, ...],
+    value: int,
+    value_sizes: tuple[int, ...],
+    value_strides: tuple[int, ...],
+    y: int,
+    float_type: int,
+    mask: int,
+    mask_type: int,
+    mask_sizes: tuple[int, ...],
+    mask_strides: tuple[int, ...],
+    is_causal: bool,
+    scale: float,
+    threads: int,
+    /,
+) -> bool: ...
 def round_groups(
     weight: int,
     weight_type: int,

@@ -24,6 +24,7 @@ from fxquant.graph.structures import (
     named_tuple,
     output_dict,
 )
+from fxquant.kernels.attention import attention
 from fxquant.modules.activation import dequantize_activation, quantize_activation
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
@@ -43,6 +44,7 @@ FXQUANT_FUNCTIONS: tuple[Callable[..., Any], ...] = (
     merge_attention_masks,
     quantize_activation,
     dequantize_activation,
+    attention,
 )
 # They describe themselves.
 DESCRIBED: dict[str, Any] = {

@@ -88,6 +88,13 @@ def _several(kind: Kind) -> Kind:
     return check
 
 
+def _parts(kind: Kind) -> Kind:
+    """A tuple of some, not of none."""
+    return lambda value: (
+        isinstance(value, tuple) and 0 < len(value) <= MOST_PARTS and all(map(kind, value))
+    )
+
+
 def _or_none(kind: Kind) -> Kind:
     return lambda value: value is None or kind(value)
 
@@ -142,6 +149,7 @@ KINDS: dict[str, Kind] = {
     "experts": _whole(1, MOST_EXPERTS),
     "dims": _whole(1, 3),
     **_named(_or_none(_SIZES), "kernel_size stride dilation output_padding normalized_shape"),
+    "sizes": _parts(_whole(1, LARGEST_ARGUMENT)),
     "output_size": _or_none(_several(_or_none(_SIZE))),
     "size": _or_none(_several(_or_none(_whole(-LARGEST_ARGUMENT, LARGEST_ARGUMENT)))),
     "padding": _is_padding,
@@ -176,7 +184,7 @@ KINDS: dict[str, Kind] = {
 # Arguments that say nothing about the module, or only where its first values come from.
 _UNSAVED_ARGUMENTS = _words(
     "self device dtype size_average reduce min_value max_value _weight _freeze _random_samples "
-    "args kwargs table layers matrix"
+    "args kwargs table layers matrix linear"
 )
 _RECURRENT_ARGUMENTS = _words(
     "input_size hidden_size num_layers bias batch_first dropout bidirectional"

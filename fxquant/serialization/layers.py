@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fxquant.errors import FxquantError
 from fxquant.modules.conv import QuantizedConv
 from fxquant.modules.embedding import QuantizedEmbedding
+from fxquant.modules.fused_linear import FusedLinear
 from fxquant.modules.grouped_linear import GroupedLinear, QuantizedGroupedLinear
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.observers import OBSERVERS
@@ -62,6 +63,7 @@ _OWN: dict[str, type[nn.Module]] = {
     for cls in (
         *HOLDERS, *_STACKS, TraceableMultiheadAttention, TraceableTransformerEncoderLayer,
         QuantizedEmbedding, GroupedLinear, QuantizedGroupedLinear, QuantizedConv,
+        FusedLinear,
     )
 } | _OBSERVERS  # fmt: skip
 

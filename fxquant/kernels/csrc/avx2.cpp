@@ -14,7 +14,7 @@ namespace fxquant {
 
 const InstructionSet* avx2() {
   static constexpr InstructionSet set{"avx2", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
-                                  round_rows};
+                                  round_rows, attend, attention_scratch_bytes};
   return has_avx2() ? &set : nullptr;
 }
 

@@ -5,6 +5,8 @@
 #include <immintrin.h>
 
 #define FXQUANT_AVX2
+#include "floats_avx2.h"
+#include "attention_rows.h"
 #include "blocked.h"
 #include "rounding_rows.h"
 #include "unrolled.h"

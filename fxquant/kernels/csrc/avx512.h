@@ -10,6 +10,8 @@
 #endif
 
 #define FXQUANT_AVX512
+#include "floats_avx512.h"
+#include "attention_rows.h"
 #include "blocked.h"
 #include "rounding_rows.h"
 #include "unrolled.h"

@@ -153,7 +153,7 @@ struct FloatMode {
 
 const InstructionSet* avx512_bf16() {
   static constexpr InstructionSet set{"avx512_bf16", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
-                                  round_rows};
+                                  round_rows, attend, attention_scratch_bytes};
   return has_avx512_bf16() ? &set : nullptr;
 }
 

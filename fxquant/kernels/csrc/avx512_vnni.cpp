@@ -77,7 +77,7 @@ struct FloatMode : ByteCodes {
 
 const InstructionSet* avx512_vnni() {
   static constexpr InstructionSet set{"avx512_vnni", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
-                                  round_rows};
+                                  round_rows, attend, attention_scratch_bytes};
   return has_avx512_vnni() ? &set : nullptr;
 }
 

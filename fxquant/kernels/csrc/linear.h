@@ -86,6 +86,7 @@ struct Kernel {
   void (*multiply)(const Call&, const Panel&, int64_t first, int64_t last);
 };
 
+struct Attention;
 struct Rounding;
 
 struct InstructionSet {
@@ -94,6 +95,9 @@ struct InstructionSet {
   Kernel int8_kernel;
   // See rounding.h: rounds the rows first .. last - 1 of a weight.
   void (*round_rows)(const Rounding&, int64_t first, int64_t last, uint8_t* scratch);
+  // See attention.h: computes the units first .. last - 1.
+  void (*attend)(const Attention&, int64_t first, int64_t last, uint8_t* scratch);
+  int64_t (*attention_scratch_bytes)(const Attention&);
 };
 
 // Null where the compiler or the CPU does not have it.

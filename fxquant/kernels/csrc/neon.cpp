@@ -11,7 +11,7 @@ namespace fxquant {
 
 const InstructionSet* neon() {
   static constexpr InstructionSet set{"neon", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
-                                      round_rows};
+                                      round_rows, attend, attention_scratch_bytes};
   return &set;
 }
 

@@ -5,6 +5,8 @@
 
 #include <arm_neon.h>
 
+#include "floats_neon.h"
+#include "attention_rows.h"
 #include "blocked.h"
 #include "rounding_rows.h"
 #include "unrolled.h"

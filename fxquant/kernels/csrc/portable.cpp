@@ -1,5 +1,7 @@
 // Plain C++ for any CPU: everything is multiplied in float32. Products of int8 values are exact
 // there, as the sums of a group stay below 2^24.
+#include "floats_portable.h"
+#include "attention_rows.h"
 #include "blocked.h"
 #include "rounding_rows.h"
 #include "unrolled.h"
@@ -107,7 +109,7 @@ struct Int8Mode : PortableMode, GroupByGroup<Int8Mode> {
 
 const InstructionSet* portable() {
   static constexpr InstructionSet set{"portable", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
-                                  round_rows};
+                                  round_rows, attend, attention_scratch_bytes};
   return &set;
 }
 

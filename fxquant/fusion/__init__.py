@@ -1,0 +1,11 @@
+"""Fusion: operations of a quantized graph that run as one.
+
+| file | does |
+|---|---|
+| `fuse.py` | `fuse`: every pattern on a copy of a graph |
+| `patterns.py` | the table of patterns |
+| `attention.py` | scaled dot product attention, with heads that share keys |
+| `shared_inputs.py` | linear layers that read one value |
+| `strides.py` | whether a value may lie in memory in another way |
+| `fused.py` | what of a graph was fused |
+"""

@@ -1,0 +1,46 @@
+"""The table of patterns: to fuse something else, add a row and a test model.
+
+A row changes a graph in place wherever its pattern is exact, and leaves it alone elsewhere. Nodes
+whose value stays keep their names, so that `diff` shows what became of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+from fxquant.fusion.attention import fuse_attention
+from fxquant.fusion.shared_inputs import fuse_shared_inputs
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Something that a graph computes in several nodes, and one kernel at once.
+
+    Attributes:
+        name: a word for it.
+        before: what it looks like.
+        after: what stands in its place.
+        apply: fuses it everywhere in a graph.
+    """
+
+    name: str
+    before: str
+    after: str
+    apply: Callable[[GraphModule], None]
+
+
+PATTERNS: tuple[Pattern, ...] = (
+    Pattern(
+        "attention",
+        before="scaled_dot_product_attention without dropout; keys and values repeated for heads",
+        after="fxquant's attention, which reads them where they lie",
+        apply=fuse_attention,
+    ),
+    Pattern(
+        "shared input",
+        before="linear layers of one format that read one value",
+        after="a FusedLinear with the rows of all; their outputs are views of its output",
+        apply=fuse_shared_inputs,
+    ),
+)
