@@ -38,10 +38,11 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The C++ extension on random products, weights and attention, checked against double, under two sanitizers.
+# The C++ extension on random products, weights, attention and norms, checked against double under
+# two sanitizers.
 # libgomp's own memory would count as leaked.
 CSRC := fxquant/kernels/csrc
-CHECKS := $(addprefix build/sanitize/,check_linear check_rounding check_attention)
+CHECKS := $(addprefix build/sanitize/,check_linear check_rounding check_attention check_norm)
 KERNEL := $(patsubst $(CSRC)/%.cpp,build/sanitize/%.o,$(filter-out %/module.cpp,$(wildcard $(CSRC)/*.cpp)))
 SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
 # GCC takes twice as long over the unrolled products otherwise: -g1 still names the lines.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import nn
+from torch.fx import GraphModule
 
 from fxquant.errors import OptionError, check_choice
 from fxquant.exporters.findings import Finding, refuse_losses
@@ -14,6 +15,7 @@ from fxquant.exporters.load import CHECKPOINT_FORMATS, load_checkpoint
 from fxquant.exporters.onnx import Onnx
 from fxquant.exporters.pt2 import Pt2
 from fxquant.exporters.source import Source, source_of
+from fxquant.fusion.fused import fused_nodes
 
 
 class ExportFormat(Protocol):
@@ -63,7 +65,7 @@ def export(
     """
     chosen = _format(format, options)
     source = _source(model)
-    findings = list(chosen.findings(source))
+    findings = _findings(chosen, source)
     refuse_losses(format, findings)
     chosen.write(source, path)
     return findings
@@ -84,7 +86,16 @@ def check_export(
         OptionError: the format or an option is unknown.
     """
     chosen = _format(format, options)
-    return list(chosen.findings(_source(model)))
+    return _findings(chosen, _source(model))
+
+
+def _findings(chosen: ExportFormat, source: Source) -> list[Finding]:
+    """What would be lost: of a fused graph everything, but in a file of torch.export."""
+    fused = fused_nodes(source.model) if isinstance(source.model, GraphModule) else []
+    if fused and not isinstance(chosen, Pt2):
+        problem = "a part of a fused graph, which runtimes fuse in ways of their own"
+        return [Finding(name, problem, "Export the graph that fuse was given.") for name in fused]
+    return list(chosen.findings(source))
 
 
 def _source(model: nn.Module | str | os.PathLike[str]) -> Source:

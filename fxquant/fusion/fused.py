@@ -4,9 +4,10 @@ from torch.fx import GraphModule
 
 from fxquant.errors import OptionError
 from fxquant.kernels.attention import attention
+from fxquant.kernels.norm import add_and_norm, norm
 from fxquant.modules.fused_linear import FusedLinear
 
-FUNCTIONS = (attention,)
+FUNCTIONS = (attention, norm, add_and_norm)
 MODULES = (FusedLinear,)
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from fxquant.fusion.attention import fuse_attention
+from fxquant.fusion.functions import fuse_functions
+from fxquant.fusion.norms import fuse_norms
 from fxquant.fusion.shared_inputs import fuse_shared_inputs
 
 
@@ -42,5 +44,17 @@ PATTERNS: tuple[Pattern, ...] = (
         before="linear layers of one format that read one value",
         after="a FusedLinear with the rows of all; their outputs are views of its output",
         apply=fuse_shared_inputs,
+    ),
+    Pattern(
+        "function",
+        before="a linear layer, then GELU (either form), ReLU, SiLU or tanh",
+        after="a FusedLinear that applies the function to its output",
+        apply=fuse_functions,
+    ),
+    Pattern(
+        "norm",
+        before="an addition, then LayerNorm; RMSNorm written out, with or without an addition",
+        after="fxquant's norm, or add_and_norm where the sum is read again",
+        apply=fuse_norms,
     ),
 )

@@ -13,18 +13,12 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch.fx import GraphModule, Node
 
+from fxquant.fusion.layers import OwnLayers, called_layer, free_target
 from fxquant.fusion.strides import free_strides, let_strides_change
 from fxquant.graph.effects import writes_before
-from fxquant.graph.layers import has_hooks, target_of
-from fxquant.modules.embedding import QuantizedEmbedding
 from fxquant.modules.fused_linear import FusedLinear
-from fxquant.modules.linear import QuantizedLinear
-from fxquant.modules.linear_int4 import QuantizedLinearInt4
-from fxquant.modules.linear_int8 import QuantizedLinearInt8
 from fxquant.modules.linear_intn import QuantizedLinearIntN
 from fxquant.numerics.quantized_weight import QuantizedWeight
-
-FORMATS = (QuantizedLinearInt4, QuantizedLinearInt8, QuantizedLinearIntN)
 
 
 def fuse_shared_inputs(gm: GraphModule) -> None:
@@ -41,45 +35,13 @@ def fuse_shared_inputs(gm: GraphModule) -> None:
 
 def _groups(gm: GraphModule) -> Iterator[list[Node]]:
     """Calls of layers that can be one, in the order of the graph."""
-    calls = _calls(gm)
-    writes = writes_before(gm)
-    owners = _owners(gm)
+    own, writes = OwnLayers(gm), writes_before(gm)
     groups: dict[Hashable, list[Node]] = defaultdict(list)
     for node in gm.graph.nodes:
-        layer = _layer(gm, node)
-        if layer is None or calls[str(node.target)] > 1 or owners[id(layer.packed_memory)] > 1:
-            continue
-        groups[node.args[0], writes[node], _format(layer)].append(node)
+        layer = own.layer(node)
+        if layer is not None:
+            groups[node.args[0], writes[node], _format(layer)].append(node)
     return (nodes for nodes in groups.values() if len(nodes) > 1)
-
-
-def _layer(gm: GraphModule, node: Node) -> QuantizedLinearIntN | None:
-    """The layer that a node calls with nothing but a value, if it is one that can be joined."""
-    if node.op != "call_module" or node.kwargs or len(node.args) != 1:
-        return None
-    layer = gm.get_submodule(str(node.target))
-    if type(layer) not in FORMATS or has_hooks(layer) or not isinstance(node.args[0], Node):
-        return None
-    assert isinstance(layer, QuantizedLinearIntN)  # for type checkers
-    return layer
-
-
-def _calls(gm: GraphModule) -> dict[str, int]:
-    """How often each target is called, under all names that its module has."""
-    times: dict[int, int] = defaultdict(int)
-    targets = [str(n.target) for n in gm.graph.nodes if n.op == "call_module"]
-    for target in targets:
-        times[id(gm.get_submodule(target))] += 1
-    return {target: times[id(gm.get_submodule(target))] for target in targets}
-
-
-def _owners(gm: GraphModule) -> dict[int, int]:
-    """How many layers hold each packed weight: tied ones must go on sharing it."""
-    owners: dict[int, int] = defaultdict(int)
-    for module in gm.modules():
-        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
-            owners[id(module.packed_memory)] += 1
-    return owners
 
 
 def _format(layer: QuantizedLinearIntN) -> Hashable:
@@ -92,8 +54,8 @@ def _format(layer: QuantizedLinearIntN) -> Hashable:
 
 
 def _fuse(gm: GraphModule, nodes: Sequence[Node]) -> None:
-    layers = [layer for node in nodes if (layer := _layer(gm, node)) is not None]
-    target = _free_target(gm, nodes)
+    layers = [layer for node in nodes if (layer := called_layer(gm, node)) is not None]
+    target = free_target(gm, [str(node.target) for node in nodes])
     gm.add_submodule(target, _joined(layers))
     with gm.graph.inserting_before(nodes[0]):
         fused = gm.graph.call_module(target, nodes[0].args)
@@ -109,12 +71,4 @@ def _joined(layers: Sequence[QuantizedLinearIntN]) -> FusedLinear:
     linear = type(first)(weight, bias, first.activation, first.weight.dtype)
     linear.train(first.training)
     sizes = tuple(layer.out_features for layer in layers)
-    return FusedLinear(first.in_features, sizes, linear).train(first.training)
-
-
-def _free_target(gm: GraphModule, nodes: Sequence[Node]) -> str:
-    """A path beside the first layer, with the last parts of all names: `attn.q_k_v`."""
-    parent, _, _ = str(nodes[0].target).rpartition(".")
-    name = "_".join(str(node.target).rpartition(".")[2] for node in nodes)
-    taken = {path for path, _ in gm.named_modules(remove_duplicate=False)}
-    return target_of(f"{parent}.{name}" if parent else name, taken)
+    return FusedLinear(first.in_features, sizes, linear=linear).train(first.training)

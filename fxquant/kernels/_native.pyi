@@ -14,6 +14,7 @@ def linear(
     bits: int,
     symmetric: bool,
     int8: bool,
+    function: int,
     threads: int,
     /,
 ) -> bool: ...
@@ -38,6 +39,21 @@ def attention(
     threads: int,
     /,
 ) -> bool: ...
+def norm(
+    x: int,
+    residual: int,
+    float_type: int,
+    rows: int,
+    columns: int,
+    weight: int,
+    bias: int,
+    sums: int,
+    y: int,
+    is_rms: bool,
+    epsilon: float,
+    threads: int,
+    /,
+) -> None: ...
 def round_groups(
     weight: int,
     weight_type: int,

@@ -15,6 +15,7 @@ from fxquant.errors import OptionError
 from fxquant.kernels.code_fields import unit_inputs
 from fxquant.kernels.eager import is_plain
 from fxquant.kernels.extension import FLOAT_TYPES, NOT_BUILT, _native
+from fxquant.kernels.functions import FUNCTIONS, NUMBERS
 from fxquant.kernels.gradient import gradients_of_linear, needs_gradient
 from fxquant.kernels.interface import LinearSpec
 from fxquant.kernels.native_layout import (
@@ -48,8 +49,12 @@ def _multiply(
     bits: int,
     symmetric: bool,
     int8_activations: bool,
+    function: str = "none",
 ) -> Tensor:
-    """The op, for a weight and a bias that a layer owns: where they lie is not checked."""
+    """The op, for a weight and a bias that a layer owns: where they lie is not checked.
+
+    A function, one of `FUNCTIONS`, is applied to what the op gives.
+    """
     x = x.contiguous()
     shape, x_type = x.shape, FLOAT_TYPES.get(x.dtype)
     y = x.new_empty(*shape[:-1], out_features)  # separate ints parse faster than a tuple
@@ -75,6 +80,7 @@ def _multiply(
             bits,
             symmetric,
             int8_activations,
+            NUMBERS[function],
             torch.get_num_threads(),
         )
     ):
@@ -186,16 +192,29 @@ class NativeBackend:
     ) -> Tensor:
         """Call the op, past the dispatcher where that changes nothing."""
         call = _multiply if is_plain(x) and not needs_gradient(x, bias) else LINEAR_INTN
-        return call(
-            x,
-            tensors[0],
-            bias,
-            spec.in_features,
-            spec.out_features,
-            spec.bits,
-            spec.symmetric,
-            spec.activation == "int8",
-        )
+        return call(x, tensors[0], bias, *_form(spec))
+
+    def matmul_then(
+        self,
+        function: str,
+        x: Tensor,
+        tensors: tuple[Tensor, ...],
+        spec: LinearSpec,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """One of `FUNCTIONS` of the product, applied while that is in the cache.
+
+        For tracers and gradients it is an op of its own.
+        """
+        if is_plain(x) and not needs_gradient(x, bias):
+            return _multiply(x, tensors[0], bias, *_form(spec), function)
+        return FUNCTIONS[function](LINEAR_INTN(x, tensors[0], bias, *_form(spec)))
+
+
+def _form(spec: LinearSpec) -> tuple[int, int, int, bool, bool]:
+    """The op's last arguments."""
+    int8_activations = spec.activation == "int8"
+    return spec.in_features, spec.out_features, spec.bits, spec.symmetric, int8_activations
 
 
 NATIVE = NativeBackend()

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.kernels.choose import choose_backend, explain_backend
+from fxquant.kernels.functions import FUNCTIONS
 from fxquant.kernels.interface import LinearSpec
+from fxquant.kernels.native import NATIVE
 from fxquant.modules.linear import (
     FLOAT_DTYPES,
     QuantizedLinear,
@@ -186,6 +188,13 @@ class QuantizedLinearIntN(QuantizedLinear):
         return self._backend.matmul(
             input, self._kernel_tensors(), self._spec, self._buffers["bias"]
         )
+
+    def forward_then(self, input: Tensor, function: str) -> Tensor:
+        """One of `kernels.functions.FUNCTIONS` of the output, in one step where the kernel can."""
+        if self._backend is NATIVE and input.dtype is not torch.float64:
+            tensors, bias = self._kernel_tensors(), self._buffers["bias"]
+            return NATIVE.matmul_then(function, input, tensors, self._spec, bias)
+        return FUNCTIONS[function](self.forward(input))
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle holds: the saved layout, not that of this CPU's kernel."""

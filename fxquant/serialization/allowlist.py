@@ -25,6 +25,7 @@ from fxquant.graph.structures import (
     output_dict,
 )
 from fxquant.kernels.attention import attention
+from fxquant.kernels.norm import add_and_norm, norm
 from fxquant.modules.activation import dequantize_activation, quantize_activation
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
@@ -45,6 +46,8 @@ FXQUANT_FUNCTIONS: tuple[Callable[..., Any], ...] = (
     quantize_activation,
     dequantize_activation,
     attention,
+    norm,
+    add_and_norm,
 )
 # They describe themselves.
 DESCRIBED: dict[str, Any] = {

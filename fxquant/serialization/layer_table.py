@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxquant.kernels.functions import FUNCTIONS
+
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
@@ -162,6 +164,7 @@ KINDS: dict[str, Kind] = {
     **_named(_or_none(_is_flag), "align_corners recompute_scale_factor"),
     "padding_mode": _choice("zeros", "reflect", "replicate", "circular"),
     "nonlinearity": _choice("tanh", "relu"),
+    "function": _choice(*FUNCTIONS),
     "approximate": _choice("none", "tanh"),
     "activation": _choice("relu", "gelu"),
     "reduction": _choice("none", "mean", "sum", "batchmean"),

@@ -11,6 +11,7 @@ import fxquant
 from fxquant.errors import OptionError
 from fxquant.fusion.fused import fused_nodes
 from fxquant.kernels.attention import attention
+from fxquant.kernels.norm import add_and_norm, norm
 from fxquant.modules.fused_linear import FusedLinear
 from tests import zoo
 
@@ -30,19 +31,26 @@ def kinds(gm):
     """How many of each fused node a graph has."""
     targets = [node.target for node in gm.graph.nodes]
     layers = [m for m in gm.modules() if isinstance(m, FusedLinear)]
-    return {"attention": targets.count(attention), "layers": sorted(len(m.sizes) for m in layers)}
+    return {
+        "attention": targets.count(attention),
+        "layers": sorted(len(m.sizes) for m in layers if len(m.sizes) > 1),
+        "functions": sum(m.function != "none" for m in layers),
+        "norms": targets.count(norm) + targets.count(add_and_norm),
+    }
+
+
+def counts(attention, layers, functions, norms):
+    return {"attention": attention, "layers": layers, "functions": functions, "norms": norms}
 
 
 ZOO = {
-    "bert": {"attention": 2, "layers": [3, 3]},
-    "gpt2": {"attention": 2, "layers": []},  # its projection is one layer already
-    "llama": {"attention": 2, "layers": [2, 2, 3, 3]},
-    "vit": {"attention": 2, "layers": [3, 3]},
-    "whisper": {"attention": 6, "layers": [2, 2, 3, 3, 3, 3]},
-    "gemma2": {"attention": 0, "layers": [2, 2, 3, 3]},  # its scores are capped by tanh
+    "bert": counts(2, [3, 3], 3, 5),  # its pooler has a tanh
+    "gpt2": counts(2, [], 2, 5),  # its projection is one layer already
+    "llama": counts(2, [2, 2, 3, 3], 0, 5),
+    "vit": counts(2, [3, 3], 3, 5),
+    "whisper": counts(6, [2, 2, 3, 3, 3, 3], 4, 12),
+    "gemma2": counts(0, [2, 2, 3, 3], 0, 0),  # scores capped by tanh, norms with 1 + weight
 }
-
-
 CASES = [
     *((name, torch.float32) for name in ZOO),
     *((n, torch.bfloat16) for n in ("bert", "llama")),
@@ -236,8 +244,12 @@ def test_diff_shows_what_was_fused():
 def test_who_needs_the_plain_graph_says_so():
     model, inputs = zoo.build("bert"), zoo.inputs("bert")
     plain, _ = fxquant.quantize(model, [inputs], group_size=32, accuracy_warning="ignore")
+    fused = fxquant.fuse(plain)
     with pytest.raises(OptionError, match="fused graph"):
-        fxquant.swap_modules(model, fxquant.fuse(plain))
+        fxquant.swap_modules(model, fused)
+    findings = fxquant.check_export(fused, "compressed-tensors")
+    assert {finding.where for finding in findings} == set(fused_nodes(fused))
+    assert fxquant.check_export(fused, "pt2") == []
 
 
 def test_memory_is_its_own_unless_it_is_shared():

@@ -5,8 +5,8 @@
 
 #include <cmath>
 
+#include "activation.h"
 #include "attention.h"
-#include "exponential.h"
 #include "numbers.h"
 #include "unrolled.h"
 
@@ -223,7 +223,6 @@ inline void mask_row(const Attention& call, const Chunk& chunk, int64_t row, int
 // Makes scores exponentials against the largest so far; what was summed before is scaled to it.
 inline void soften(int64_t count, float* scores, float* largest_so_far, float* total, float* sums,
                    int64_t width) {
-  constexpr float kLog2e = 0x1.715476p0f;
   Floats most = load_floats_at(scores);
   for (int64_t j = kFloats; j < count; j += kFloats) {
     most = largest(most, load_floats_at(scores + j));

@@ -14,7 +14,8 @@ namespace fxquant {
 
 const InstructionSet* avx2() {
   static constexpr InstructionSet set{"avx2", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
-                                  round_rows, attend, attention_scratch_bytes};
+                                  round_rows,
+                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes};
   return has_avx2() ? &set : nullptr;
 }
 

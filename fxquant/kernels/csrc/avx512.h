@@ -13,6 +13,7 @@
 #include "floats_avx512.h"
 #include "attention_rows.h"
 #include "blocked.h"
+#include "norm_rows.h"
 #include "rounding_rows.h"
 #include "unrolled.h"
 

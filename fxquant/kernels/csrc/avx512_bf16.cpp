@@ -153,7 +153,8 @@ struct FloatMode {
 
 const InstructionSet* avx512_bf16() {
   static constexpr InstructionSet set{"avx512_bf16", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
-                                  round_rows, attend, attention_scratch_bytes};
+                                  round_rows,
+                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes};
   return has_avx512_bf16() ? &set : nullptr;
 }
 

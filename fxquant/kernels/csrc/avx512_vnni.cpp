@@ -77,7 +77,8 @@ struct FloatMode : ByteCodes {
 
 const InstructionSet* avx512_vnni() {
   static constexpr InstructionSet set{"avx512_vnni", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
-                                  round_rows, attend, attention_scratch_bytes};
+                                  round_rows,
+                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes};
   return has_avx512_vnni() ? &set : nullptr;
 }
 

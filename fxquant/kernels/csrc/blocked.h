@@ -17,6 +17,7 @@
 
 #include <type_traits>
 
+#include "activation.h"
 #include "codes.h"
 #include "numbers.h"
 
@@ -214,6 +215,7 @@ void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last)
     }
     for (int row = first_row; row < last_row; ++row) {
       const int64_t offset = (panel.first_row + row) * weight.out_features + column;
+      apply(call.function, outputs + (row - first_row) * NR, NR);
       store_floats(outputs + (row - first_row) * NR, columns, call.y, call.x_type, offset);
     }
   }

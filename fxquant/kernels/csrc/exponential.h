@@ -6,10 +6,10 @@
 namespace fxquant {
 namespace {
 
-// 2^x within 2e-7 of its value for x up to 127; 0 below -127.
+// 2^x within 2e-7 of its value; 0 below −127, infinite from 127.5 on.
 inline Floats exp2_of(Floats x) {
   constexpr float kShift = 0x1.8p23f;  // adding it rounds to a whole number in the last bits
-  x = largest(all_floats(-127.0f), x);
+  x = smallest(all_floats(128.0f), largest(all_floats(-127.0f), x));
   const Floats shifted = add(x, all_floats(kShift));
   const Floats rest = subtract(x, subtract(shifted, all_floats(kShift)));
   // The series of 2^rest, |rest| <= 1/2: ln(2)^k / k!

@@ -2,8 +2,8 @@
 //   kFloats           float32 in a register, `Floats`
 //   kTileRows         rows of a tile of sums; kTileVectors: registers of each of its rows
 //   fma(a, b, c)      a · b + c, rounded once where the CPU can
-//   largest(a, b)     b where either is NaN
-//   power_of_two(x)   2^n, where x was computed as n + 1.5 · 2^23 and −127 <= n <= 127
+//   largest(a, b), smallest(a, b)   b where either is NaN
+//   power_of_two(x)   2^n, where x was computed as n + 1.5 · 2^23, n in −127 .. 128 (infinite)
 //   sum_of(a)         of its lanes; largest_of(a): the largest of its lanes, none of them NaN
 #pragma once
 
@@ -25,6 +25,8 @@ inline Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats largest(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline Floats smallest(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+inline Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 
 inline Floats power_of_two(Floats x) {
   const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(x), 23);

@@ -18,6 +18,8 @@ inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats largest(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats smallest(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 
 // Inline assembly, because GCC 12 spills accumulators that it manages itself.
 inline Floats fma(Floats a, Floats b, Floats c) {

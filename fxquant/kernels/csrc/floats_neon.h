@@ -19,6 +19,8 @@ inline Floats subtract(Floats a, Floats b) { return vsubq_f32(a, b); }
 inline Floats times(Floats a, Floats b) { return vmulq_f32(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
 inline Floats largest(Floats a, Floats b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+inline Floats smallest(Floats a, Floats b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+inline Floats divide(Floats a, Floats b) { return vdivq_f32(a, b); }
 
 inline Floats power_of_two(Floats x) {
   const int32x4_t n = vshlq_n_s32(vreinterpretq_s32_f32(x), 23);

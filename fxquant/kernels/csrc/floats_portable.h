@@ -17,6 +17,8 @@ inline Floats subtract(Floats a, Floats b) { return a - b; }
 inline Floats times(Floats a, Floats b) { return a * b; }
 inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
 inline Floats largest(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats smallest(Floats a, Floats b) { return a < b ? a : b; }
+inline Floats divide(Floats a, Floats b) { return a / b; }
 inline Floats power_of_two(Floats x) { return as_float((as_bits(x) << 23) + 0x3f800000); }
 inline float sum_of(Floats a) { return a; }
 inline float largest_of(Floats a) { return a; }

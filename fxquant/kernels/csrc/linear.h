@@ -15,6 +15,9 @@ constexpr int MC = 192;        // rows of x that are prepared at a time
 
 enum class Float : int { f32, bf16, f16 };
 
+// What is applied to each output; see activation.h.
+enum class Function : int { none, relu, gelu, gelu_tanh, silu, tanh };
+
 // A weight, cut into blocks of 64 outputs and groups of inputs. A (block, group) is contiguous:
 //   scales       bfloat16 [64]
 //   zero points  float16 [64], absent where every zero point is 2^(bits - 1)
@@ -45,6 +48,7 @@ struct Call {
   Float bias_type;
   void* y;  // in the type of x
   int64_t rows;
+  Function function;
   int threads;
 };
 
@@ -87,6 +91,7 @@ struct Kernel {
 };
 
 struct Attention;
+struct Norm;
 struct Rounding;
 
 struct InstructionSet {
@@ -98,6 +103,9 @@ struct InstructionSet {
   // See attention.h: computes the units first .. last - 1.
   void (*attend)(const Attention&, int64_t first, int64_t last, uint8_t* scratch);
   int64_t (*attention_scratch_bytes)(const Attention&);
+  // See norm.h: norms the rows first .. last - 1.
+  void (*norm_rows)(const Norm&, int64_t first, int64_t last, uint8_t* scratch);
+  int64_t (*norm_scratch_bytes)(const Norm&);
 };
 
 // Null where the compiler or the CPU does not have it.

@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "codes.h"
 #include "linear.h"
+#include "norm.h"
 #include "rounding.h"
 
 namespace {
@@ -96,12 +97,12 @@ struct Arguments {
 };
 
 // linear(x, x_shape, x_type, bias, bias_type, y, weight, weight_shape, in, out, bits, symmetric, int8,
-// threads) -> whether the shapes belong together; with addresses as int, and types as 0 (float32),
-// 1 (bfloat16) or 2 (float16).
+// function, threads) -> whether the shapes belong together; with addresses as int, types as 0
+// (float32), 1 (bfloat16) or 2 (float16), and the function as a number of `Function`.
 PyObject* linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  constexpr Py_ssize_t kCount = 14;
+  constexpr Py_ssize_t kCount = 15;
   if (count != kCount) {
-    PyErr_SetString(PyExc_TypeError, "linear takes 14 arguments");
+    PyErr_SetString(PyExc_TypeError, "linear takes 15 arguments");
     return nullptr;
   }
   const Arguments given{arguments};
@@ -123,7 +124,8 @@ PyObject* linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   call.weight = weight_of(given.address(6), given.number(9), given.number(8), weight_shape[2],
                           given.number(10), given.number(11) != 0);
   call.int8 = given.number(12) != 0;
-  call.threads = static_cast<int>(given.number(13));
+  call.function = static_cast<fxquant::Function>(given.number(13));
+  call.threads = static_cast<int>(given.number(14));
   if (PyErr_Occurred()) return nullptr;
   if (x_shape[x_dimensions - 1] != call.weight.in_features ||
       !is_sound(call.weight, weight_shape)) {
@@ -225,6 +227,35 @@ PyObject* attention(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
+// norm(x, residual, type, rows, columns, weight, bias, sums, y, is_rms, epsilon, threads): see norm.h;
+// addresses and types are those of `linear`.
+PyObject* norm(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  constexpr Py_ssize_t kCount = 12;
+  if (count != kCount) {
+    PyErr_SetString(PyExc_TypeError, "norm takes 12 arguments");
+    return nullptr;
+  }
+  const Arguments given{arguments};
+  fxquant::Norm call{};
+  call.x = given.address(0), call.residual = given.address(1);
+  call.type = static_cast<fxquant::Float>(given.number(2));
+  call.rows = given.number(3), call.columns = given.number(4);
+  call.weight = given.address(5), call.bias = given.address(6);
+  call.sums = given.address(7), call.y = given.address(8);
+  call.is_rms = given.number(9) != 0;
+  call.epsilon = static_cast<float>(PyFloat_AsDouble(arguments[10]));
+  const int threads = static_cast<int>(given.number(11));
+  if (PyErr_Occurred()) return nullptr;
+
+  const InstructionSet* set = in_use;
+  bool done = false;
+  Py_BEGIN_ALLOW_THREADS;
+  done = fxquant::norm(call, *set, threads);
+  Py_END_ALLOW_THREADS;
+  if (!done) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
 // Reads a tuple of floats; false with an error set.
 bool read_floats(PyObject* tuple, std::vector<float>* values) {
   const Py_ssize_t count = PyTuple_Size(tuple);
@@ -292,6 +323,7 @@ PyMethodDef methods[] = {
     {"linear", fast(linear), METH_FASTCALL, "Compute a product into memory the caller owns."},
     {"attention", fast(attention), METH_FASTCALL,
      "Compute scaled dot product attention into memory the caller owns."},
+    {"norm", fast(norm), METH_FASTCALL, "Add two tensors and norm the rows of their sum."},
     {"round_groups", fast(round_groups), METH_FASTCALL,
      "Round a weight with the best range for each group."},
     {nullptr, nullptr, 0, nullptr}};

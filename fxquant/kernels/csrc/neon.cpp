@@ -11,7 +11,8 @@ namespace fxquant {
 
 const InstructionSet* neon() {
   static constexpr InstructionSet set{"neon", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
-                                      round_rows, attend, attention_scratch_bytes};
+                                      round_rows,
+                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes};
   return &set;
 }
 

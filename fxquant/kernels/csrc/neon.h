@@ -8,6 +8,7 @@
 #include "floats_neon.h"
 #include "attention_rows.h"
 #include "blocked.h"
+#include "norm_rows.h"
 #include "rounding_rows.h"
 #include "unrolled.h"
 

@@ -3,6 +3,7 @@
 #include "floats_portable.h"
 #include "attention_rows.h"
 #include "blocked.h"
+#include "norm_rows.h"
 #include "rounding_rows.h"
 #include "unrolled.h"
 
@@ -109,7 +110,8 @@ struct Int8Mode : PortableMode, GroupByGroup<Int8Mode> {
 
 const InstructionSet* portable() {
   static constexpr InstructionSet set{"portable", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
-                                  round_rows, attend, attention_scratch_bytes};
+                                  round_rows,
+                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes};
   return &set;
 }
 
