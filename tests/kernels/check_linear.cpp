@@ -147,7 +147,7 @@ bool is_right(const Case& c, const InstructionSet& set) {
   for (int n = 0; n < c.out; ++n) bias.set(n, normal());
   const void* added = c.has_bias ? bias.data.data() : nullptr;
   Call call{weight, c.int8,           x.data.data(), c.x_type, added,
-            c.bias_type, y.data.data(), c.rows,        pick(1, 3)};
+            c.bias_type, y.data.data(), c.rows,        Function::none, pick(1, 3)};
   if (!linear(call, set)) return false;
   if (c.int8 && !c.has_bad) {  // integers: the bits do not depend on the instructions
     std::vector<uint8_t> bits(y.data.size());
@@ -210,7 +210,7 @@ uint64_t digest_of_integers(const InstructionSet& set) {
       weight.data = data.data();
       std::vector<float> x(13 * 300), y(13 * 150);
       for (float& value : x) value = plain_value();
-      const Call call{weight, true, x.data(), Float::f32, nullptr, Float::f32, y.data(), 13, 2};
+      const Call call{weight, true, x.data(), Float::f32, nullptr, Float::f32, y.data(), 13, Function::none, 2};
       if (!linear(call, set)) return 0;
       for (const float value : y) digest = (digest ^ as_bits(value)) * 1099511628211u;
     }
