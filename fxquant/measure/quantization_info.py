@@ -274,7 +274,7 @@ def _general_warnings(info: QuantizationInfo) -> list[str]:
             f"only {info.calibration_samples_used} calibration samples; "
             f"use at least {ENOUGH_SAMPLES}"
         )
-    if info.sqnr_db is None and info.rows:
+    if info.sqnr_db is None and info.calibration_samples_used and info.rows:
         found.append(
             "the output's SQNR is not measured: after quantizing it has another shape, which "
             "depends on the values of the input. Compare the two models with a metric of your own"
