@@ -128,7 +128,8 @@ def _recorded(factory: Any) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
         leaves = pytree.tree_leaves((args, kwargs))
         proxy = next((leaf for leaf in leaves if Proxy in type(leaf).__mro__), None)
-        if proxy is None:
+        # A generator of the model's own has a state, which a graph cannot hold: torch refuses it.
+        if proxy is None or kwargs.get("generator") is not None:
             return factory(*args, **kwargs)
         return proxy.tracer.create_proxy("call_function", factory, args, kwargs)
 
