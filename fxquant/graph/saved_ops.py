@@ -107,7 +107,7 @@ TENSOR_OPS = _words(
     "hann_window hamming_window blackman_window kaiser_window bartlett_window "
     # checks that exported programs hold
     "_is_all_true _is_any_true _assert_tensor_metadata _assert_scalar _assert_async _assert "
-    "sym_storage_offset sym_int sym_float sym_max sym_min sym_not sym_ite sym_sqrt sym_sum "
+    "sym_int sym_float sym_max sym_min sym_not sym_ite sym_sqrt sym_sum "
     "_sym_sqrt _assert_is_none "
     "sym_constrain_range sym_constrain_range_for_size"
 )
