@@ -17,10 +17,11 @@ def fuse(graph_module: GraphModule, *, share_memory: bool = False) -> GraphModul
     """A graph that computes the same in fewer and larger steps, which are faster on CPUs.
 
     Fused are the patterns of `fxquant/fusion/patterns.py`, each only where it is exact: attention
-    without dropout, and quantized linear layers of one format that read one value. `diff` shows
-    what became of each node. Outputs agree within the rounding of the dtype (beyond 100 dB in
-    float32); those of the graph itself are bit for bit those of `swap_modules`, which is given
-    that one.
+    without dropout, quantized linear layers of one format that read one value, functions behind a
+    linear layer, and norms with the addition before them. `diff` shows what became of each node.
+    With float activations outputs agree within the rounding of the dtype (beyond 100 dB in
+    float32); with int8 ones a last bit may round to the neighbouring integer. `swap_modules` takes
+    the graph before `fuse`, whose bits it keeps.
 
     Args:
         graph_module: from `quantize`, `load_model` or `trace`; it is not changed.

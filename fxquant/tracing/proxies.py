@@ -124,10 +124,16 @@ def _factories_are_recorded() -> Iterator[None]:
             setattr(torch, name, factory)
 
 
+def _first_proxy(*arguments: Any) -> Any:
+    """The first proxy in the arguments of a call, at any depth, or None."""
+    leaves = pytree.tree_leaves(arguments)
+    # Not `isinstance`, which is patched while a forward is traced.
+    return next((leaf for leaf in leaves if Proxy in type(leaf).__mro__), None)
+
+
 def _recorded(factory: Any) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
-        leaves = pytree.tree_leaves((args, kwargs))
-        proxy = next((leaf for leaf in leaves if Proxy in type(leaf).__mro__), None)
+        proxy = _first_proxy(args, kwargs)
         # A generator of the model's own has a state, which a graph cannot hold: torch refuses it.
         if proxy is None or kwargs.get("generator") is not None:
             return factory(*args, **kwargs)
@@ -150,8 +156,7 @@ class _Limits:
 
 def _limits(original: Any) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
-        values = (*args, *kwargs.values())
-        is_known = not any(Proxy in type(value).__mro__ for value in values)
-        return original(*args, **kwargs) if is_known else _Limits(*values)
+        dtype = _first_proxy(args, kwargs)
+        return original(*args, **kwargs) if dtype is None else _Limits(dtype)
 
     return call

@@ -215,9 +215,7 @@ class _Tracer(torch.fx.Tracer):
         if name == "getattr":
             return node.args[1] not in ("T", "mT", "H", "mH", "data", "real", "imag", "grad")
         row = OPS.get(name)
-        if (row is not None and row.scale == "inquiry") or name in (
-            "item", "tolist", "stride", "dtype_limit",
-        ):  # fmt: skip
+        if (row is not None and row.scale == "inquiry") or name in _GIVES_NUMBERS:
             return True
         operands = node.all_input_nodes
         is_python = getattr(node.target, "__module__", None) in ("_operator", "math", "builtins")
@@ -301,6 +299,7 @@ class _Tracer(torch.fx.Tracer):
 
 
 _LEFT_OUT = object()
+_GIVES_NUMBERS = ("item", "tolist", "stride", "dtype_limit")
 
 
 def _catches_errors(module: nn.Module) -> bool:
