@@ -70,12 +70,12 @@ arm: $(ARM_CHECKS)
 $(ARM_CHECKS): %: %.o $(ARM_KERNEL)
 	$(ARM_CXX) -fopenmp $^ -o $@
 
-build/arm/%.o: %.cpp $(wildcard $(CSRC)/*.h)
+build/arm/%.o: %.cpp $(wildcard $(CSRC)/*.h tests/kernels/*.h)
 	mkdir -p $(@D)
 	$(ARM_CXX) -std=c++17 -O2 -fopenmp -ffp-contract=off -Wall -Wextra -I$(CSRC) -c $< -o $@
 
 vpath %.cpp $(CSRC) tests/kernels
-build/sanitize/%.o: %.cpp $(wildcard $(CSRC)/*.h)
+build/sanitize/%.o: %.cpp $(wildcard $(CSRC)/*.h tests/kernels/*.h)
 	mkdir -p $(@D)
 	$(CXX) -std=c++17 -O1 -fopenmp -ffp-contract=off -Wall -Wextra $(FAST_COMPILE) \
 	    $(SANITIZERS) -I$(CSRC) -c $< -o $@

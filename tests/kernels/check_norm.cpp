@@ -1,13 +1,12 @@
 // Random norms by every instruction set against double: `make sanitize` runs it under sanitizers. Its
 // argument is the number of cases. Every buffer has exactly the bytes it needs.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <random>
 #include <vector>
 
 #include "norm.h"
 #include "numbers.h"
+#include "random_cases.h"
 
 namespace fxquant {
 namespace {
@@ -86,10 +85,6 @@ bool is_right() {
 }  // namespace fxquant
 
 int main(int count, char** arguments) {
-  const int cases = count > 1 ? atoi(arguments[1]) : 200;
-  for (int i = 0; i < cases; ++i) {
-    if (!fxquant::is_right()) return printf("norm %d is wrong\n", i), 1;
-  }
-  printf("%d random norms are right\n", cases);
-  return 0;
+  return run_random_cases(count, arguments, fxquant::is_right, "a norm is wrong",
+                          "random norms are right");
 }

@@ -5,12 +5,11 @@
 // has exactly the bytes it needs.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <random>
 #include <vector>
 
 #include "numbers.h"
+#include "random_cases.h"
 #include "rounding.h"
 
 namespace fxquant {
@@ -108,10 +107,6 @@ bool is_right() {
 }  // namespace fxquant
 
 int main(int count, char** arguments) {
-  const int cases = count > 1 ? atoi(arguments[1]) : 200;
-  for (int i = 0; i < cases; ++i) {
-    if (!fxquant::is_right()) return printf("weight %d is rounded wrongly\n", i), 1;
-  }
-  printf("%d random weights are rounded alike and well\n", cases);
-  return 0;
+  return run_random_cases(count, arguments, fxquant::is_right, "a weight is rounded wrongly",
+                          "random weights are rounded alike and well");
 }
