@@ -30,7 +30,7 @@ NORM = 0.7  # p
 STRENGTH = 10.0  # of the first shrinkage; a multiple of the inverse group magnitude
 GROWTH = 1.01
 ITERATIONS = 20
-BLOCK_ELEMENTS = 1 << 19  # of a block of rows: its temporaries stay in the cache
+SEARCH_BLOCK_ELEMENTS = 1 << 19  # of a block of rows: its temporaries stay in the cache
 
 
 def half_quadratic(
@@ -63,7 +63,7 @@ def half_quadratic(
     )
     whole = integer_zero_points
     group_size, integer = resolved_group_size(group_size, weight.shape[1]), unsigned(bits)
-    rows = rows_of_block(weight.shape[1], BLOCK_ELEMENTS)
+    rows = rows_of_block(weight.shape[1], SEARCH_BLOCK_ELEMENTS)
     counts = group_mask(weight.shape[1], group_size)
     parts = [
         _solve(to_groups(block.float(), group_size), counts, scale, zero, symmetric, integer, whole)

@@ -39,7 +39,7 @@ REFITS = 8  # nearly always fewer are needed
 # Of the weighted variance of the levels, whose mean is rounded. With less, all that count are at
 # one level, and what is left is the rounding error of the mean: no scale can be fitted to it.
 LEAST_VARIANCE = 1e-6
-BLOCK_ELEMENTS = 1 << 19  # of a block of rows: its temporaries stay in the cache
+SEARCH_BLOCK_ELEMENTS = 1 << 19  # of a block of rows: its temporaries stay in the cache
 
 
 def round_to_nearest(
@@ -100,7 +100,7 @@ def _round_in_torch(
     weight: Tensor, made: QuantizedWeight, importance: Tensor | None, whole: bool = False
 ) -> None:
     """Fill the memory of `made`."""
-    rows = rows_of_block(weight.shape[1], BLOCK_ELEMENTS)
+    rows = rows_of_block(weight.shape[1], SEARCH_BLOCK_ELEMENTS)
     for block, part in zip(weight.split(rows), made.split(rows), strict=True):
         _round_block(block.float(), part, importance, whole)
 

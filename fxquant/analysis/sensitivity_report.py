@@ -12,7 +12,7 @@ from fxquant.report.pages import decisions_page
 from fxquant.report.tables import format_db, format_shape, text_table
 from fxquant.report.view import View
 
-HEADERS = (
+SENSITIVITY_HEADERS = (
     "module", "type", "shape", "params", "bits",
     "weight\ndB", "introduced\ndB", "cumulative\ndB", "output\ndB", "warning",
 )  # fmt: skip
@@ -67,7 +67,7 @@ class SensitivityReport(View):
 
     def columns(self) -> Sequence[str]:
         """The columns of the table."""
-        return HEADERS
+        return SENSITIVITY_HEADERS
 
     def cells(self) -> list[Sequence[Any]]:
         """One row for each layer that can be quantized."""

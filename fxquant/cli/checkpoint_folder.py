@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fxquant.errors import OptionError
 
 TOKENS = 256  # of a row
-ROWS = 4  # of a batch
+TEXT_BATCH_ROWS = 4  # of a batch
 
 
 def load_folder(folder: Path) -> nn.Module:
@@ -61,7 +61,8 @@ def text_batches(path: Path, folder: Path) -> list[dict[str, Tensor]]:
     width = min(TOKENS, ids.shape[1])
     rows = ids[0, : ids.shape[1] // width * width].reshape(-1, width)
     return [
-        {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(ROWS)
+        {"input_ids": part, "attention_mask": torch.ones_like(part)}
+        for part in rows.split(TEXT_BATCH_ROWS)
     ]
 
 

@@ -21,7 +21,7 @@ from fxquant.cli.output import UserCodeError
 from fxquant.errors import OptionError, near_misses
 from fxquant.serialization.files import load_model, read_description
 
-ROWS = 8  # of a batch, where a file of inputs is split
+FILE_BATCH_ROWS = 8  # of a batch, where a file of inputs is split
 
 
 def load_source(name: str) -> nn.Module:
@@ -70,7 +70,7 @@ def load_data(name: str | None, model: str) -> Iterable[Any] | None:
         return None
     path = Path(name)
     if path.suffix == ".npy" and path.is_file():
-        return list(torch.from_numpy(np.load(path, allow_pickle=False)).split(ROWS))
+        return list(torch.from_numpy(np.load(path, allow_pickle=False)).split(FILE_BATCH_ROWS))
     if path.suffix == ".safetensors" and path.is_file():
         return _split(load_file(path))
     if path.is_file() and ":" not in name:
@@ -82,8 +82,11 @@ def load_data(name: str | None, model: str) -> Iterable[Any] | None:
 def _split(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Batches of keyword arguments from one tensor for each argument."""
     rows = max((len(tensor) for tensor in tensors.values()), default=0)
-    starts = range(0, rows, ROWS)
-    return [{name: t[start : start + ROWS] for name, t in tensors.items()} for start in starts]
+    starts = range(0, rows, FILE_BATCH_ROWS)
+    return [
+        {name: t[start : start + FILE_BATCH_ROWS] for name, t in tensors.items()}
+        for start in starts
+    ]
 
 
 def call_factory(name: str, where: str) -> Any:

@@ -18,7 +18,7 @@ from fxquant.swap import swap_modules
 from fxquant.tracing.trace import trace
 from fxquant.tracing.trace_report import trace_report
 
-SAMPLES = 64  # calibration
+CALIBRATION_SAMPLES = 64  # calibration
 CALIBRATION_STRIDE = 6  # of the windows shipped: a sample of each of the three texts
 EVALUATION_STRIDE = 4
 GENERATED = 48
@@ -50,7 +50,7 @@ def run_demo(out: Writer, output: Path | None = None) -> dict[str, Any]:
     qmodel, info = static_quantize(
         gm,
         calibration_tokens()[::CALIBRATION_STRIDE].split(16),
-        num_calibration_samples=SAMPLES,
+        num_calibration_samples=CALIBRATION_SAMPLES,
         accuracy_warning="ignore",
     )
     out.title("The decisions: what was decided for each layer, and what it cost")

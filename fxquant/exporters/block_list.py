@@ -7,7 +7,7 @@ from torch import nn
 
 from fxquant.errors import OptionError
 
-REMEDY = "Load the model and call fxquant.quantize, or leave the data out."
+WHOLE_MODEL_REMEDY = "Load the model and call fxquant.quantize, or leave the data out."
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def find_blocks(model: nn.Module, chosen: Iterable[str]) -> BlockList:
         f"quantize_checkpoint with data, {type(model).__name__}",
         found=f"several lists of blocks: {paths}" if holding else "no list of blocks (ModuleList)",
         needed="one torch.nn.ModuleList, whose modules run one after the other",
-        remedy=REMEDY,
+        remedy=WHOLE_MODEL_REMEDY,
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxquant.errors import OptionError
-from fxquant.exporters.block_list import REMEDY, BlockList
+from fxquant.exporters.block_list import WHOLE_MODEL_REMEDY, BlockList
 from fxquant.exporters.model_weights import ModelWeights
 from fxquant.graph.calls import Call
 from fxquant.passes.calibrate import run_call
@@ -212,5 +212,5 @@ def _refusal(found: str) -> OptionError:
         found=found,
         needed="blocks that run once and in order, each on the output of the one before it and on "
         "values that do not depend on blocks",
-        remedy=REMEDY,
+        remedy=WHOLE_MODEL_REMEDY,
     )

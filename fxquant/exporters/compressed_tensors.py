@@ -24,7 +24,7 @@ from fxquant.exporters.stored_layer import StoredLayer
 from fxquant.exporters.verify import read_words
 from fxquant.exporters.words import pack_rows
 
-FORMAT = "pack-quantized"
+PACKED_FORMAT = "pack-quantized"
 
 
 class CompressedTensors(CheckpointFormat):
@@ -69,7 +69,7 @@ class CompressedTensors(CheckpointFormat):
                 groups[f"group_{len(groups)}"] = _group(scheme, targets)
         return {
             "quant_method": "compressed-tensors",
-            "format": FORMAT,
+            "format": PACKED_FORMAT,
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": float_linears,
@@ -93,5 +93,5 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         "weights": weights,
         "input_activations": None,
         "output_activations": None,
-        "format": FORMAT,
+        "format": PACKED_FORMAT,
     }

@@ -14,7 +14,12 @@ from torch import Tensor
 from fxquant.errors import OptionError
 
 CONFIG = "config.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -99,7 +104,7 @@ class FolderReader:
 
     def dtype(self, name: str) -> torch.dtype | None:
         """Its dtype, where it is one of floats; its data is not read."""
-        return DTYPES.get(self._open[self.files[name]].get_slice(name).get_dtype())
+        return SAFETENSORS_FLOATS.get(self._open[self.files[name]].get_slice(name).get_dtype())
 
     def nbytes(self, name: str) -> int:
         """How many bytes it has; its data is not read."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fxquant.errors import LoadError, near_misses
 from fxquant.exporters.awq import Awq
 from fxquant.exporters.checkpoint import CheckpointFormat
-from fxquant.exporters.compressed_tensors import FORMAT, CompressedTensors
+from fxquant.exporters.compressed_tensors import PACKED_FORMAT, CompressedTensors
 from fxquant.exporters.folder_reader import FolderReader
 from fxquant.exporters.gptq import Gptq
 from fxquant.exporters.meta_model import meta_model
@@ -82,14 +82,14 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module | None = No
 def _format_of(reader: FolderReader) -> CheckpointFormat:
     config = reader.config.get(QUANTIZATION) or {}
     method = config.get("quant_method")
-    is_packed = method != "compressed-tensors" or config.get("format") == FORMAT
+    is_packed = method != "compressed-tensors" or config.get("format") == PACKED_FORMAT
     if method in CHECKPOINT_FORMATS and is_packed:
         return CHECKPOINT_FORMATS[method]()
     found = f"a checkpoint quantized by {method!r}" if method else "a float checkpoint"
     raise LoadError(
         str(reader.path),
         found=found if is_packed else f"the format {config.get('format')!r}",
-        needed=f"one of {', '.join(CHECKPOINT_FORMATS)} ({FORMAT})",
+        needed=f"one of {', '.join(CHECKPOINT_FORMATS)} ({PACKED_FORMAT})",
         remedy="Quantize the float model with fxquant.quantize.",
     )
 

@@ -37,7 +37,7 @@ from fxquant.exporters.verify import verify_weights
 from fxquant.graph.calls import Call
 from fxquant.serialization.atomic import write_atomically, write_folder_atomically
 
-SUFFIX = ".onnx"
+ONNX_SUFFIX = ".onnx"
 FILE, DATA = "model.onnx", "model.onnx.data"
 LARGEST_FILE = 2 * 10**9  # bytes: protobuf's limit is 2 GiB
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
@@ -116,7 +116,7 @@ class Onnx:
         onnx = optional_library("onnx", "onnx", "to write and read ONNX files")
         optional_library("onnxscript", "onnx", "since torch's exporter needs it")
         call = example_call(source.model, self.example_inputs)
-        is_file = os.fspath(path).endswith(SUFFIX)
+        is_file = os.fspath(path).endswith(ONNX_SUFFIX)
         if is_file:
             _check_size(source, path)
         program = _exported(self._with_operators(source, call), call, self.dynamic)

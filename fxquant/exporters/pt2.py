@@ -26,7 +26,7 @@ from fxquant.kernels.reference import REFERENCE
 from fxquant.modules.linear_intn import QuantizedLinearIntN
 from fxquant.serialization.atomic import write_atomically
 
-NAMES = "fxquant.json"  # in the file: the names of inputs and outputs, in order
+NAMES_FILE = "fxquant.json"  # in the file: the names of inputs and outputs, in order
 
 
 class StandardLinear(nn.Module):
@@ -91,7 +91,7 @@ class Pt2:
 
         def save(new: str) -> None:
             with open(new, "wb") as file:
-                torch.export.save(program, file, extra_files={NAMES: json.dumps(names)})
+                torch.export.save(program, file, extra_files={NAMES_FILE: json.dumps(names)})
             with open(new, "rb") as file:
                 _verify(torch.export.load(file), flat, call)
 

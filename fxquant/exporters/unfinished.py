@@ -19,7 +19,7 @@ from fxquant.errors import SaveError
 from fxquant.exporters.shards import METADATA, shard_name, write_index
 from fxquant.serialization.atomic import check_free_folder
 
-SUFFIX = ".unfinished"
+UNFINISHED_SUFFIX = ".unfinished"
 NOTES = ".fxquant"  # a folder for what is known of shards; removed at the end
 RUN = "run.json"  # what the shards are made of and how
 
@@ -40,7 +40,7 @@ class UnfinishedFolder:
 
     def __init__(self, target: Path, run: Mapping[str, Any], count: int, *, resume: bool) -> None:
         self.target = Path(os.path.realpath(target))
-        self.path = self.target.with_name(self.target.name + SUFFIX)
+        self.path = self.target.with_name(self.target.name + UNFINISHED_SUFFIX)
         self.count = count
         check_free_folder(target)
         known = self._known_run()

@@ -20,7 +20,7 @@ from fxquant.kernels.attention import attention
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None,
              "enable_gqa": False}  # fmt: skip
-HEADS = 1  # the dimension that counts heads
+HEADS_AXIS = 1  # the dimension that counts heads
 LARGEST_INDEX = (1 << 63) - 1  # where a slice ends that takes everything
 
 
@@ -72,7 +72,11 @@ def _not_repeated(node: Node) -> Node | None:
     if expanded is None or op_name(expanded) != "expand":
         return None
     to = _sizes(expanded)
-    if len(to) != 5 or len(sizes) != 4 or not _multiplies(sizes[HEADS], to[HEADS], to[HEADS + 1]):
+    if (
+        len(to) != 5
+        or len(sizes) != 4
+        or not _multiplies(sizes[HEADS_AXIS], to[HEADS_AXIS], to[HEADS_AXIS + 1])
+    ):
         return None
     if [sizes[0], *sizes[2:]] != [to[0], *to[3:]]:
         return None

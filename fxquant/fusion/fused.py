@@ -7,7 +7,7 @@ from fxquant.kernels.attention import attention
 from fxquant.kernels.norm import add_and_norm, norm
 from fxquant.modules.fused_linear import FusedLinear
 
-FUNCTIONS = (attention, norm, add_and_norm)
+FUSED_FUNCTIONS = (attention, norm, add_and_norm)
 MODULES = (FusedLinear,)
 
 
@@ -16,7 +16,7 @@ def fused_nodes(gm: GraphModule) -> list[str]:
     return [
         node.name
         for node in gm.graph.nodes
-        if node.target in FUNCTIONS
+        if node.target in FUSED_FUNCTIONS
         or (node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), MODULES))
     ]
 

@@ -12,7 +12,7 @@ from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
 from fxquant.modules.linear_intn import QuantizedLinearIntN
 
-FORMATS = (QuantizedLinearInt4, QuantizedLinearInt8, QuantizedLinearIntN)
+LINEAR_CLASSES = (QuantizedLinearInt4, QuantizedLinearInt8, QuantizedLinearIntN)
 
 
 def called_layer(gm: GraphModule, node: object) -> QuantizedLinearIntN | None:
@@ -20,7 +20,7 @@ def called_layer(gm: GraphModule, node: object) -> QuantizedLinearIntN | None:
     if not isinstance(node, Node) or node.op != "call_module" or node.kwargs:
         return None
     layer = gm.get_submodule(str(node.target))
-    is_plain = type(layer) in FORMATS and not has_hooks(layer)
+    is_plain = type(layer) in LINEAR_CLASSES and not has_hooks(layer)
     if not is_plain or len(node.args) != 1 or not isinstance(node.args[0], Node):
         return None
     assert isinstance(layer, QuantizedLinearIntN)  # for type checkers

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 FINGERPRINT = "fxquant_fingerprint"  # gm.meta
-SAMPLES = 64  # elements of a parameter that are looked at
+SAMPLED_ELEMENTS = 64  # elements of a parameter that are looked at
 
 
 def fingerprint(model: nn.Module) -> dict[str, list[int]]:
@@ -22,8 +22,8 @@ def _of(parameter: Tensor) -> list[int]:
     if data.is_meta or data.layout is not torch.strided or not data.numel():
         return [*data.shape, 0]
     flat = data.reshape(-1) if data.is_contiguous() else data.flatten()
-    step = max(1, flat.numel() // SAMPLES)
-    sample = flat[::step][:SAMPLES].cpu()
+    step = max(1, flat.numel() // SAMPLED_ELEMENTS)
+    sample = flat[::step][:SAMPLED_ELEMENTS].cpu()
     if sample.is_floating_point():
         sample = sample.bfloat16().view(torch.int16)
     return [*data.shape, zlib.crc32(bytes(sample.contiguous().view(torch.uint8).tolist()))]

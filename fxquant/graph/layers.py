@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.modules.layer import QuantizedLayer
 
-NAMES = "fxquant_names"  # gm.meta: the user's name of each target that is spelled otherwise
+NAMES_KEY = "fxquant_names"  # gm.meta: the user's name of each target that is spelled otherwise
 ROOT = "model"  # what the model itself is called
 WRAPPED = "_self"  # the attribute of a graph that holds the whole model, where it is one layer
 _HOOKS = tuple(key for key in vars(nn.Module()) if "hooks" in key)
@@ -192,7 +192,7 @@ def replaced(layer: nn.Module, other: nn.Module) -> Iterator[None]:
 
 def user_name(gm: GraphModule, target: str) -> str:
     """What the user calls the module or tensor at `target`; the model itself is called `model`."""
-    names: dict[str, str] = gm.meta.get(NAMES, {})
+    names: dict[str, str] = gm.meta.get(NAMES_KEY, {})
     parts = target.split(".")
     for length in range(len(parts), 0, -1):
         known = names.get(".".join(parts[:length]))
@@ -203,11 +203,11 @@ def user_name(gm: GraphModule, target: str) -> str:
 
 def name_below(gm: GraphModule, path: str) -> None:
     """Let the user's names of all that a graph holds begin with `path`: it is a part of a model."""
-    names: dict[str, str] = dict(gm.meta.get(NAMES, {}))
+    names: dict[str, str] = dict(gm.meta.get(NAMES_KEY, {}))
     for owned in (gm._modules, gm._parameters, gm._buffers):
         for target in owned:
             names.setdefault(target, target)
-    gm.meta[NAMES] = {
+    gm.meta[NAMES_KEY] = {
         target: ".".join(filter(None, (path, name))) for target, name in names.items()
     }
 

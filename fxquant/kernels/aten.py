@@ -20,9 +20,9 @@ from fxquant.numerics.quantized_weight import (
 )
 
 GROUP_SIZES = (32, 64, 128, 256)
-ROWS = 16  # the op takes multiples of this
-BITS = 4
-ZERO_POINT = symmetric_zero_point(BITS)
+ROW_MULTIPLE = 16  # the op takes multiples of this
+INT4_BITS = 4
+ZERO_POINT = symmetric_zero_point(INT4_BITS)
 
 
 class AtenBackend:
@@ -34,8 +34,8 @@ class AtenBackend:
         """The op is for CPUs, a few group sizes and float activations."""
         if device.type != "cpu":
             return f"it runs on CPUs, not on {device.type}"
-        if spec.bits != BITS:
-            return f"the weight has {spec.bits} bits, not {BITS}"
+        if spec.bits != INT4_BITS:
+            return f"the weight has {spec.bits} bits, not {INT4_BITS}"
         if spec.group_size not in GROUP_SIZES:
             return f"group_size is {spec.group_size}, not one of {GROUP_SIZES}"
         if spec.activation != "float":
@@ -87,7 +87,7 @@ class AtenBackend:
             spec.group_size,
             spec.in_features,
             spec.symmetric,
-            BITS,
+            INT4_BITS,
         )
 
     def rows(
@@ -123,7 +123,7 @@ class AtenBackend:
 
 
 def _padded_rows(spec: LinearSpec) -> int:
-    return group_count(spec.out_features, ROWS) * ROWS
+    return group_count(spec.out_features, ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def _padded_columns(spec: LinearSpec) -> int:

@@ -11,7 +11,7 @@ from fxquant.kernels.gradient import checked_product
 from fxquant.kernels.interface import LinearSpec
 from fxquant.numerics.quantized_weight import SCALE_DTYPE, QuantizedWeight, symmetric_zero_point
 
-BITS = 8
+INT8_BITS = 8
 COLUMNS = 16  # torch 2.13's op reads beyond its input where columns are no multiple of this
 _TOP_BIT = 0x80  # flips 0..255 to -128..127
 
@@ -25,8 +25,8 @@ class AtenInt8Backend:
         """The op is for CPUs, symmetric weights with a scale a row and float activations."""
         if device.type != "cpu":
             return f"it runs on CPUs, not on {device.type}"
-        if spec.bits != BITS:
-            return f"the weight has {spec.bits} bits, not {BITS}"
+        if spec.bits != INT8_BITS:
+            return f"the weight has {spec.bits} bits, not {INT8_BITS}"
         if spec.group_size < spec.in_features or not spec.symmetric:
             return "it takes symmetric weights with one group a row only"
         if spec.activation != "float":
@@ -43,9 +43,9 @@ class AtenInt8Backend:
         """Leave the padding away."""
         q, scales = tensors[0][:, : spec.in_features].contiguous(), tensors[1].float()[:, None]
         packed = q.view(torch.uint8) ^ _TOP_BIT
-        middle = torch.full_like(scales, symmetric_zero_point(BITS))
+        middle = torch.full_like(scales, symmetric_zero_point(INT8_BITS))
         return QuantizedWeight(
-            packed, scales, middle, spec.group_size, spec.in_features, True, BITS
+            packed, scales, middle, spec.group_size, spec.in_features, True, INT8_BITS
         )
 
     def rows(

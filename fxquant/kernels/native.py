@@ -30,8 +30,8 @@ from fxquant.numerics.integers import WIDTHS
 from fxquant.numerics.quantized_weight import QuantizedWeight
 from fxquant.numerics.weights import quantize_weight
 
-NEEDED = "a float32, bfloat16 or float16 x and a weight packed for its last dimension"
-REMEDY = "Give x the in_features, and bias the out_features, of the layer."
+NEEDED_INPUT = "a float32, bfloat16 or float16 x and a weight packed for its last dimension"
+SHAPE_REMEDY = "Give x the in_features, and bias the out_features, of the layer."
 
 _LIBRARY = torch.library.Library("fxquant", "DEF")
 _LIBRARY.define(
@@ -89,8 +89,8 @@ def _multiply(
             found=f"{x.dtype} x {list(shape)}, weight {list(weight.shape)} and bias "
             f"{None if bias is None else list(bias.shape)} for {in_features} inputs and "
             f"{out_features} outputs of {bits} bits",
-            needed=NEEDED,
-            remedy=REMEDY,
+            needed=NEEDED_INPUT,
+            remedy=SHAPE_REMEDY,
         )
     return y
 
@@ -129,7 +129,7 @@ def _spec_of(
 def _linear_intn_shape(
     x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int, out_features: int, *form: Any
 ) -> Tensor:
-    torch._check(x.shape[-1] == in_features, lambda: f"x {list(x.shape)}. {REMEDY}")
+    torch._check(x.shape[-1] == in_features, lambda: f"x {list(x.shape)}. {SHAPE_REMEDY}")
     return x.new_empty((*x.shape[:-1], out_features))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxquant.kernels.eager import is_plain
 from fxquant.kernels.extension import FLOAT_TYPES, NOT_BUILT, _native
 
-KINDS = ("layer", "rms")
+NORM_KINDS = ("layer", "rms")
 
 
 def norm(

@@ -23,7 +23,7 @@ LOOSE = ("bits", "group_size", "symmetric", "observer", "activation_bits")  # wi
 ENOUGH_SAMPLES = 50  # rows of calibration data; with fewer, the record warns
 MOST_LOST_DB = 3.0  # from fitted rows to held-out ones: if more is lost, the record warns
 FLOAT_SHARE = 0.1  # of the product weights: if more stays float, a warning says why
-HEADERS = (
+LAYER_HEADERS = (
     "module", "type", "shape", "params", "action",
     "weight\ndB", "introduced\ndB", "cumulative\ndB", "warning", "why",
 )  # fmt: skip
@@ -96,7 +96,7 @@ class QuantizationInfo(View):
 
     def columns(self) -> Sequence[str]:
         """The columns of the table of decisions."""
-        return HEADERS
+        return LAYER_HEADERS
 
     def cells(self) -> list[Sequence[Any]]:
         """One row for each node with parameters."""

@@ -1,1 +1,15 @@
-"""Modules of a quantized graph: Linear layers with packed weights, activation quantization."""
+"""Modules of a quantized graph: layers with packed weights, quantization of activations.
+
+| file | does |
+|---|---|
+| `weight_forms.py` | the table of weights that can be quantized, a row for each kind of layer |
+| `layer.py` | what all quantized layers have in common |
+| `linear.py` | what the quantized linear layers have in common |
+| `linear_int4.py`, `linear_int8.py`, `linear_intn.py` | one class for each layout of a kernel |
+| `linear_of.py` | the class that holds a quantized matrix |
+| `fused_linear.py` | linear layers with what the graph computes around them |
+| `embedding.py`, `conv.py`, `grouped_linear.py` | quantized layers of other kinds |
+| `float_linear.py` | an `nn.Linear` around tensors that exist |
+| `lazy_weight.py` | the float weight of a quantized layer, for code that reads it |
+| `activation.py` | static quantization of activations |
+"""

@@ -1,5 +1,14 @@
 """Observers: modules that watch activations and return them unchanged.
 
+| file | does |
+|---|---|
+| `base.py` | what all observers share |
+| `minmax.py` | the extremes |
+| `histogram.py`, `kl.py` | a histogram, and the clipping range that loses least of it |
+| `grid.py` | from a range to the scale and zero point that span it |
+| `input_statistics.py` | what a layer's input looks like, channel by channel |
+| `moments.py` | second moments of a layer's input and of its error |
+
 >>> import torch
 >>> observer = create_observer("minmax")
 >>> _ = observer(torch.tensor([-1.0, 0.0, 1.55]))

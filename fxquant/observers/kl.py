@@ -16,7 +16,7 @@ from torch import Tensor
 from fxquant.numerics.integers import IntegerType
 from fxquant.observers.grid import Grid
 
-STEPS = 48  # candidates of each search
+CANDIDATES = 48  # candidates of each search
 LEAST_CLIP_RATIO = 0.05  # of the bulk's range
 TOLERANCE_DB = 0.5
 MOST_OUTLIERS = 0.002  # the largest share of values that may be outliers
@@ -54,12 +54,12 @@ def best_range(
         bulk, bulk_low, bulk_high = histogram, low, high
     search = _ThresholdSearch(histogram, bulk, centres, width, grid)
     clip_ratios = torch.linspace(
-        1, LEAST_CLIP_RATIO, STEPS, dtype=torch.float64, device=centres.device
+        1, LEAST_CLIP_RATIO, CANDIDATES, dtype=torch.float64, device=centres.device
     )
     low, high = search.best(bulk_low * clip_ratios, bulk_high * clip_ratios)
     for _ in range(2):  # then each end on its own, twice
-        low, high = search.best(low.expand(STEPS), high * clip_ratios)
-        low, high = search.best(low * clip_ratios, high.expand(STEPS))
+        low, high = search.best(low.expand(CANDIDATES), high * clip_ratios)
+        low, high = search.best(low * clip_ratios, high.expand(CANDIDATES))
     return low, high
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MOST_HELD = 4096  # tokens of a layer that are kept to compare results on
-BLOCK = 256  # columns of a symmetric product that are computed at once
+BLOCK_COLUMNS = 256  # columns of a symmetric product that are computed at once
 COMPARED = 1 << 23  # elements of an output that are compared at once
 
 T = TypeVar("T")
@@ -58,9 +58,9 @@ class InputMoments:
         self._made.clear()
         self._is_mirrored = False
         for half, part in enumerate(halves(x)):
-            for start in range(0, x.shape[1], BLOCK):  # below the diagonal it is the same
-                rows = self._upper[half, start : start + BLOCK, start:]
-                rows.addmm_(part[:, start : start + BLOCK].T, part[:, start:])
+            for start in range(0, x.shape[1], BLOCK_COLUMNS):  # below the diagonal it is the same
+                rows = self._upper[half, start : start + BLOCK_COLUMNS, start:]
+                rows.addmm_(part[:, start : start + BLOCK_COLUMNS].T, part[:, start:])
         if lack is not None:
             if self.lacks is None:
                 self.lacks = torch.zeros_like(self._upper)

@@ -53,7 +53,7 @@ FXQUANT_FUNCTIONS: tuple[Callable[..., Any], ...] = (
 DESCRIBED: dict[str, Any] = {
     class_name(cls): cls for cls in (QuantizedLinearInt4, QuantizedLinearInt8, QuantizedLinearIntN)
 }
-NEEDED = "functions on tensors of torch, operator, math or fxquant"
+ALLOWED_KINDS = "functions on tensors of torch, operator, math or fxquant"
 
 
 @functools.cache
@@ -87,7 +87,7 @@ def function_name(function: Any, where: str, allowed: Iterable[str] = ()) -> str
     raise SaveError(
         where,
         found=f"the function {name}",
-        needed=NEEDED,
+        needed=ALLOWED_KINDS,
         remedy=f"Make it importable and pass allow=({name!r},) to save_model and load_model.",
     )
 
@@ -109,7 +109,7 @@ def resolve_function(name: str, allowed: Iterable[str] = ()) -> Any:
     raise LoadError(
         f"function {name!r:.200}",
         found="a name that is not on the allow-list",
-        needed=NEEDED,
+        needed=ALLOWED_KINDS,
         remedy=f"If you trust the file, pass allow=({name!r:.200},)."
         + (f" Nearest allowed: {close[0]}." if close else ""),
     )

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import LoadError, cause_of, check_path
-from fxquant.serialization.digest import BLOCK, Digest
+from fxquant.serialization.digest import BLOCK_BYTES, Digest
 
 LENGTH_BYTES = 8  # of the header's length, at the start
 LARGEST_HEADER = 100_000_000  # safetensors' own limit
-PIECE = 8 * BLOCK  # bytes that are read at once
-DTYPES: dict[str, torch.dtype] = {
+PIECE = 8 * BLOCK_BYTES  # bytes that are read at once
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
     "I32": torch.int32, "I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32,
     "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
     "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 MOST_DIMENSIONS = 64
 
 
@@ -88,7 +88,7 @@ class Container:
             made.update(data[start:end])
         if entry.dtype == "BOOL" and size and int(data.max()) > 1:
             raise not_readable(f"{self._where}: tensor {entry.name!r}", "a boolean that is no bit")
-        return data.view(DTYPES[entry.dtype]).view(entry.shape), made.hexdigest()
+        return data.view(SAFETENSORS_DTYPES[entry.dtype]).view(entry.shape), made.hexdigest()
 
     def _fill(self, view: memoryview) -> None:
         done = 0
@@ -149,11 +149,11 @@ class Container:
         if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
             raise not_readable(where, "an entry without dtype, shape and place")
         dtype, shape, place = value["dtype"], value["shape"], value["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
             raise not_readable(where, f"the dtype {dtype!r:.40}")
         if not _are_sizes(shape, MOST_DIMENSIONS) or not _are_sizes(place, 2) or len(place) != 2:
             raise not_readable(where, f"the shape {shape!r:.80} at {place!r:.80}")
-        if place[1] - place[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+        if place[1] - place[0] != math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize:
             raise not_readable(where, f"{place[1] - place[0]} bytes for {dtype} {shape}")
         return Entry(name, dtype, shape, *place)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 WORDS = 1 << 14  # of a block
-BLOCK = 8 * WORDS  # bytes
+BLOCK_BYTES = 8 * WORDS  # bytes
 _FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, as a signed word
 
 
@@ -27,8 +27,8 @@ class Digest:
         self._fold: Tensor | None = None
 
     def update(self, data: Tensor) -> None:
-        """Add bytes, uint8 [n]; each piece but the last is a multiple of `BLOCK`."""
-        whole = data.numel() // BLOCK * BLOCK
+        """Add bytes, uint8 [n]; each piece but the last is a multiple of `BLOCK_BYTES`."""
+        whole = data.numel() // BLOCK_BYTES * BLOCK_BYTES
         if whole:
             if self._fold is None:
                 self._fold = torch.zeros(WORDS, dtype=torch.int64, device="cpu")

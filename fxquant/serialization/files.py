@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from fxquant.errors import FxquantError, LoadError, SaveError
 from fxquant.graph.graph_module import check_graph
 from fxquant.graph.identity import FINGERPRINT
-from fxquant.graph.layers import NAMES
+from fxquant.graph.layers import NAMES_KEY
 from fxquant.graph.left_alone import process_left_alone
 from fxquant.measure.quantization_info import INFO_KEY
 from fxquant.report.tables import plain
@@ -69,7 +69,7 @@ def save_model(
         "version": VERSION,
         "graph": graph,
         "modules": describer.modules,
-        "names": qmodel.meta.get(NAMES, {}),
+        "names": qmodel.meta.get(NAMES_KEY, {}),
         "fingerprint": qmodel.meta.get(FINGERPRINT, {}),
         "info": plain(record),
         "trace": report.to_dict() if isinstance(report, TraceReport) else None,
@@ -132,7 +132,7 @@ def load_model(
         with process_left_alone():
             gm = _graph_of(description, tensors, allow, allow_modules, where)
         gm.meta[INFO_KEY] = description["info"]
-        gm.meta[NAMES] = description["names"]
+        gm.meta[NAMES_KEY] = description["names"]
         gm.meta[FINGERPRINT] = description["fingerprint"]
         if description["trace"] is not None:
             gm.meta[REPORT_KEY] = TraceReport.from_dict(description["trace"])

@@ -1,6 +1,6 @@
 """The modules that a file may hold, and the arguments of their constructors with types and ranges.
 
-To support a class of torch.nn, add its name to `NAMES`. If its constructor has an argument of a
+To support a class of torch.nn, add its name to `CLASS_NAMES`. If its constructor has an argument of a
 new name, say in `KINDS` what that may be; an argument is saved from the attribute of the same name
 unless `READERS` says how else.
 """
@@ -27,7 +27,7 @@ MOST_LAYERS = 10_000  # of one recurrent module
 MOST_EXPERTS = 10_000  # of one layer
 MOST_PARTS = 16  # of a tuple
 
-NAMES = _words(
+CLASS_NAMES = _words(
         "Identity Linear Bilinear Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d "
         "ConvTranspose3d Embedding LSTM GRU RNN LSTMCell GRUCell RNNCell MultiheadAttention "
         "TransformerEncoderLayer TransformerDecoderLayer BatchNorm1d BatchNorm2d BatchNorm3d "
@@ -248,7 +248,7 @@ READERS: dict[type[nn.Module], dict[str, Reader]] = {
 def torch_classes() -> dict[str, type[nn.Module]]:
     """torch.nn's classes that a file may hold, by their importable names."""
     own = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
-    classes = [*(getattr(nn, name) for name in NAMES if hasattr(nn, name)), *own]
+    classes = [*(getattr(nn, name) for name in CLASS_NAMES if hasattr(nn, name)), *own]
     return {f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes}
 
 

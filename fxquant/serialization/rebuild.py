@@ -31,7 +31,7 @@ from fxquant.serialization.tensor_store import TensorReader
 from fxquant.serialization.values import LeftOut, decode
 
 _BARE = nn.Module()  # what it has, torch's own code reads of any module
-OPS = ("placeholder", "get_attr", "call_function", "call_method", "call_module", "output")
+NODE_KINDS = ("placeholder", "get_attr", "call_function", "call_method", "call_module", "output")
 
 
 class Rebuilder:
@@ -155,7 +155,7 @@ class Rebuilder:
         op, name, target = entry["op"], checked_name(entry["name"]), entry["target"]
         args = decode(entry["args"], nodes, self.allowed, self.device)
         kwargs = decode(entry["kwargs"], nodes, self.allowed, self.device)
-        if op not in OPS or not isinstance(args, tuple) or not isinstance(kwargs, dict):
+        if op not in NODE_KINDS or not isinstance(args, tuple) or not isinstance(kwargs, dict):
             raise damaged(f"a node of kind {op!r}")
         for key in kwargs:
             checked_name(key)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from fxquant.graph.graph_module import FxquantGraph
-from fxquant.graph.layers import NAMES, finish, target_of
+from fxquant.graph.layers import NAMES_KEY, finish, target_of
 from fxquant.tracing.capture import Capture
 
 
@@ -33,7 +33,7 @@ def assemble(capture: Capture, module: nn.Module) -> GraphModule:
             objects[targets[path]] = find(capture, module, path)
         node.target = targets[path]
     names = {target: path for path, target in targets.items() if target != path}
-    return make_graph_module(objects, capture.graph, type(module).__name__, {NAMES: names})
+    return make_graph_module(objects, capture.graph, type(module).__name__, {NAMES_KEY: names})
 
 
 def find(capture: Capture, module: nn.Module, path: str) -> Any:
@@ -53,7 +53,7 @@ def make_graph_module(
     later, what is read is what it then computes with.
     """
     modules = {t: value for t, value in objects.items() if isinstance(value, nn.Module)}
-    names, kept = dict(meta.get(NAMES, {})), dict[str, Any]()
+    names, kept = dict(meta.get(NAMES_KEY, {})), dict[str, Any]()
     for target in sorted(objects, key=lambda t: (t not in modules, t.count("."))):
         value = objects[target]
         owner = next((o for o in modules if target.startswith(f"{o}.")), None)
@@ -68,7 +68,7 @@ def make_graph_module(
                     node.target = apart
     name = class_name if class_name.isascii() and class_name.isidentifier() else "Graph"
     gm = FxquantGraph(kept, graph, name)
-    gm.meta.update({**meta, NAMES: names})
+    gm.meta.update({**meta, NAMES_KEY: names})
     finish(gm)
     return gm.eval()  # a new graph module is in train mode, whatever its modules are
 

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxquant.graph.effects import remove_unused
-from fxquant.graph.layers import NAMES, ROOT, has_hooks, target_of, tensor_attribute, user_name
+from fxquant.graph.layers import NAMES_KEY, ROOT, has_hooks, target_of, tensor_attribute, user_name
 from fxquant.graph.linear_operands import LinearOperands, linear_operands
 from fxquant.graph.ops import is_addition, op_name
 from fxquant.graph.shapes import MODULE_PATH
@@ -67,7 +67,7 @@ def canonicalize(gm: GraphModule, module: nn.Module) -> GraphModule:
             )
     remove_unused(gm)
     return make_graph_module(
-        _used(gm, names.made), gm.graph, type(module).__name__, {**gm.meta, NAMES: names.names}
+        _used(gm, names.made), gm.graph, type(module).__name__, {**gm.meta, NAMES_KEY: names.names}
     )
 
 
@@ -288,7 +288,7 @@ class _Names:
 
     def __init__(self, gm: GraphModule, module: nn.Module) -> None:
         self.gm, self.module = gm, module
-        self.names: dict[str, str] = dict(gm.meta.get(NAMES, {}))
+        self.names: dict[str, str] = dict(gm.meta.get(NAMES_KEY, {}))
         self.made: dict[str, nn.Module] = {}
         self.targets: dict[str, str] = {}
         self.taken = {

@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from fxquant.graph.calls import Call
-from fxquant.graph.layers import NAMES, WRAPPED, inner_layers, user_name
+from fxquant.graph.layers import NAMES_KEY, WRAPPED, inner_layers, user_name
 from fxquant.modules.weight_forms import form_of
 from fxquant.tracing.assemble import make_graph_module
 from fxquant.tracing.signature import graph_arguments, is_variadic, placeholders
@@ -51,7 +51,7 @@ def graph_around(module: nn.Module, inputs: Call | None) -> GraphModule:
             else:
                 keyword[argument.name] = node
         graph.output(graph.call_module(WRAPPED, tuple(positional), keyword))
-    return make_graph_module({WRAPPED: wrapped}, graph, type(module).__name__, {NAMES: names})
+    return make_graph_module({WRAPPED: wrapped}, graph, type(module).__name__, {NAMES_KEY: names})
 
 
 def graph_of_layers(model: nn.Module) -> GraphModule:
@@ -68,7 +68,7 @@ def graph_of_layers(model: nn.Module) -> GraphModule:
     targets = {f"layer_{number}": name for number, name in enumerate(layers)}
     objects = dict(zip(targets, layers.values(), strict=True))
     graph.output([graph.call_module(target, (value,)) for target in targets])
-    return make_graph_module(objects, graph, type(model).__name__, {NAMES: targets})
+    return make_graph_module(objects, graph, type(model).__name__, {NAMES_KEY: targets})
 
 
 def describe_opaque(gm: GraphModule, reasons: dict[str, str]) -> list[OpaqueModule]:

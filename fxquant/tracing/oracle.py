@@ -20,7 +20,7 @@ from fxquant.graph.left_alone import evaluate, left_alone, process_left_alone
 from fxquant.tracing.capture import describe_error
 from fxquant.tracing.products import ProductSpy
 from fxquant.tracing.results import difference, kept
-from fxquant.tracing.variations import LONG, ROWS, SHORT, Axis, free_axes
+from fxquant.tracing.variations import COMPARED_ROWS, LONG, SHORT, Axis, free_axes
 
 SEED = 20_000
 
@@ -153,7 +153,7 @@ class Oracle:
     def _smallest(self, example: Call) -> Call:
         """The example with few rows, where the model takes that; the answer to it is kept."""
         count = example.row_count
-        small = example.rows(0, ROWS) if count > ROWS else example
+        small = example.rows(0, COMPARED_ROWS) if count > COMPARED_ROWS else example
         if small is not example and self._run(small) is None:
             small = example
         calls = (small, _other_values(small))

@@ -19,7 +19,7 @@ MOST_AXES = 4
 LENGTH_DIMS = 3  # of a tensor with more, the second dimension is no length
 LONG = 32  # beyond it, comparing at sizes around it costs more than it tells
 SHORT = 24
-ROWS = 3  # of a batch that are enough to compare
+COMPARED_ROWS = 3  # of a batch that are enough to compare
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from fxquant.errors import LoadError
 from fxquant.serialization.schema import check_layers
 
 METHOD = "fxquant"
-FORMAT = 1  # of the description in config.json
+CONFIG_VERSION = 1  # of the description in config.json
 _KEYS = {"quant_method", "format", "options", "layers"}
 
 
@@ -55,7 +55,11 @@ class FxquantConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""
-        data: dict[str, Any] = {"quant_method": METHOD, "format": FORMAT, "options": self.options}
+        data: dict[str, Any] = {
+            "quant_method": METHOD,
+            "format": CONFIG_VERSION,
+            "options": self.options,
+        }
         if self.layers is not None:
             data["layers"] = self.layers
         return copy.deepcopy(data)
@@ -70,12 +74,12 @@ class FxquantConfig(QuantizationConfigMixin):
             LoadError: it is of another version, or damaged.
             OptionError: an option in it is not usable.
         """
-        version = config_dict.get("format", FORMAT)
-        if version != FORMAT:
+        version = config_dict.get("format", CONFIG_VERSION)
+        if version != CONFIG_VERSION:
             raise LoadError(
                 "quantization_config",
                 found=f"format {version!r:.40} of fxquant's layers",
-                needed=f"format {FORMAT}",
+                needed=f"format {CONFIG_VERSION}",
                 remedy="Load the folder with the version of fxquant that wrote it.",
             )
         unknown = sorted(set(config_dict) - _KEYS)
