@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from fxquant.config.quant_config import QuantConfig
 from fxquant.errors import AccuracyError, OptionError, check_choice, check_type
 from fxquant.measure.sensitivity_row import SensitivityRow, as_number
-from fxquant.passes.decide import Decision
+from fxquant.passes.decide import DEFAULT_RULE, Decision
 from fxquant.passes.scale_channels import FoldedScale
 from fxquant.report.html import write_html
 from fxquant.report.pages import decisions_page
@@ -193,7 +193,8 @@ def _cells(
             format_db(row.cumulative_sqnr_db),
             row.severity(info.warning_threshold, info.error_threshold),
         )
-    return (*head, *costs, f"{decision.reason} ({decision.rule})")
+    rule = "" if decision.rule == DEFAULT_RULE else f" ({decision.rule})"
+    return (*head, *costs, decision.reason + rule)
 
 
 def check_accuracy_warnings(

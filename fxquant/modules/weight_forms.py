@@ -48,7 +48,7 @@ class LayerForm:
 
     Attributes:
         kind: a word for it.
-        phrase: the same in a sentence.
+        phrase: the same as a reason begins with it.
         layer: the class of the float layer, whose own code is `forward`.
         is_plain: whether an object of the class does no more than that.
         matrix: gives the weight as [rows, inputs]; nothing is copied where it lies so in memory.
@@ -101,7 +101,7 @@ def _linear(
 def _convolution(layer: type[nn.Module]) -> LayerForm:
     return LayerForm(
         kind="convolution",
-        phrase="a convolution",
+        phrase="Convolution",
         layer=layer,
         matrix=matrix_of_convolution,
         quantized=lambda conv, weight, bias, table: QuantizedConv.of(conv, weight, bias),
@@ -115,7 +115,7 @@ def _convolution(layer: type[nn.Module]) -> LayerForm:
 def _transposed(layer: type[nn.Module]) -> LayerForm:
     return LayerForm(
         kind="transposed convolution",
-        phrase="a transposed convolution",
+        phrase="Transposed convolution",
         layer=layer,
         matrix=matrix_of_convolution,
         quantized=lambda conv, weight, bias, table: QuantizedConv.of(conv, weight, conv.bias),
@@ -130,7 +130,7 @@ def _transposed(layer: type[nn.Module]) -> LayerForm:
 FORMS = (
     LayerForm(
         kind="linear",
-        phrase="a linear layer",
+        phrase="Linear layer",
         layer=nn.Linear,
         matrix=lambda layer: layer.weight,
         quantized=_linear,
@@ -139,7 +139,7 @@ FORMS = (
     ),
     LayerForm(
         kind="embedding",
-        phrase="an embedding",
+        phrase="Embedding",
         layer=nn.Embedding,
         matrix=lambda layer: layer.weight,
         quantized=lambda layer, weight, bias, table: QuantizedEmbedding.of(layer, weight, table),
@@ -150,7 +150,7 @@ FORMS = (
     ),
     LayerForm(
         kind="experts",
-        phrase="matrices of experts",
+        phrase="Experts",
         layer=GroupedLinear,
         matrix=lambda layer: layer.weight.flatten(0, 1),
         quantized=lambda layer, weight, bias, table: QuantizedGroupedLinear.of(layer, weight, bias),

@@ -39,6 +39,7 @@ from fxquant.modules.weight_forms import chosen_form, form_of, matrix_of
 from fxquant.numerics.integers import INT8, WIDTHS
 from fxquant.numerics.quantized_weight import ONE_GROUP, is_per_channel
 
+DEFAULT_RULE = "default"  # no rule names the layer: it gets the width of the configuration
 ACTIONS = {**{bits: f"int{bits}" for bits in WIDTHS}, FLOAT_BITS: "float"}
 BITS_OF = {action: bits for bits, action in ACTIONS.items() if bits != FLOAT_BITS}
 
@@ -235,7 +236,7 @@ def _bits_of(node: ParameterNode, config: QuantConfig) -> tuple[int, str, str]:
         bits = FLOAT_BITS if config.embeddings is None else config.embeddings
         return bits, "embeddings", _chosen(form.phrase, bits)
     if not isinstance(config.bits, Mapping):
-        return config.bits, "default", _chosen(form.phrase, config.bits)
+        return config.bits, DEFAULT_RULE, f"{_chosen(form.phrase, config.bits)} by default"
     pattern = _matching_name(config.bits, node.name)
     if pattern is None:
         return FLOAT_BITS, "bits", "the mapping does not name it"

@@ -33,8 +33,8 @@ class View(ABC):
         """The rows as mappings, as CSV files and `pandas.DataFrame` take them."""
 
     def table(self) -> str:
-        """The table as text."""
-        return text_table(self.columns(), self.cells())
+        """The table as text, without columns that say nothing in any row."""
+        return text_table(*self._filled())
 
     def to_json(self, path: str | Path) -> None:
         """Write `to_dict()` as JSON."""
@@ -50,12 +50,19 @@ class View(ABC):
     def __str__(self) -> str:
         return f"{self.headline()}\n{self.table()}" if self.cells() else self.headline()
 
+    def _filled(self) -> tuple[list[str], list[list[Any]]]:
+        rows, names = self.cells(), self.columns()
+        filled = [i for i in range(len(names)) if any(row[i] not in (None, "") for row in rows)]
+        shown = filled or range(len(names))
+        return [names[i] for i in shown], [[row[i] for i in shown] for row in rows]
+
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        heads = "".join(f"<th>{escape(' '.join(c.split()))}</th>" for c in self.columns())
+        names, cells = self._filled()
+        heads = "".join(f"<th>{escape(' '.join(c.split()))}</th>" for c in names)
         rows = "".join(
             "<tr>" + "".join(f"<td>{escape(format_cell(cell))}</td>" for cell in row) + "</tr>"
-            for row in self.cells()
+            for row in cells
         )
         table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
         return f"<p>{escape(self.headline())}</p>{table if rows else ''}"

@@ -4,7 +4,7 @@ from fxquant.report import tables
 
 HEADS = ("module", "params", "weight\ndB", "why")
 ROWS = [
-    ("encoder.layer.11.attention.output.dense", 147840, "20.1", "a linear layer, 4 bits (default)"),
+    ("encoder.layer.11.attention.output.dense", 147840, "20.1", "Linear layer, 4 bits by default"),
     (
         "encoder.layer.11.output.LayerNorm",
         768,
@@ -22,7 +22,7 @@ def test_a_table_fits_the_terminal_and_loses_nothing(monkeypatch, columns):
     letters = "".join(text.split())
     assert "147840" in letters
     assert letters.count("LayerNorm") <= 2
-    for word in ("skipped", "linear", "20.1"):
+    for word in ("skipped", "Linear", "20.1"):
         assert word in text
 
 
