@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fxquant.report.html import Page
-from fxquant.report.tables import format_shape
+from fxquant.report.tables import filled_columns, format_shape
 
 DECISION_HEADS = (
     "module", "type", "shape", "parameters", "action",
@@ -23,12 +23,14 @@ def decisions_page(
     """A page of the decisions, with what each layer cost."""
     costs = {row["module"]: row for row in rows}
     extra = {d["module"]: _facts(d, costs.get(d["module"], {})) for d in decisions}
+    table = [_decision_row(d, costs.get(d["module"], {})) for d in decisions]
+    heads, table = filled_columns(DECISION_HEADS, table)
     return Page(
         title=title,
         summary=_summary(decisions),
         table_title="Decisions",
-        heads=DECISION_HEADS,
-        rows=[_decision_row(d, costs.get(d["module"], {})) for d in decisions],
+        heads=heads,
+        rows=table,
         bars=damage_bars(rows),
         pareto=pareto,
         graph=graph,

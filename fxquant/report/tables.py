@@ -13,6 +13,7 @@ from typing import Any
 from tabulate import tabulate
 
 SPACING = 2  # between columns
+HEADER_PADDING = 2  # tabulate makes a column at least this much wider than its header
 FIGURE = re.compile(r"-?(\d+\.\d+|inf|nan)")
 NARROWEST = 12  # no column is wrapped to less
 
@@ -30,6 +31,15 @@ def format_shape(shape: Sequence[int]) -> str:
 def format_cell(value: Any) -> str:
     """A cell of a table as text: a number as it is, nothing for None."""
     return "" if value is None else str(value)
+
+
+def filled_columns(
+    names: Sequence[str], rows: Sequence[Sequence[Any]]
+) -> tuple[list[str], list[list[Any]]]:
+    """The columns that say something in a row at least; all of them where there are no rows."""
+    filled = [i for i in range(len(names)) if any(row[i] not in (None, "") for row in rows)]
+    kept = filled if rows else range(len(names))
+    return [names[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def text_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -52,7 +62,10 @@ def text_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         del options["colalign"]
     columns = terminal_columns()
     widths = [
-        max([len(row[i]) for row in texts] + [len(line) for line in head.split("\n")])
+        max(
+            [len(row[i]) for row in texts]
+            + [len(line) + HEADER_PADDING for line in head.split("\n")]
+        )
         for i, head in enumerate(headers)
     ]
     if columns is None or sum(widths) + SPACING * len(widths) <= columns:

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fxquant.report.tables import format_cell, text_table, write_csv, write_json
+from fxquant.report.tables import filled_columns, format_cell, text_table, write_csv, write_json
 
 
 class View(ABC):
@@ -34,7 +34,7 @@ class View(ABC):
 
     def table(self) -> str:
         """The table as text, without columns that say nothing in any row."""
-        return text_table(*self._filled())
+        return text_table(*filled_columns(self.columns(), self.cells()))
 
     def to_json(self, path: str | Path) -> None:
         """Write `to_dict()` as JSON."""
@@ -50,15 +50,9 @@ class View(ABC):
     def __str__(self) -> str:
         return f"{self.headline()}\n{self.table()}" if self.cells() else self.headline()
 
-    def _filled(self) -> tuple[list[str], list[list[Any]]]:
-        rows, names = self.cells(), self.columns()
-        filled = [i for i in range(len(names)) if any(row[i] not in (None, "") for row in rows)]
-        shown = filled or range(len(names))
-        return [names[i] for i in shown], [[row[i] for i in shown] for row in rows]
-
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        names, cells = self._filled()
+        names, cells = filled_columns(self.columns(), self.cells())
         heads = "".join(f"<th>{escape(' '.join(c.split()))}</th>" for c in names)
         rows = "".join(
             "<tr>" + "".join(f"<td>{escape(format_cell(cell))}</td>" for cell in row) + "</tr>"

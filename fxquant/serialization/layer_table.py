@@ -1,8 +1,8 @@
 """The modules that a file may hold, and the arguments of their constructors with types and ranges.
 
-To support a class of torch.nn, add its name to `CLASS_NAMES`. If its constructor has an argument of a
-new name, say in `KINDS` what that may be; an argument is saved from the attribute of the same name
-unless `READERS` says how else.
+To support a class of torch.nn, add its name to `CLASS_NAMES`. If its constructor has an argument of
+a new name, say in `KINDS` what that may be; an argument is saved from the attribute of the same
+name unless `READERS` says how else.
 """
 
 import inspect

@@ -14,7 +14,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("columns", [60, 80, 100])
+@pytest.mark.parametrize("columns", range(58, 101))
 def test_a_table_fits_the_terminal_and_loses_nothing(monkeypatch, columns):
     monkeypatch.setattr(tables, "terminal_columns", lambda: columns)
     text = tables.text_table(HEADS, ROWS)
