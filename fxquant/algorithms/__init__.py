@@ -8,4 +8,5 @@
 | `lazy_update.py` | the sweep over columns, in blocks, of GPTQ and of refinement |
 | `target.py` | the weight to aim at, where an error has already arrived at the layer |
 | `refine.py` | integers and scales in turns, behind GPTQ (the method `best`) |
+| `requantize.py` | another float weight in the format of a quantized one |
 """
