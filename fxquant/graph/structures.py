@@ -129,6 +129,24 @@ def expect_shape(holds: object, text: str, *sizes: object) -> None:
         )
 
 
+@graph_function
+def expect_values(holds: object, where: str, code: str) -> None:
+    """Raise a `TraceError` where the model would branch in another way than for its example.
+
+    Args:
+        holds: whether it takes the same way.
+        where: the place in the model's code.
+        code: the line there.
+    """
+    if not holds:
+        raise TraceError(
+            where,
+            found="values for which this graph was not traced",
+            needed=f"inputs for which `{code}` goes the way it went for the example",
+            remedy="Pass other inputs, or trace again with an example of this kind.",
+        )
+
+
 def _filled(text: str, values: tuple[object, ...]) -> str:
     """`text` with its `{}` filled in; `str.format` could read any attribute of a value."""
     first, *parts = text.split("{}")
@@ -158,7 +176,7 @@ def named_result(value: Any, name: str) -> Any:
     )
 
 
-for _function in (expect_constant, expect_shape):
+for _function in (expect_constant, expect_shape, expect_values):
     torch.fx.node.has_side_effect(_function)
 
 

@@ -20,6 +20,7 @@ from fxquant.graph.structures import (
     dtype_limit,
     expect_constant,
     expect_shape,
+    expect_values,
     named_result,
     named_tuple,
     output_dict,
@@ -36,6 +37,7 @@ from fxquant.tracing.replacements import merge_attention_masks
 FXQUANT_FUNCTIONS: tuple[Callable[..., Any], ...] = (
     expect_constant,
     expect_shape,
+    expect_values,
     named_result,
     dtype_limit,
     named_tuple,

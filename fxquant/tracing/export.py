@@ -33,6 +33,7 @@ from fxquant.graph.structures import (
 )
 from fxquant.tracing.capture import Capture, describe_error, left_out
 from fxquant.tracing.export_surroundings import CompilerQuestions, quiet_export
+from fxquant.tracing.known_values import ASSERTION, KnownValues, write_check
 from fxquant.tracing.loop_marks import LoopMarks
 from fxquant.tracing.rolling import CannotRollError, roll_loops
 from fxquant.tracing.signature import (
@@ -62,6 +63,7 @@ def capture_export(
     *,
     are_sizes_free: bool = True,
     answers: tuple[bool, ...] = (False, True),
+    are_values_known: bool = False,
 ) -> Capture | str:
     """Export `module` on example inputs; return the reason as text if that is not possible.
 
@@ -72,6 +74,8 @@ def capture_export(
         are_sizes_free: whether batch and length may change; else the graph is for these sizes.
         answers: what a forward is told that asks whether it is being compiled, one after the other
             while it fails: whether it runs as in eager mode.
+        are_values_known: go through checks by value as the example does, and check in the graph
+            that every input does so (see `known_values.py`).
     """
     arguments = graph_arguments(module, inputs)
     unfit = unfit_argument(arguments)
@@ -83,7 +87,9 @@ def capture_export(
     for rolled in (True, False) if are_sizes_free else (False,):
         for as_in_eager_mode in answers:
             marks = LoopMarks() if rolled else None
-            questions = CompilerQuestions(as_in_eager_mode=as_in_eager_mode)
+            questions = CompilerQuestions(
+                as_in_eager_mode=as_in_eager_mode, are_values_known=are_values_known
+            )
             found = _attempt(module, arguments, example, marks, questions, are_sizes_free)
             if not isinstance(found, str):
                 return found
@@ -107,10 +113,15 @@ def _attempt(
     """One export; with `marks`, a loop over a size becomes one node."""
     try:
         flat = _Flat(module, arguments, marks).eval()
-        with left_alone(module), quiet_export(), questions.answered():
+        values = KnownValues() if questions.are_values_known else None
+        known = nullcontext() if values is None else values.known()
+        with left_alone(module), quiet_export(), questions.answered(), known:
             program = _export(flat, example, are_sizes_free)
-        if marks is not None and marks.fault is not None:
-            return marks.fault
+        fault = None if marks is None else marks.fault
+        if fault is None and values is not None:
+            fault = values.fault(program)
+        if fault is not None:
+            return fault
         capture = _capture(program, arguments, flat.output)
         free = DYNAMIC_DIMENSIONS if are_sizes_free else 0
         is_short = marks is not None and marks.has_short_loops
@@ -303,6 +314,8 @@ def _copy_nodes(graph: Graph, gm: GraphModule, environment: dict[Node, Any]) -> 
             environment[node] = value if isinstance(value, GraphModule) else graph.node_copy(node)
         elif node.op == "call_function" and node.target in _DROPPED:
             continue
+        elif node.target is ASSERTION:
+            write_check(graph, node, environment.get(node.args[0], node.args[0]))
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             environment[node] = _inline(graph, node, environment)
         elif node.target is operator.getitem and isinstance(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 _QUESTIONS = ("is_compiling", "is_dynamo_compiling", "is_exporting")
 
@@ -24,25 +25,44 @@ class CompilerQuestions:
     Args:
         as_in_eager_mode: answer as for the user, who runs the model without a compiler; else as
             torch would.
+        are_values_known: answer, too, that no tensor is fake: whoever asks that looks at its values
+            next.
 
     Attributes:
         were_asked: whether the forward has asked, so that the other answers may help.
     """
 
-    def __init__(self, *, as_in_eager_mode: bool) -> None:
+    def __init__(self, *, as_in_eager_mode: bool, are_values_known: bool = False) -> None:
         self.as_in_eager_mode, self.were_asked = as_in_eager_mode, False
+        self.are_values_known = are_values_known
 
     @contextmanager
     def answered(self) -> Iterator[None]:
         """Answer the questions of the code that runs inside."""
         kept = {name: getattr(torch.compiler, name) for name in _QUESTIONS}
+        fake = torch._subclasses.FakeTensor
         for name, question in kept.items():
             setattr(torch.compiler, name, self._answer(question))
+        torch._subclasses.FakeTensor = self._class_of_fakes()  # type: ignore[misc]
         try:
             yield
         finally:
+            torch._subclasses.FakeTensor = fake  # type: ignore[misc]
             for name, question in kept.items():
                 setattr(torch.compiler, name, question)
+
+    def _class_of_fakes(self) -> Any:
+        """Stands for the class of fake tensors where a forward looks for it."""
+
+        def is_instance(cls: Any, value: object) -> bool:
+            is_fake = isinstance(value, FakeTensor)
+            if sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+                return is_fake
+            self.were_asked = True
+            return is_fake and not self.are_values_known
+
+        kind: Any = type("_Kind", (type(FakeTensor),), {"__instancecheck__": is_instance})
+        return kind("FakeTensor", (FakeTensor,), {})
 
     def _answer(self, question: Any) -> Any:
         def answer() -> bool:

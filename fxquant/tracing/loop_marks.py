@@ -46,8 +46,14 @@ def _collect(parts: list[Tensor], count: int, dim: int, is_new_dim: bool) -> Ten
     return parts[0].new_empty(shape)
 
 
+def _join(parts: list[Tensor], count: int, dim: int, is_new_dim: bool) -> Tensor:
+    return torch.stack(parts, dim) if is_new_dim else torch.cat(parts, dim)
+
+
 torch.library.register_fake("fxquant_tracing::mark", _mark)
 torch.library.register_fake("fxquant_tracing::collect", _collect)
+_library.impl("mark", _mark, "BackendSelect")  # on values, where an export knows them
+_library.impl("collect", _join, "CompositeExplicitAutograd")
 
 
 class LoopMarks(TorchFunctionMode):

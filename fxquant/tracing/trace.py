@@ -12,6 +12,8 @@ returned.
 A loop over a size whose rounds all do the same becomes one node, for any size (see `rolling.py`).
 Another one is unrolled: a graph for one length, which refuses others, can be saved and the model's
 own code cannot. Where other batches would be refused the model's own code stays all the same.
+A check by value (`if x.isnan().any(): raise`) is one of the graph's, too (see `known_values.py`); a
+branch on values is not.
 Without example inputs a graph is taken only where nothing of the forward can have been lost.
 """
 
@@ -202,6 +204,7 @@ class _Search:
 
     def _exported(self, oracle: Oracle) -> Iterator[_Found]:
         reasons: list[str] = []
+        knew_values = False
         for call, are_sizes_free in export_examples(oracle):
             if self.best is not None:  # other examples are for models that refuse this one
                 return
@@ -212,7 +215,8 @@ class _Search:
                 reasons.append(capture)
                 self.attempts.append(f"model: export: {capture}")
                 if "GuardOnDataDependent" in capture:
-                    return  # a branch on values, whatever the sizes
+                    yield from self._exported_with_known_values(call)
+                    return
                 continue
             if capture.has_short_loops:
                 longer = capture_export(self.prepared, with_least_sizes(oracle, FEWEST_ROUNDS))
@@ -225,6 +229,20 @@ class _Search:
                 )
                 if not isinstance(capture, str):
                     yield self._judged(capture, "export")
+                if self.best is None and not knew_values:
+                    knew_values = True
+                    yield from self._exported_with_known_values(call)
+
+    def _exported_with_known_values(self, call: Call) -> Iterator[_Found]:
+        capture = capture_export(self.prepared, call, answers=(True,), are_values_known=True)
+        if isinstance(capture, str):
+            self.attempts.append(f"model: export with known values: {capture}")
+            return
+        found = self._judged(capture, "export")
+        refused = found.verdict.refused
+        if found.verdict.wrong is None and refused:  # it would refuse sizes, besides values
+            found = replace(found, verdict=Verdict(f"it refuses {refused[0].label}"))
+        yield found
 
     def _judged(self, capture: Capture, way: str) -> _Found:
         opaque = dict(capture.opaque)
