@@ -11,7 +11,8 @@
     ├── AccuracyError      the quantized model is less accurate than what was asked
     ├── SaveError          a model cannot be written
     ├── LoadError          a file is not a model that can be loaded
-    └── RunError           a node of a loaded graph failed (also a RuntimeError)
+    ├── RunError           a node of a loaded graph failed (also a RuntimeError)
+    └── ProcessGroupError  another process of a shared run failed, or is gone (also a RuntimeError)
 
 Each text says where, what is there or happened, what is expected and what to do.
 """
@@ -94,6 +95,10 @@ class LoadError(FxquantError):
 
 class RunError(FxquantError, RuntimeError):
     """A node of a loaded graph failed; the error of the op is its cause."""
+
+
+class ProcessGroupError(FxquantError, RuntimeError):
+    """Another process of a shared run failed, or is gone; no process has a result."""
 
 
 def near_misses(name: str, names: Iterable[str], count: int = 3) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack, overload
 
+import torch.distributed as dist
 from torch import nn
 from torch.fx import GraphModule
 
@@ -13,6 +14,7 @@ from fxquant.config.method import UNSCALED, parse_method
 from fxquant.config.option_checks import FLOAT_BITS, TypeRule
 from fxquant.config.quant_config import QuantConfig, QuantOptions, as_config
 from fxquant.config.targets import TARGETS
+from fxquant.distributed.processes import Processes
 from fxquant.errors import OptionError, check_choice
 from fxquant.graph.calls import Call
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
@@ -104,7 +106,10 @@ def static_quantize(
         sqnr_warning_threshold=sqnr_warning_threshold,
         sqnr_error_threshold=sqnr_error_threshold,
     )
-    return _finish(*run_stages(model, _given(calibration_data), config, None))
+    processes = Processes.of()
+    with processes.together():
+        made = run_stages(model, _given(calibration_data), config, None, processes=processes)
+        return _finish(*made)
 
 
 @overload
@@ -117,6 +122,7 @@ def quantize(
     into: Literal["graph"] = "graph",
     average_bits: float | None = None,
     memory: int | str | None = None,
+    group: "dist.ProcessGroup | None" = None,
     **options: Unpack[QuantOptions],
 ) -> tuple[GraphModule, QuantizationInfo]: ...
 
@@ -131,6 +137,7 @@ def quantize(
     into: Literal["model"],
     average_bits: float | None = None,
     memory: int | str | None = None,
+    group: "dist.ProcessGroup | None" = None,
     **options: Unpack[QuantOptions],
 ) -> tuple[M, QuantizationInfo]: ...
 
@@ -144,6 +151,7 @@ def quantize(
     into: Literal["graph", "model"] = "graph",
     average_bits: float | None = None,
     memory: int | str | None = None,
+    group: "dist.ProcessGroup | None" = None,
     **options: Unpack[QuantOptions],
 ) -> tuple[nn.Module, QuantizationInfo]:
     """Quantize a model, with calibration data or without.
@@ -168,6 +176,10 @@ def quantize(
         memory: that values between layers may take while layers are fitted to data, with those in
             work: `"4GB"`, or a number of bytes; by default half of what is free. What does not fit
             waits in a temporary file. The result is the same, bit for bit.
+        group: of processes that share the work: each of them calls this with the same arguments,
+            and all return the same. None: the default group where `torch.distributed` was
+            initialised, else this process alone. The result is the same, bit for bit, however
+            many they are.
         **options: the fields of `QuantConfig`; they change `config`.
 
     Returns:
@@ -176,8 +188,27 @@ def quantize(
 
     Raises:
         FxquantError: an option, the model or the data is not usable; nothing is half done.
+        ProcessGroupError: another process of the group has failed.
     """
-    made = as_config(config, options)
+    processes = Processes.of(group)
+    with processes.together():
+        return _quantize(
+            model, data, as_config(config, options), example_inputs, into, average_bits, memory,
+            processes,
+        )  # fmt: skip
+
+
+def _quantize(
+    model: nn.Module,
+    data: Iterable[object] | None,
+    made: QuantConfig,
+    example_inputs: object,
+    into: str,
+    average_bits: float | None,
+    memory: int | str | None,
+    processes: Processes,
+) -> tuple[nn.Module, QuantizationInfo]:
+    """What `quantize` does, in each of the processes."""
     check_choice("into", into, ("graph", "model"))
     if into == "model" and isinstance(model, GraphModule):
         raise OptionError(
@@ -191,7 +222,8 @@ def quantize(
     graph = model
     if average_bits is not None:
         graph, drawn, made = _allocated(model, drawn, made, example, average_bits)
-    qmodel, info = _finish(*run_stages(graph, drawn, made, example, memory=memory))
+    stages = run_stages(graph, drawn, made, example, memory=memory, processes=processes)
+    qmodel, info = _finish(*stages)
     return (swap_modules(model, qmodel) if into == "model" else qmodel), info
 
 

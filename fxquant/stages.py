@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 from fxquant.config.memory import memory_bytes
 from fxquant.config.method import Recipe, parse_method
 from fxquant.config.quant_config import DYNAMIC, QuantConfig
+from fxquant.distributed.processes import ALONE, Processes
 from fxquant.graph.calls import Call
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
 from fxquant.measure.heldout import hold_out
@@ -20,6 +21,7 @@ from fxquant.measure.sizes import MEGABYTE, model_bytes
 from fxquant.observers.input_statistics import InputStatistics
 from fxquant.passes.calibrate import calibrate
 from fxquant.passes.calibration_data import calls, check_batches
+from fxquant.passes.check_alike import check_alike
 from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import Decision, decide
 from fxquant.passes.fitted_layers import FittedLayers
@@ -29,7 +31,7 @@ from fxquant.passes.quantize_activations import (
     quantize_activations_dynamically,
 )
 from fxquant.passes.quantize_sequentially import quantize_sequentially
-from fxquant.passes.rewrite import rewrite
+from fxquant.passes.rewrite import chosen_layers, rewrite
 from fxquant.passes.rounded_layers import RoundedLayers
 from fxquant.passes.scale_channels import FoldedScale, scale_channels
 from fxquant.passes.simulate import SimulatedActivations, SimulatedWeights
@@ -70,6 +72,7 @@ class Calibrated:
         watcher: knows what the inputs of layers look like: at once, or, where layers are fitted to
             their inputs, after that.
         folded: the scales that were folded into the graph.
+        processes: that share the work.
     """
 
     gm: GraphModule
@@ -78,6 +81,7 @@ class Calibrated:
     held_out: Sequence[Call]
     watcher: InputWatcher
     folded: Sequence[FoldedScale] = ()
+    processes: Processes = ALONE
 
     @property
     def inputs(self) -> dict[str, InputStatistics]:
@@ -98,6 +102,7 @@ def run_stages(
     example: Call | None,
     *,
     memory: int | str | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[GraphModule, QuantizationInfo]:
     """Quantize a model.
 
@@ -107,6 +112,7 @@ def run_stages(
         config: what is wanted.
         example: the call to trace the model with; by default the first of the data.
         memory: that values between layers may take, see `config/memory.py`.
+        processes: that share the work; each of them calls this.
 
     Returns:
         The quantized graph and the record, whose accuracy nobody has judged yet.
@@ -120,18 +126,23 @@ def run_stages(
     check_initialized(model)
     with process_left_alone(), structure_left_alone(model):
         if data is None:
-            return _quantize_without_data(model, config, recipe, example)
-        return _quantize_with_data(model, data, config, recipe, example, most_bytes)
+            return _quantize_without_data(model, config, recipe, example, processes)
+        return _quantize_with_data(model, data, config, recipe, example, most_bytes, processes)
 
 
 def _quantize_without_data(
-    model: nn.Module, config: QuantConfig, recipe: Recipe, example: Call | None
+    model: nn.Module,
+    config: QuantConfig,
+    recipe: Recipe,
+    example: Call | None,
+    processes: Processes,
 ) -> tuple[GraphModule, QuantizationInfo]:
+    check_alike(processes, model, config, [])
     config = replace(config, observer=DYNAMIC)
     gm = graph_of(model, example)
     decisions = decide(gm, config)
     check_weights(gm, _selected(decisions))
-    calibrated = Calibrated(gm, decisions, [], [], InputWatcher(gm, ()))
+    calibrated = Calibrated(gm, decisions, [], [], InputWatcher(gm, ()), processes=processes)
     made = _with_activations(_round(calibrated, config, recipe), calibrated, config)
     return made.gm, _measured(calibrated, made, config)
 
@@ -143,12 +154,14 @@ def _quantize_with_data(
     recipe: Recipe,
     example: Call | None,
     most_bytes: int | None,
+    processes: Processes,
 ) -> tuple[GraphModule, QuantizationInfo]:
     drawn = list(calls(data, model, config.num_calibration_samples))
+    check_alike(processes, model, config, drawn)
     gm = graph_of(model, example or (drawn[0] if drawn else None))
     decisions = decide(gm, config)
     check_weights(gm, _selected(decisions))
-    calibrated = _calibrate(gm, decisions, drawn, config, recipe)
+    calibrated = _calibrate(gm, decisions, drawn, config, recipe, processes)
     made = make_layers(calibrated, config, recipe, most_bytes)
     return made.gm, _measured(calibrated, made, config)
 
@@ -195,6 +208,7 @@ def _calibrate(
     drawn: list[Call],
     config: QuantConfig,
     recipe: Recipe,
+    processes: Processes,
 ) -> Calibrated:
     """Split the data, fold scales, and let the data through where layers are not fitted to it."""
     names = _selected(decisions)
@@ -209,7 +223,7 @@ def _calibrate(
             activations = SimulatedActivations(config.observer, config.group_size)
         scaled = scale_channels(gm, decisions, fitted, recipe.scalings, weights, activations)
         gm, decisions, folded = scaled.gm, scaled.explain(decisions), scaled.folded
-    return watched(gm, decisions, fitted, held_out, config, recipe, folded)
+    return watched(gm, decisions, fitted, held_out, config, recipe, folded, processes)
 
 
 def watched(
@@ -220,6 +234,7 @@ def watched(
     config: QuantConfig,
     recipe: Recipe,
     folded: Sequence[FoldedScale] = (),
+    processes: Processes = ALONE,
 ) -> Calibrated:
     """Let the data through where layers are not fitted to it: that lets it through itself.
 
@@ -237,8 +252,8 @@ def watched(
     if not names:
         calibrate(gm, fitted)
     elif not is_fitted:
-        watcher.run(gm, fitted)
-    return Calibrated(gm, decisions, fitted, held_out, watcher, folded)
+        watcher.run(gm, fitted, processes)
+    return Calibrated(gm, decisions, fitted, held_out, watcher, folded, processes)
 
 
 def make_layers(
@@ -287,11 +302,12 @@ def _fit(
         calibrated.gm,
         decisions,
         calibrated.fitted,
-        layers.quantize,
+        layers,
         calibrated.held_out,
         calibrated.watcher,
         noisy=noisy,
         most_bytes=None if most_bytes is None else int(most_bytes * WAITING_SHARE),
+        processes=calibrated.processes,
     )
     return Rewritten(gm, layers.explain(decisions), recipe, recipe.name)
 
@@ -300,6 +316,9 @@ def _round(calibrated: Calibrated, config: QuantConfig, recipe: Recipe) -> Rewri
     """The rewritten graph, with each layer rounded on its own."""
     rounding = "rtn" if recipe.rounding == "gptq" else recipe.rounding
     layers = RoundedLayers(config, rounding, calibrated.inputs)
+    if calibrated.processes.count > 1:
+        chosen = chosen_layers(calibrated.gm, calibrated.decisions).items()
+        layers.share([(name, m, bits) for m, (name, bits) in chosen], calibrated.processes)
     qmodel = rewrite(calibrated.gm, calibrated.decisions, layers.quantize)
     return Rewritten(qmodel, layers.explain(calibrated.decisions), recipe, recipe.name)
 

@@ -11,6 +11,7 @@ PUBLIC = [
     "AccuracyError", "AccuracyWarning", "Allocation", "BudgetError", "CalibrationError",
     "DEFAULT_INT4_SKIP", "Decision", "Finding", "FxquantError", "GraphDiff", "HistogramObserver",
     "LoadError", "MinMaxObserver", "MovingAverageMinMaxObserver", "Observer", "OptionError",
+    "ProcessGroupError",
     "QuantConfig", "QuantizationInfo", "QuantizedLinearInt4", "QuantizedLinearInt8",
     "QuantizedLinearIntN", "RoundedScalesWarning", "RuleError", "SaveError", "SensitivityReport",
     "SensitivityRow",

@@ -13,8 +13,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fxquant.config.memory import memory_bytes
 from fxquant.config.method import Recipe, parse_method
 from fxquant.config.quant_config import QuantConfig, as_config
@@ -32,8 +30,8 @@ from fxquant.graph.left_alone import process_left_alone
 from fxquant.measure.quantization_info import QuantizationInfo, check_accuracy_warnings
 from fxquant.measure.sizes import MEGABYTE
 from fxquant.passes.calibration_data import calls
+from fxquant.passes.check_alike import call_digests
 from fxquant.passes.decide import Decision, add_notes, decide
-from fxquant.serialization.digest import digest_of
 from fxquant.tracing.opaque import graph_around
 
 SHARD_BYTES = 256 * 10**6  # of the float tensors that a file is made of, where it is no block's
@@ -154,13 +152,7 @@ def _identity(base: FolderReader, config: QuantConfig, drawn: Sequence[Call]) ->
     """What a run is made of: an interrupted one is gone on with if this is the same."""
     paths = [base.path / file for file in dict.fromkeys(base.files.values())]
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    data = [
-        [
-            (at, digest_of("", str(v.dtype), v) if isinstance(v, Tensor) else repr(v))
-            for at, v in call.leaves()
-        ]
-        for call in drawn
-    ]
+    data = call_digests(drawn)
     return {"files": stats, "config": base.config, "options": config.to_dict(), "data": data}
 
 

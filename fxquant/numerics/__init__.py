@@ -7,5 +7,6 @@
 | `packing.py` | integers of a few bits without gaps |
 | `quantized_weight.py` | the one description of a quantized matrix |
 | `weights.py` | weights by rounding over the full range of each group |
+| `digest.py` | digests at the speed of memory |
 | `metrics.py` | how far a tensor is from the float one |
 """

@@ -204,7 +204,7 @@ class Observer(nn.Module):
         if not other.has_seen_values:
             return
         self._merge(other)
-        self.bad_batch = torch.maximum(self.bad_batch, other.bad_batch)
+        self.bad_batch = torch.where(self.bad_batch < 0, other.bad_batch, self.bad_batch)
         self.minimum = torch.minimum(self.minimum, other.minimum)
         self.maximum = torch.maximum(self.maximum, other.maximum)
         self.square_sum = self.square_sum + other.square_sum

@@ -43,14 +43,28 @@ class InputStatistics:
         x = x.detach().reshape(-1, x.shape[-1]).float()
         if not len(x):
             return
-        self.tokens += len(x)
-        share = len(x) / self.tokens
-        self.mean = torch.lerp(self.mean, x.mean(0), share)
-        self.mean_square = torch.lerp(self.mean_square, x.square().mean(0), share)
-        self.mean_abs = torch.lerp(self.mean_abs, x.abs().mean(0), share)
-        self.lowest = torch.minimum(self.lowest, x.amin(0))
-        self.highest = torch.maximum(self.highest, x.amax(0))
-        self._add_to_sample(x, share)
+        batch = InputStatistics(x.shape[1], self.sample_size)
+        batch.tokens, batch.sample = len(x), x
+        batch.mean, batch.mean_square, batch.mean_abs = (
+            x.mean(0),
+            x.square().mean(0),
+            x.abs().mean(0),
+        )
+        batch.lowest, batch.highest = x.amin(0), x.amax(0)
+        self.merge(batch)
+
+    def merge(self, other: "InputStatistics") -> None:
+        """Add what `other` saw, as if it came after what was seen here."""
+        if not other.tokens:
+            return
+        self.tokens += other.tokens
+        share = other.tokens / self.tokens
+        self.mean = torch.lerp(self.mean, other.mean, share)
+        self.mean_square = torch.lerp(self.mean_square, other.mean_square, share)
+        self.mean_abs = torch.lerp(self.mean_abs, other.mean_abs, share)
+        self.lowest = torch.minimum(self.lowest, other.lowest)
+        self.highest = torch.maximum(self.highest, other.highest)
+        self._add_to_sample(other.sample, share)
 
     def steadied(self, expected: "InputStatistics | None" = None) -> "InputStatistics":
         """The mean and mean square as if `PRIOR_TOKENS` more tokens had looked as expected.

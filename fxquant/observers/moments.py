@@ -4,7 +4,7 @@ Several layers may read one input (the projections to queries, keys and values):
 collected once for all of them, and what is factored of them is factored once.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -66,6 +66,20 @@ class InputMoments:
                 self.lacks = torch.zeros_like(self._upper)
             self.total_lack += lack.double().sum(0)
             add_products(self.lacks, lack, x)
+
+    def merge(self, other: "InputMoments") -> None:
+        """Add the sums of other tokens, and what was held out of them; `other` is used up."""
+        self._made.clear()
+        if not self.tokens:  # its memory is taken over
+            self._upper, self.lacks = other._upper, other.lacks
+        else:
+            self._upper += other._upper
+            self.lacks = _sum_of(self.lacks, other.lacks)
+        self._is_mirrored = False
+        self.tokens += other.tokens
+        self.total += other.total
+        self.total_lack += other.total_lack
+        self.held += other.held
 
     @property
     def hessians(self) -> Tensor:
@@ -175,6 +189,15 @@ class LayerMoments:
         if count:
             self._held_shifts.append(None if shift is None else shift[:count].clone())
 
+    def merge(self, other: "LayerMoments") -> None:
+        """Add the shifts of other tokens, but not `input`, which layers may share.
+
+        See `merge_all`; `other` is used up.
+        """
+        self._cross = _sum_of(self._cross, other._cross)
+        self._total_shift += other._total_shift
+        self._held_shifts += other._held_shifts
+
     def held_error(self, weight: Tensor, quantized: Tensor, offset: Tensor) -> float:
         """How far a quantized layer is from its aim: Σ |(Q − W) x + b − shift|² over held tokens.
 
@@ -254,6 +277,23 @@ class LayerMoments:
         return self._total_shift + self._weight.double() @ self.input.total_lack
 
 
+def merge_all(moments: Iterable[LayerMoments], others: Iterable[LayerMoments]) -> None:
+    """Add the moments of other tokens of the same layers; `others` are used up.
+
+    What was held out is expected in one of the two only.
+
+    Args:
+        moments: of layers; added to.
+        others: of the same layers in the same order, sharing inputs in the same way.
+    """
+    done: set[int] = set()
+    for own, other in zip(moments, others, strict=True):
+        own.merge(other)
+        if id(own.input) not in done:
+            done.add(id(own.input))
+            own.input.merge(other.input)
+
+
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """`hessian` [in, in] with `damping` times its mean diagonal added to the diagonal.
 
@@ -279,6 +319,13 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """The first and the second half of the tokens."""
     middle = len(x) // 2
     return x[:middle], x[middle:]
+
+
+def _sum_of(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum, in the memory of `one` if it is there; None stands for zeros."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one.add_(other)
 
 
 def add_products(sums: Tensor, one: Tensor, other: Tensor) -> None:

@@ -1,6 +1,6 @@
 """The moments of the blocks of rows of a layer, from the arguments of its calls."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,30 +16,26 @@ AT_ONCE = 1 << 29  # bytes of the moments of blocks that are collected together
 
 
 def collect_blocks(
-    turn: Turn,
-    batches: Callable[[], Iterable[PairedBatch]],
-    known: Sequence[LayerMoments] | None,
-) -> Iterator[LayerMoments]:
-    """The moments of each block of rows of a layer, in order.
+    turn: Turn, blocks: Blocks, chosen: range, batches: Iterable[PairedBatch]
+) -> list[LayerMoments]:
+    """The moments of some blocks of rows of a layer, over some batches.
 
     Args:
         turn: of a single layer, not inside an opaque module.
-        batches: gives them when they have arrived there; asked again for each run of blocks.
-        known: moments to add to, if the layer runs elsewhere too.
+        blocks: of the layer.
+        chosen: which of them are meant.
+        batches: that have arrived there.
     """
-    site = turn.sites[0]
-    blocks = Blocks(site.module)
-    for chosen in chunks_of_blocks(blocks):
-        moments = empty_moments(blocks, chosen) if known is None else known[slice_of(chosen)]
-        for batch in batches():
-            arguments = batch.arguments(site.node)
-            if arguments is not None:
-                shift = _shift(blocks, turn, batch, *arguments)
-                add_call(
-                    moments, blocks, chosen, arguments[1], shift, batch.padding,
-                    is_held_out=batch.is_held_out,
-                )  # fmt: skip
-        yield from moments
+    moments = empty_moments(blocks, chosen)
+    for batch in batches:
+        arguments = batch.arguments(turn.node)
+        if arguments is not None:
+            shift = _shift(blocks, turn, batch, *arguments)
+            add_call(
+                moments, blocks, chosen, arguments[1], shift, batch.padding,
+                is_held_out=batch.is_held_out,
+            )  # fmt: skip
+    return moments
 
 
 def _shift(
@@ -66,10 +62,13 @@ def slice_of(chosen: range) -> slice:
 
 
 def chunks_of_blocks(blocks: Blocks) -> list[range]:
-    """The blocks of a layer in runs whose moments fit into `AT_ONCE`; none for a lookup."""
+    """The blocks of a layer in runs whose moments fit into `AT_ONCE`; none for a lookup.
+
+    Two of each are held: of all batches, and of the part of them that is in work.
+    """
     if blocks.form.is_lookup:
         return []
-    size = max(1, AT_ONCE // LayerMoments.bytes_of(blocks.inputs, blocks.rows))
+    size = max(1, AT_ONCE // (2 * LayerMoments.bytes_of(blocks.inputs, blocks.rows)))
     return [range(i, min(i + size, blocks.count)) for i in range(0, blocks.count, size)]
 
 

@@ -18,10 +18,19 @@ def float_linear(site: Site) -> nn.Linear:
     return site.module
 
 
-def collect(
-    turn: Turn, batches: Iterable[PairedBatch], known: Mapping[str, LayerMoments]
-) -> dict[str, LayerMoments]:
-    """The moments of layers that read one value of the graph.
+def empty_moments_of(turn: Turn) -> dict[str, LayerMoments]:
+    """Moments without tokens of layers that read one value of the graph: they share its moments."""
+    linears = {site.name: float_linear(site) for site in turn.sites}
+    width = next(iter(linears.values())).in_features
+    shared = InputMoments(width, readers=len(linears))
+    return {
+        name: LayerMoments(width, linear.out_features, shared=shared, weight=linear.weight)
+        for name, linear in linears.items()
+    }
+
+
+def collect(turn: Turn, batches: Iterable[PairedBatch]) -> list[LayerMoments]:
+    """The moments of layers that read one value of the graph, over some batches.
 
     How much of an output's shift comes with the input, W (x_float − x), is a product of W and of
     sums over tokens that all layers share. Where outputs are far fewer than inputs, these sums
@@ -30,16 +39,18 @@ def collect(
     Args:
         turn: which layers; not inside an opaque module.
         batches: that have arrived there.
-        known: moments to add to, of layers that run elsewhere too; each of them has its own turn.
+
+    Returns:
+        The moments, in the order of the turn's layers; they hold no weight, see
+        `empty_moments_of`.
     """
     linears = {site.name: float_linear(site) for site in turn.sites}
     width = next(iter(linears.values())).in_features
     outputs = sum(m.out_features for name, m in linears.items() if name not in turn.residuals)
     shares_lack = width <= 2 * outputs
-    other = known.get(turn.sites[0].name)
-    shared = InputMoments(width, readers=len(linears)) if other is None else other.input
+    shared = InputMoments(width)
     moments = {
-        name: LayerMoments(width, linear.out_features, shared=shared, weight=linear.weight)
+        name: LayerMoments(width, linear.out_features, shared=shared)
         for name, linear in linears.items()
     }
     source = turn.sites[0].input
@@ -58,7 +69,7 @@ def collect(
                 shifts[name] = product + shifts[name] if name in shifts else product
             lack = None
         _add(shared, moments, x, lack, shifts, is_held_out=batch.is_held_out)
-    return moments
+    return list(moments.values())
 
 
 def _add(

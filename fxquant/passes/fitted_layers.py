@@ -1,7 +1,8 @@
 """Layers fitted to the inputs they see: GPTQ toward the float output, with corrected biases."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,25 @@ from fxquant.passes.target_limits import bias_in_target, exact_in_target
 FITTED_ELEMENTS = 1 << 22  # of a weight that are fitted at once, with some temporaries of the size
 
 
+@dataclass(frozen=True)
+class FittedBlock:
+    """A block of rows of a layer, and what there is to say of it.
+
+    Attributes:
+        weight: its integers; None where the layer is rounded alone.
+        bias: [rows], or None.
+        is_reached: whether any calibration token reached it.
+        is_rounded: whether rounding to nearest was better on tokens that were held out.
+        scarce: what to say of few tokens; None where there were enough.
+    """
+
+    weight: QuantizedWeight | None
+    bias: Tensor | None
+    is_reached: bool = True
+    is_rounded: bool = False
+    scarce: str | None = None
+
+
 class FittedLayers:
     """Makes quantized layers from weights and the moments of their inputs.
 
@@ -40,8 +60,28 @@ class FittedLayers:
         self._blocks: dict[str, tuple[int, str]] = {}  # how many a layer has, and their word
         self._tokens: dict[str, str] = {}
 
-    def quantize(
-        self, name: str, layer: nn.Module, bits: int, moments: Iterable[LayerMoments]
+    def fit(
+        self, name: str, blocks: Blocks, index: int, bits: int, moments: LayerMoments
+    ) -> FittedBlock:
+        """A block of rows, fitted to its inputs, unless the layer is rounded alone.
+
+        Args:
+            name: of the layer.
+            blocks: of the layer.
+            index: of the block.
+            bits: of an integer.
+            moments: of what the block multiplies.
+        """
+        is_rounded = is_per_channel(bits, self.config.group_size, blocks.inputs)
+        if is_rounded or self._plain.is_tied(name, blocks.layer, bits):
+            return FittedBlock(None, None, is_reached=bool(moments.tokens))
+        matrix, bias = blocks.matrices[index], blocks.biases[index]
+        # In float32 even where the caller's autocast is on.
+        with torch.autocast(matrix.device.type, enabled=False):
+            return self._fit_block(matrix, bias, bits, moments)
+
+    def make(
+        self, name: str, layer: nn.Module, bits: int, fitted: Sequence[FittedBlock]
     ) -> QuantizedLayer:
         """The layer called `name` in `bits` bits.
 
@@ -49,48 +89,39 @@ class FittedLayers:
             name: of the layer.
             layer: a float layer that has a form.
             bits: of an integer.
-            moments: of the inputs of each block of rows, in order; none where rows are looked up.
+            fitted: its blocks of rows, in order; none where rows are looked up.
         """
         blocks = Blocks(layer)
         self._blocks[name] = blocks.count, blocks.form.block_word
-        is_rounded = is_per_channel(bits, self.config.group_size, blocks.inputs)
-        if is_rounded or blocks.form.is_lookup or self._plain.is_tied(name, layer, bits):
-            for seen in moments:
-                self.unreached[name] += not seen.tokens
+        for block in fitted:
+            self.unreached[name] += not block.is_reached
+            self.rounded[name] += block.is_rounded
+            self.scarce[name] += block.scarce is not None
+            self._tokens[name] = block.scarce or self._tokens.get(name, "")
+        weights = [block.weight for block in fitted if block.weight is not None]
+        if not weights:
             return self._plain.quantize(name, layer, bits)
-        fitted = [
-            self._fit(name, matrix, bias, bits, seen)
-            for matrix, bias, seen in zip(blocks.matrices, blocks.biases, moments, strict=True)
-        ]
-        return blocks.finish([weight for weight, _ in fitted], [bias for _, bias in fitted])
-
-    def _fit(
-        self, name: str, matrix: Tensor, bias: Tensor | None, bits: int, moments: LayerMoments
-    ) -> tuple[QuantizedWeight, Tensor | None]:
-        """A block of rows and its bias, in float32 even where the caller's autocast is on."""
-        with torch.autocast(matrix.device.type, enabled=False):
-            return self._fit_block(name, matrix, bias, bits, moments)
+        return blocks.finish(weights, [block.bias for block in fitted])
 
     def _fit_block(
-        self, name: str, matrix: Tensor, bias: Tensor | None, bits: int, moments: LayerMoments
-    ) -> tuple[QuantizedWeight, Tensor | None]:
-        self.unreached[name] += not moments.tokens
+        self, matrix: Tensor, bias: Tensor | None, bits: int, moments: LayerMoments
+    ) -> FittedBlock:
         weight = exact_in_target(self._fitted(matrix, bits, moments), matrix, self.config)
         corrected = corrected_bias(matrix, weight.dequantize(), bias, moments)
         fitted = weight, bias_in_target(corrected, bias, self.config)
-        if moments.held_tokens and moments.tokens:
-            plain = self._rounded(matrix, bias, bits, moments)
-            worse = _held_error(matrix, bias, *fitted, moments)
-            if _held_error(matrix, bias, *plain, moments) < worse:
-                self.rounded[name] += 1
-                fitted = plain
-            elif moments.tokens < matrix.shape[1]:
-                self.scarce[name] += 1
-                self._tokens[name] = (
-                    f"{moments.tokens} tokens for {matrix.shape[1]} inputs; still better than "
-                    f"rounding on {moments.held_tokens} tokens held out"
-                )
-        return fitted
+        if not moments.held_tokens or not moments.tokens:
+            return FittedBlock(*fitted, is_reached=bool(moments.tokens))
+        plain = self._rounded(matrix, bias, bits, moments)
+        worse = _held_error(matrix, bias, *fitted, moments)
+        if _held_error(matrix, bias, *plain, moments) < worse:
+            return FittedBlock(*plain, is_rounded=True)
+        if moments.tokens >= matrix.shape[1]:
+            return FittedBlock(*fitted)
+        scarce = (
+            f"{moments.tokens} tokens for {matrix.shape[1]} inputs; still better than "
+            f"rounding on {moments.held_tokens} tokens held out"
+        )
+        return FittedBlock(*fitted, scarce=scarce)
 
     def _fitted(self, matrix: Tensor, bits: int, moments: LayerMoments) -> QuantizedWeight:
         """The weight fitted to the inputs, some outputs at a time: each is on its own."""

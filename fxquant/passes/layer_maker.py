@@ -1,6 +1,6 @@
 """What rounding and fitting have in common: a float layer in, its form's quantized layer out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -39,6 +39,22 @@ class TiedTables:
         table = made if isinstance(made, QuantizedLinear) else getattr(made, "table", None)
         if table is not None:
             self._tables.setdefault(_key(layer, bits), (table, name, chosen_form(layer).is_lookup))
+
+
+def tied_readers(layers: Sequence[tuple[str, nn.Module, int]]) -> set[str]:
+    """The names of layers that will read the packed weight of one before them.
+
+    Args:
+        layers: `(name, layer, bits)`, in the order in which they will be made.
+    """
+    first: dict[_Key, bool] = {}  # whether the first layer of a weight looks rows up
+    readers = set()
+    for name, layer, bits in layers:
+        key, is_lookup = _key(layer, bits), chosen_form(layer).is_lookup
+        if key in first and (first[key] or is_lookup):
+            readers.add(name)
+        first.setdefault(key, is_lookup)
+    return readers
 
 
 def _key(layer: nn.Module, bits: int) -> _Key:

@@ -6,12 +6,16 @@ through a graph, or by a pass that has them at hand anyway, such as `quantize_se
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxquant.distributed.parts import parts_of
+from fxquant.distributed.processes import ALONE, Processes
 from fxquant.graph.calls import Call
 from fxquant.graph.channel_scaling import NORMS
 from fxquant.graph.effects import writes_before
@@ -23,6 +27,29 @@ from fxquant.passes.calibrate import run_call
 from fxquant.passes.layer_maker import Blocks
 from fxquant.passes.padding import fitting_mask, padding_mask
 from fxquant.passes.turns import repeated_layers
+
+
+@dataclass
+class SeenInput:
+    """What is known of a value that layers read.
+
+    Attributes:
+        ranges: of all its elements; None where they are not asked for.
+        statistics: channel by channel, of what each block of rows multiplies.
+    """
+
+    ranges: Observer | None
+    statistics: list[InputStatistics]
+
+    def merge(self, other: "SeenInput") -> None:
+        """Add what `other` saw, as if it came after what was seen here."""
+        if self.ranges is not None and other.ranges is not None:
+            self.ranges.merge(other.ranges)
+        for own, more in zip(self.statistics, other.statistics, strict=True):
+            own.merge(more)
+
+
+Seen = dict[str, SeenInput]  # by the first layer that reads a value
 
 
 class InputWatcher:
@@ -39,6 +66,7 @@ class InputWatcher:
         statistics: by the names of blocks of rows (see `block_names`), shared in the same way.
             Those of several blocks keep no sample of tokens. Layers that look rows up have none.
         leaders: of each value that is read, the first layer that reads it, by name.
+        seen: what is known of each of these values.
     """
 
     def __init__(
@@ -64,40 +92,55 @@ class InputWatcher:
         first = {site.name: site for site in by_place.values()}
         self.leaders = {name: site.module for name, site in first.items()}
         self._blocks = {name: Blocks(site.module) for name, site in first.items()}
-        linear = {n: s for n, s in first.items() if is_plain_linear(s.module)}
-        ranges = {n: _observer_at(s, observer) for n, s in linear.items() if observer is not None}
-        made = {n: _empty(blocks) for n, blocks in self._blocks.items() if has_statistics}
-        self._statistics = made
-        self.observers = {n: ranges[s.name] for n, s in leaders.items() if s.name in ranges}
+        self._sites, self._observer, self._has_statistics = first, observer, has_statistics
+        self.seen: Seen = {name: self._empty(name) for name in first}
+        readers = [(name, self.seen[site.name]) for name, site in leaders.items()]
+        self.observers = {name: s.ranges for name, s in readers if s.ranges is not None}
         self.statistics = {
-            block: seen
-            for name, site in leaders.items()
-            if site.name in made
-            for block, seen in zip(
-                block_names(name, len(made[site.name])), made[site.name], strict=True
+            block: statistics
+            for name, seen in readers
+            for block, statistics in zip(
+                block_names(name, len(seen.statistics)), seen.statistics, strict=True
             )
         }
 
     def add(
-        self, name: str, arguments: tuple[Any, ...], padding: Tensor | None, batch: int
+        self,
+        seen: Seen,
+        name: str,
+        arguments: tuple[Any, ...],
+        padding: Tensor | None,
+        batch: int,
     ) -> None:
-        """Add what the layer `name` reads in a batch; other layers that read it must not add it.
+        """Add what the layer `name` reads in a batch; of layers that read the same, the first adds.
 
         Args:
-            name: of the layer.
+            seen: added to: `self.seen`, or what is known of a part of the data, which is merged
+                afterwards.
+            name: of the layer; nothing is added of one that is no leader.
             arguments: of the layer's call, the input [..., in] first.
             padding: booleans [rows, tokens], False where a token is padding and does not count.
             batch: the number of the batch, for errors.
         """
-        if name in self.observers:
-            self.observers[name].batch = batch
-            self.observers[name](arguments[0])
-        if name in self._statistics:
+        if name not in self.leaders:
+            return
+        if name not in seen:
+            seen[name] = self._empty(name)
+        own = seen[name]
+        if own.ranges is not None:
+            own.ranges.batch = batch
+            own.ranges(arguments[0])
+        if own.statistics:
             blocks = self._blocks[name]
             assert blocks.form.reads is not None  # lookups are not watched
             reads = blocks.form.reads(blocks.layer, *arguments)
-            for x, seen in zip(reads, self._statistics[name], strict=True):
-                seen.add(x, fitting_mask(padding, x))
+            for x, statistics in zip(reads, own.statistics, strict=True):
+                statistics.add(x, fitting_mask(padding, x))
+
+    def merge(self, seen: Seen) -> None:
+        """Add what is known of a part of the data, as if it came after what was seen before."""
+        for name, more in seen.items():
+            self.seen[name].merge(more)
 
     def check(self, names: Iterable[str]) -> None:
         """Refuse what cannot be calibrated.
@@ -109,31 +152,55 @@ class InputWatcher:
             if name in self.observers:
                 self.observers[name].check()
 
-    @torch.no_grad()
-    def run(self, gm: GraphModule, calls: Sequence[Call]) -> None:
+    def run(self, gm: GraphModule, calls: Sequence[Call], processes: Processes = ALONE) -> None:
         """Run data through the graph that is watched.
+
+        Args:
+            gm: the graph.
+            calls: batches.
+            processes: that share them.
 
         Raises:
             CalibrationError: a layer has read NaN or Inf, or the graph does not take a batch.
         """
+        if not self.leaders:
+            return
+        parts = [partial(self._seen_in, gm, calls, part) for part in parts_of(len(calls))]
+        for seen in processes.in_order(parts):
+            self.merge(seen)
+        self.check(self.observers)
+
+    @torch.no_grad()
+    def _seen_in(self, gm: GraphModule, calls: Sequence[Call], part: range) -> Seen:
+        """What layers read in the batches of a part."""
+        seen: Seen = {}
         batch, padding = 0, None
 
         def hook_for(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self.add(name, layer_arguments(args, kwargs), padding, batch)
+                self.add(seen, name, layer_arguments(args, kwargs), padding, batch)
 
             return hook
 
-        if not self.leaders:
-            return
         with ExitStack() as undo:
             for name, module in self.leaders.items():
                 hook = module.register_forward_pre_hook(hook_for(name), with_kwargs=True)
                 undo.callback(hook.remove)
-            for batch, call in enumerate(calls):
-                padding = padding_mask(call)
-                run_call(gm, call, batch)
-        self.check(self.observers)
+            for batch in part:
+                padding = padding_mask(calls[batch])
+                run_call(gm, calls[batch], batch)
+        return seen
+
+    def _empty(self, name: str) -> SeenInput:
+        """What is known of a value before data."""
+        site, blocks = self._sites[name], self._blocks[name]
+        ranges, statistics = None, list[InputStatistics]()
+        if self._observer is not None and is_plain_linear(site.module):
+            ranges = _observer_at(site, self._observer)
+        if self._has_statistics:  # of several blocks without a sample of tokens
+            size = SAMPLE if blocks.count == 1 else 0
+            statistics = [InputStatistics(blocks.inputs, size) for _ in range(blocks.count)]
+        return SeenInput(ranges, statistics)
 
 
 def _observer_at(site: Site, name: str) -> Observer:
@@ -141,11 +208,6 @@ def _observer_at(site: Site, name: str) -> Observer:
     value = f"the input of {site.name}" if site.input is None else f"the value {site.input.name!r}"
     observer.node_name = value
     return observer
-
-
-def _empty(blocks: Blocks) -> list[InputStatistics]:
-    size = SAMPLE if blocks.count == 1 else 0
-    return [InputStatistics(blocks.inputs, size) for _ in range(blocks.count)]
 
 
 def observe_inputs(

@@ -89,19 +89,19 @@ def groups_inside(turn: Turn, first: PairedBatch | None) -> list[OpaqueGroup]:
 def collect_inside(
     group: OpaqueGroup,
     partners: dict[str, nn.Module],
-    batches: Iterable[PairedBatch],
-    moments: dict[str, LayerMoments],
     notice: Notice,
-) -> None:
-    """Add to the moments of a group of layers.
+    batches: Iterable[PairedBatch],
+) -> list[LayerMoments]:
+    """The moments of a group of layers over some batches, in the order of the group.
 
     Args:
         group: which layers.
         partners: the same layers in the float graph, by name.
-        batches: that have arrived at the module.
-        moments: by name; added to.
         notice: is told what each layer reads in the float graph, of batches that are fitted to.
+        batches: that have arrived at the module.
     """
+    linears = {site.name: float_linear(site) for site in group.sites}
+    moments = {n: LayerMoments(m.in_features, m.out_features) for n, m in linears.items()}
     for batch in batches if group.calls else ():
         seen = {site.name: _Seen() for site in group.sites}
         clean, noisy = _Countdown(group.calls), _Countdown(group.calls)
@@ -112,9 +112,10 @@ def collect_inside(
         _run_node(batch.noisy, node, batch.noisy_values, hooks)
         for site in group.sites:
             what = seen[site.name]
-            _add(moments[site.name], float_linear(site), what, batch)
+            _add(moments[site.name], linears[site.name], what, batch)
             for x in () if batch.is_held_out else what.clean:
                 notice(site.name, (x,), batch)
+    return list(moments.values())
 
 
 def _add(moments: LayerMoments, linear: nn.Linear, seen: _Seen, batch: PairedBatch) -> None:

@@ -9,18 +9,24 @@ can. Nothing behind the last turn runs.
 Layers inside an opaque module are quantized in the order in which it calls them. A layer that runs
 several times is fitted to all its calls: to the first on what the quantized graph gives it, to
 those behind on what the float graph gives.
+
+Where several processes share the work, each runs the batches of its parts, and owns some layers of
+a turn (see `fxquant/distributed`).
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxquant.distributed.parts import parts_of
+from fxquant.distributed.processes import ALONE, Processes
 from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_owning_tensors, copy_sharing_tensors
 from fxquant.graph.layers import (
@@ -33,14 +39,20 @@ from fxquant.graph.layers import (
 from fxquant.graph.left_alone import attributes_left_alone, graph_left_alone, left_alone
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.weight_forms import chosen_form, form_of
-from fxquant.observers.moments import LayerMoments
-from fxquant.passes.block_moments import add_call, collect_blocks, empty_moments
+from fxquant.observers.moments import LayerMoments, merge_all
+from fxquant.passes.block_moments import (
+    add_call,
+    chunks_of_blocks,
+    collect_blocks,
+    empty_moments,
+    slice_of,
+)
 from fxquant.passes.calibrate import run_call
-from fxquant.passes.collect_moments import collect
+from fxquant.passes.collect_moments import collect, empty_moments_of
 from fxquant.passes.decide import Decision
 from fxquant.passes.held_values import HeldValues
 from fxquant.passes.layer_maker import Blocks, naming
-from fxquant.passes.observe_inputs import InputWatcher
+from fxquant.passes.observe_inputs import InputWatcher, Seen
 from fxquant.passes.opaque_layers import OpaqueGroup, collect_inside, groups_inside
 from fxquant.passes.padding import padding_mask
 from fxquant.passes.paired_batches import PairedBatch
@@ -48,7 +60,39 @@ from fxquant.passes.rewrite import freeze, share_tables
 from fxquant.passes.turns import Turn, find_turns, repeated_layers
 from fxquant.report.progress import steps
 
-QuantizeWithMoments = Callable[[str, nn.Module, int, Iterable[LayerMoments]], QuantizedLayer]
+
+class LayerFitter(Protocol):
+    """Makes quantized layers of moments, in two steps: the costly one can be done elsewhere."""
+
+    def fit(self, name: str, blocks: Blocks, index: int, bits: int, moments: LayerMoments) -> Any:
+        """A block of rows in `bits` bits; the fitter itself stays as it is.
+
+        Args:
+            name: of the layer.
+            blocks: of the layer.
+            index: of the block.
+            bits: of an integer.
+            moments: of what the block multiplies; without tokens where no batch reaches it.
+        """
+
+    def make(self, name: str, layer: nn.Module, bits: int, fitted: Sequence[Any]) -> QuantizedLayer:
+        """The layer of the results of `fit` for all its blocks, in order; none of a lookup."""
+
+
+@dataclass
+class _PartSums:
+    """What is collected over a part of the batches.
+
+    Attributes:
+        moments: of layers or blocks, in an order that is known.
+        seen: what layers read in the float graph.
+    """
+
+    moments: list[LayerMoments]
+    seen: Seen
+
+
+Collect = Callable[[Seen, Iterable[PairedBatch]], list[LayerMoments]]
 
 
 @torch.no_grad()
@@ -56,12 +100,13 @@ def quantize_sequentially(
     gm: GraphModule,
     decisions: Iterable[Decision],
     calls: Sequence[Call],
-    quantize_layer: QuantizeWithMoments,
+    fitter: LayerFitter,
     held_out: Sequence[Call] = (),
     watcher: InputWatcher | None = None,
     *,
     noisy: Sequence[Call] | None = None,
     most_bytes: int | None = None,
+    processes: Processes = ALONE,
 ) -> GraphModule:
     """Swap each layer that the table of decisions quantizes, in the order in which it runs.
 
@@ -70,15 +115,14 @@ def quantize_sequentially(
         decisions: what to quantize.
         calls: batches. A two-dimensional `attention_mask` among the keyword arguments masks padding
             out of the moments.
-        quantize_layer: makes a quantized layer from `(name, layer, bits, moments)`, with the
-            moments of each block of rows, none of lookups; those of blocks that no batch reaches
-            have no tokens.
+        fitter: makes the quantized layers.
         held_out: batches that choose no integers; their moments are kept apart.
         watcher: is given what the layers read in the float graph, of `calls`.
         noisy: what the quantized graph is called with in the place of `calls` and then `held_out`,
             where layers in front of the graph are quantized too. None: the same as the float graph.
         most_bytes: of values that wait between layers in memory; the others wait in a file. None:
             no bound. The result is the same, bit for bit.
+        processes: that share batches and layers; the result is the same, bit for bit.
 
     Returns:
         A new graph, on memory of its own, whose nodes have the same names.
@@ -95,7 +139,7 @@ def quantize_sequentially(
     models = (float_gm, rewritten)
     own = [tensor for m in models for tensor in (*m.parameters(), *m.buffers())]
     held = HeldValues(most_bytes, own)
-    run = _Run(float_gm, rewritten, bits, quantize_layer, watcher or InputWatcher(gm, ()), held)
+    run = _Run(float_gm, rewritten, bits, fitter, watcher or InputWatcher(gm, ()), held, processes)
     with closing(held), graph_left_alone(float_gm), attributes_left_alone(rewritten):
         run.over(calls, held_out, noisy)
     share_tables(rewritten)
@@ -104,21 +148,23 @@ def quantize_sequentially(
 
 
 class _Run:
-    """Both graphs on their way through all batches."""
+    """Both graphs on their way through the batches that are this process's."""
 
     def __init__(
         self,
         float_gm: GraphModule,
         rewritten: GraphModule,
         bits: dict[str, int],
-        quantize_layer: QuantizeWithMoments,
+        fitter: LayerFitter,
         watcher: InputWatcher,
         held: HeldValues,
+        processes: Processes,
     ) -> None:
         self.float_gm, self.rewritten, self.bits = float_gm, rewritten, bits
-        self.quantize_layer, self.watcher, self.held = quantize_layer, watcher, held
+        self.fitter, self.watcher, self.held, self.processes = fitter, watcher, held, processes
         self.partners = {site.name: site.module for site in sites(float_gm)}
         self.batches: list[PairedBatch] = []
+        self.parts: list[range] = []
         self.later: dict[str, list[LayerMoments]] = {}
 
     def over(
@@ -136,69 +182,138 @@ class _Run:
             PairedBatch.of(models, pair, i, held_out=i >= count)
             for i, pair in enumerate(zip(clean, given, strict=True))
         ]
+        # How many tokens are held out is bounded over all batches, so these are one part.
+        self.parts = [*parts_of(count), *([range(count, len(clean))] if held_out else [])]
         for turn in steps(find_turns(self.rewritten, set(self.bits)), "fitting layers"):
             if turn.is_inside:
                 self._quantize_inside(turn)
-            else:
+            elif chosen_form(turn.sites[0].module).shares_input:
                 self._quantize_together(turn)
+            else:
+                self._quantize_blocks(turn)
 
     def _quantize_together(self, turn: Turn) -> None:
-        if not chosen_form(turn.sites[0].module).shares_input:
-            self._swap(turn.sites[0], self._moments_of_blocks(turn))
-            return
-        known = {name: found[0] for name, found in self.later.items()}
-        moments = collect(turn, self._arrived(turn, turn.sites), known)
+        """Linear layers that read one value of the graph."""
+
+        def collect_part(seen: Seen, batches: Iterable[PairedBatch]) -> list[LayerMoments]:
+            return collect(turn, self._noticing(seen, turn.sites, batches))
+
+        moments = list(empty_moments_of(turn).values())
+        self._add_later(turn.sites[0], moments)
+        self._collect(turn, moments, collect_part)
         self.watcher.check(site.name for site in turn.sites)
-        for site in turn.sites:
-            self._swap(site, [moments[site.name]])
+        self._swap_fitted(turn.sites, moments)
 
-    def _moments_of_blocks(self, turn: Turn) -> Iterator[LayerMoments]:
-        """The moments of each block of the turn's one layer."""
-        watched = list(turn.sites)
+    def _quantize_blocks(self, turn: Turn) -> None:
+        """A layer of another kind, some blocks of rows at a time."""
+        site, blocks = turn.sites[0], Blocks(turn.sites[0].module)
+        later, fitted = self.later.pop(site.name, None), list[Any]()
+        for chosen in chunks_of_blocks(blocks):
+            watched = [] if fitted else [site]  # what it reads is noticed once
 
-        def arrived() -> Iterator[PairedBatch]:
-            yield from self._arrived(turn, watched)
-            watched.clear()  # what it reads is noticed once
+            def collect_part(
+                seen: Seen,
+                batches: Iterable[PairedBatch],
+                chosen: range = chosen,
+                watched: Sequence[Site] = watched,
+            ) -> list[LayerMoments]:
+                return collect_blocks(turn, blocks, chosen, self._noticing(seen, watched, batches))
 
-        return collect_blocks(turn, arrived, self.later.pop(turn.sites[0].name, None))
+            moments = empty_moments(blocks, chosen) if later is None else later[slice_of(chosen)]
+            self._collect(turn, moments, collect_part)
+            work = zip(chosen, moments, strict=True)
+            fitted += self._fit([(site, blocks, i, own) for i, own in work])
+        self._swap(site, fitted)
 
     def _quantize_inside(self, turn: Turn) -> None:
+        """The layers of an opaque module, those of one input together."""
         for group in self._groups_inside(turn):
-            moments = {s.name: self._own_moments(s) for s in group.sites}
-            arrived = self._arrived(turn, ())
-            collect_inside(group, self.partners, arrived, moments, self._notice)
-            self.watcher.check(moments)
-            for site in group.sites:
-                self._swap(site, [moments[site.name]])
+
+            def collect_part(
+                seen: Seen, batches: Iterable[PairedBatch], group: OpaqueGroup = group
+            ) -> list[LayerMoments]:
+                return collect_inside(group, self.partners, partial(self._notice, seen), batches)
+
+            moments = [empty_moments(Blocks(site.module), range(1))[0] for site in group.sites]
+            for site, own in zip(group.sites, moments, strict=True):
+                self._add_later(site, [own])
+            self._collect(turn, moments, collect_part)
+            self.watcher.check(site.name for site in group.sites)
+            self._swap_fitted(group.sites, moments)
 
     def _groups_inside(self, turn: Turn) -> list[OpaqueGroup]:
-        """In which order the first batch sees them."""
-        with closing(self._arrived(turn, ())) as arrived:
-            return groups_inside(turn, next(arrived, None))
+        """In which order the first batch sees them; it is one process's."""
+        with closing(self._arrived(turn, self.parts[0])) as arrived:
+            first = next(arrived, None) if self.processes.rank == 0 else None
+            found = groups_inside(turn, first)
+        by_name = {site.name: site for site in turn.sites}
+        names = [([site.name for site in group.sites], group.counts) for group in found]
+        return [
+            OpaqueGroup([by_name[name] for name in group], counts)
+            for group, counts in self.processes.broadcast(names, 0)
+        ]
 
-    def _arrived(self, turn: Turn, watched: Iterable[Site]) -> Generator[PairedBatch, None, None]:
-        """Each batch, when both graphs have run up to the turn."""
-        for batch in self.batches:
+    def _collect(self, turn: Turn, moments: list[LayerMoments], collect_part: Collect) -> None:
+        """Add what the parts of the data say, in their order, to moments and watched inputs."""
+
+        def sums(part: range) -> _PartSums:
+            seen: Seen = {}
+            return _PartSums(collect_part(seen, self._arrived(turn, part)), seen)
+
+        for found in self.processes.in_order([partial(sums, part) for part in self.parts]):
+            merge_all(moments, found.moments)
+            self.watcher.merge(found.seen)
+
+    def _arrived(self, turn: Turn, part: range) -> Generator[PairedBatch, None, None]:
+        """Each batch of a part, when both graphs have run up to the turn."""
+        for index in part:
+            batch = self.batches[index]
             with batch.resumed(self.held):
                 batch.advance(turn.position)
-                for site in () if batch.is_held_out else watched:
-                    arguments = batch.arguments(site.node)
-                    if arguments is not None:
-                        self._notice(site.name, arguments[0], batch)
                 yield batch
 
-    def _notice(self, name: str, arguments: tuple[Any, ...], batch: PairedBatch) -> None:
+    def _noticing(
+        self, seen: Seen, watched: Sequence[Site], batches: Iterable[PairedBatch]
+    ) -> Iterator[PairedBatch]:
+        """The batches, while what layers read in the float graph is noticed."""
+        for batch in batches:
+            for site in () if batch.is_held_out else watched:
+                arguments = batch.arguments(site.node)
+                if arguments is not None:
+                    self._notice(seen, site.name, arguments[0], batch)
+            yield batch
+
+    def _notice(
+        self, seen: Seen, name: str, arguments: tuple[Any, ...], batch: PairedBatch
+    ) -> None:
         """A layer is called in the float graph; of layers that read the same, the first counts."""
-        if name in self.watcher.leaders:
-            self.watcher.add(name, arguments, batch.padding, batch.index)
+        self.watcher.add(seen, name, arguments, batch.padding, batch.index)
 
-    def _own_moments(self, site: Site) -> LayerMoments:
-        later = self.later.pop(site.name, None) or empty_moments(Blocks(site.module), range(1))
-        return later[0]
+    def _add_later(self, site: Site, moments: list[LayerMoments]) -> None:
+        """Begin with what is known of further calls of a layer."""
+        if site.name in self.later:
+            merge_all(moments, self.later.pop(site.name))
 
-    def _swap(self, site: Site, moments: Iterable[LayerMoments]) -> None:
+    def _swap_fitted(self, chosen: Sequence[Site], moments: Sequence[LayerMoments]) -> None:
+        """Swap linear layers, each of one block."""
+        work = zip(chosen, moments, strict=True)
+        fitted = self._fit([(site, Blocks(site.module), 0, own) for site, own in work])
+        for site, own in zip(chosen, fitted, strict=True):
+            self._swap(site, [own])
+
+    def _fit(self, work: Sequence[tuple[Site, Blocks, int, LayerMoments]]) -> list[Any]:
+        """What the fitter makes of each block of rows."""
+
+        def fit(site: Site, blocks: Blocks, index: int, moments: LayerMoments) -> Any:
+            with naming(site.name):
+                return self.fitter.fit(site.name, blocks, index, self.bits[site.name], moments)
+
+        costs = [blocks.inputs**2 * (blocks.inputs + blocks.rows) for _, blocks, _, _ in work]
+        return self.processes.share(costs, [partial(fit, *own) for own in work])
+
+    def _swap(self, site: Site, fitted: Sequence[Any]) -> None:
         with naming(site.name):
-            made = self.quantize_layer(site.name, site.module, self.bits[site.name], moments)
+            made = self.fitter.make(site.name, site.module, self.bits[site.name], fitted)
         if site.is_inside:
             keep_bias_absent(site.module, made)
         replace_layer(site.module, made.eval())
@@ -215,8 +330,7 @@ class _Run:
                 if counts[layer] > 1:
                     arguments = layer_arguments(args, kwargs)
                     add_call(moments[name], blocks, range(blocks.count), arguments, None, mask)
-                    if name in self.watcher.leaders:
-                        self.watcher.add(name, arguments, mask, batch)
+                    self.watcher.add(self.watcher.seen, name, arguments, mask, batch)
 
             return hook
 

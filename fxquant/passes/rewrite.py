@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from fxquant.graph.copying import copy_owning_tensors
 from fxquant.graph.graph_module import check_graph
-from fxquant.graph.layers import Site, finish, keep_bias_absent, replace_layer, sites
+from fxquant.graph.layers import finish, keep_bias_absent, replace_layer, sites
 from fxquant.modules.embedding import QuantizedEmbedding
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.linear import QuantizedLinear
@@ -40,14 +40,27 @@ def rewrite(
     Raises:
         WeightError: a weight cannot be quantized; the layer is named.
     """
-    bits = {d.module: d.bits for d in decisions if d.bits is not None}
-    chosen = {site.module: site.name for site in sites(gm) if _is_chosen(site, bits)}
-    layers = steps(chosen.items(), "rounding layers", total=len(chosen))
-    made = {m: _quantize(name, m, bits[name], quantize_layer) for m, name in layers}
+    chosen = chosen_layers(gm, decisions)
+    made = {
+        layer: _quantize(name, layer, bits, quantize_layer)
+        for layer, (name, bits) in steps(chosen.items(), "rounding layers", total=len(chosen))
+    }
     for site in sites(gm):
         if site.is_inside and site.module in made:
             keep_bias_absent(site.module, made[site.module])
     return replace_layers(gm, made)
+
+
+def chosen_layers(
+    gm: GraphModule, decisions: Iterable[Decision]
+) -> dict[nn.Module, tuple[str, int]]:
+    """The name and the bits of each layer of a graph that the decisions select, in its order."""
+    bits = {d.module: d.bits for d in decisions if d.bits is not None}
+    return {
+        site.module: (site.name, bits[site.name])
+        for site in sites(gm)
+        if form_of(site.module) is not None and site.name in bits
+    }
 
 
 def replace_layers(gm: GraphModule, made: Mapping[nn.Module, nn.Module]) -> GraphModule:
@@ -87,10 +100,6 @@ def share_tables(model: nn.Module) -> None:
     tables |= {id(m.packed_memory): m for m in layers if id(m) not in own}
     for embedding in embeddings:
         embedding.table = tables[id(embedding.table.packed_memory)]
-
-
-def _is_chosen(site: Site, bits: Mapping[str, int]) -> bool:
-    return form_of(site.module) is not None and site.name in bits
 
 
 def _quantize(

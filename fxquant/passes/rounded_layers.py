@@ -1,6 +1,7 @@
 """Layers quantized without looking at other layers, made once and kept."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from fxquant.algorithms.hqq import half_quadratic
 from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.config.quant_config import QuantConfig
+from fxquant.distributed.processes import Processes
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.weight_forms import block_names
 from fxquant.numerics.quantized_weight import (
@@ -18,7 +20,7 @@ from fxquant.numerics.quantized_weight import (
 )
 from fxquant.observers.input_statistics import InputStatistics
 from fxquant.passes.decide import Decision, add_notes
-from fxquant.passes.layer_maker import Blocks, TiedTables
+from fxquant.passes.layer_maker import Blocks, TiedTables, naming, tied_readers
 from fxquant.passes.target_limits import bias_in_target, exact_in_target, int8_in_target
 
 
@@ -44,6 +46,7 @@ class RoundedLayers:
         self.without_groups: set[str] = set()
         self._tied = TiedTables()
         self._made: dict[tuple[str, int], QuantizedLayer] = {}
+        self._ready: dict[tuple[str, int], list[QuantizedWeight]] = {}  # rounded beforehand
 
     def quantize(self, name: str, layer: nn.Module, bits: int) -> QuantizedLayer:
         """The layer called `name` in `bits` bits."""
@@ -60,39 +63,74 @@ class RoundedLayers:
         why = "one group a row, where hqq is known to fail: rounded to nearest"
         return add_notes(decisions, dict.fromkeys(self.without_groups, why) | self._tied.notes)
 
+    def share(self, layers: Sequence[tuple[str, nn.Module, int]], processes: Processes) -> None:
+        """Round the weights of layers beforehand, each in one of several processes.
+
+        Args:
+            layers: `(name, layer, bits)`, in the order in which they will be made.
+            processes: all of them get all weights.
+
+        Raises:
+            WeightError: a weight cannot be quantized; the layer is named.
+        """
+        own = [layer for layer in layers if layer[0] not in tied_readers(layers)]
+
+        def rounded(name: str, layer: nn.Module, bits: int) -> list[QuantizedWeight]:
+            with naming(name):
+                return self._weights(name, Blocks(layer), bits)
+
+        costs = [layer.get_parameter("weight").numel() for _, layer, _ in own]
+        weights = processes.share(costs, [partial(rounded, *layer) for layer in own])
+        self._ready |= {
+            (layer[0], layer[2]): made for layer, made in zip(own, weights, strict=True)
+        }
+
     def _quantize(self, name: str, layer: nn.Module, bits: int) -> QuantizedLayer:
         blocks, table = Blocks(layer), self._tied.find(name, layer, bits)
-        if is_per_channel(bits, self.config.group_size, blocks.inputs):
-            weights = [int8_in_target(matrix, self.config) for matrix in blocks.matrices]
-            made = blocks.finish(weights, blocks.biases, table)
-            self._tied.add(name, layer, bits, made)
-            return made
-        weights, biases = [], []
-        for part, matrix, bias in zip(
-            block_names(name, blocks.count), blocks.matrices, blocks.biases, strict=True
-        ):
-            statistics = self.statistics.get(part)
-            if table is None:
-                weight = self._round(name, matrix, bits, statistics)
-                weight = exact_in_target(weight, matrix, self.config)
-            else:
-                weight = table.quantized_weight
-            weights.append(weight)
-            corrected = _corrected(matrix, weight, bias, statistics)
-            biases.append(bias_in_target(corrected, bias, self.config))
+        is_alone = is_per_channel(bits, self.config.group_size, blocks.inputs)
+        weights = self._ready.pop((name, bits), None)
+        if table is not None and not is_alone:
+            weights = [table.quantized_weight] * blocks.count
+        elif self._lacks_groups(blocks) and not is_alone:
+            self.without_groups.add(name)
+        if weights is None:
+            weights = self._weights(name, blocks, bits)
+        biases = blocks.biases
+        if not is_alone:
+            names = block_names(name, blocks.count)
+            work = zip(names, blocks.matrices, weights, biases, strict=True)
+            biases = [self._corrected_bias(part, *block) for part, *block in work]
         made = blocks.finish(weights, biases, table)
         self._tied.add(name, layer, bits, made)
         return made
 
-    def _round(
-        self, name: str, matrix: Tensor, bits: int, statistics: InputStatistics | None
-    ) -> QuantizedWeight:
-        if self.rounding == "hqq":
-            if self.config.group_size not in (ONE_GROUP, matrix.shape[1]):
-                return half_quadratic(matrix, bits=bits, **self.config.form)
-            self.without_groups.add(name)
+    def _weights(self, name: str, blocks: Blocks, bits: int) -> list[QuantizedWeight]:
+        """The rounded blocks of a layer that is not tied to another one."""
+        if is_per_channel(bits, self.config.group_size, blocks.inputs):
+            return [int8_in_target(matrix, self.config) for matrix in blocks.matrices]
+        rounded = zip(block_names(name, blocks.count), blocks.matrices, strict=True)
+        return [
+            exact_in_target(self._round(blocks, part, matrix, bits), matrix, self.config)
+            for part, matrix in rounded
+        ]
+
+    def _round(self, blocks: Blocks, part: str, matrix: Tensor, bits: int) -> QuantizedWeight:
+        if self.rounding == "hqq" and not self._lacks_groups(blocks):
+            return half_quadratic(matrix, bits=bits, **self.config.form)
+        statistics = self.statistics.get(part)
         importance = None if statistics is None else statistics.mean_square
         return round_to_nearest(matrix, bits=bits, **self.config.form, importance=importance)
+
+    def _lacks_groups(self, blocks: Blocks) -> bool:
+        """Whether `"hqq"` cannot be taken, as rows have one group."""
+        return self.rounding == "hqq" and self.config.group_size in (ONE_GROUP, blocks.inputs)
+
+    def _corrected_bias(
+        self, part: str, matrix: Tensor, weight: QuantizedWeight, bias: Tensor | None
+    ) -> Tensor | None:
+        """The bias of a block of rows that the target can hold."""
+        corrected = _corrected(matrix, weight, bias, self.statistics.get(part))
+        return bias_in_target(corrected, bias, self.config)
 
 
 def _corrected(

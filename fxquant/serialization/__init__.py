@@ -11,7 +11,6 @@
 | `describe.py` | graphs and modules into plain data |
 | `rebuild.py` | plain data into graphs and modules, trusting nothing |
 | `model_layers.py` | quantized layers in a model of the user's class, described without a graph |
-| `digest.py` | digests at the speed of memory |
 | `container.py` | the bytes of a safetensors file, checked as they are read |
 | `atomic.py` | a file in place at once or not at all |
 | `files.py` | `save_model`, `load_model`, `read_description` |

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import LoadError, cause_of, check_path
-from fxquant.serialization.digest import BLOCK_BYTES, Digest
+from fxquant.numerics.digest import BLOCK_BYTES, Digest
 
 LENGTH_BYTES = 8  # of the header's length, at the start
 LARGEST_HEADER = 100_000_000  # safetensors' own limit

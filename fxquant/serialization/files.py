@@ -15,11 +15,11 @@ from fxquant.graph.identity import FINGERPRINT
 from fxquant.graph.layers import NAMES_KEY
 from fxquant.graph.left_alone import process_left_alone
 from fxquant.measure.quantization_info import INFO_KEY
+from fxquant.numerics.digest import digest_of, text_digest
 from fxquant.report.tables import plain
 from fxquant.serialization.atomic import check_replaceable, write_atomically
 from fxquant.serialization.container import DTYPE_NAMES, Container, not_readable
 from fxquant.serialization.describe import Describer
-from fxquant.serialization.digest import digest_of, text_digest
 from fxquant.serialization.rebuild import Rebuilder, damaged
 from fxquant.serialization.schema import check_description
 from fxquant.serialization.tensor_store import TensorReader

@@ -14,8 +14,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fxquant.graph.saved_ops import saved_functions, saved_methods
+from fxquant.numerics.digest import digest_of
 from fxquant.serialization.container import DTYPE_NAMES
-from fxquant.serialization.digest import digest_of
 from fxquant.serialization.files import metadata_of
 
 NUMBERS = (0, 1, -1, 2, 3, 7, 16, 255, -128, 1 << 15, (1 << 31) - 1, 1 << 31, -(1 << 63), 1 << 64,

@@ -11,6 +11,7 @@ from fxquant.errors import CalibrationError
 from fxquant.graph.calls import Call
 from fxquant.graph.stepper import Stepper
 from fxquant.passes.quantize_sequentially import quantize_sequentially
+from tests.fitters import KeepingFitter
 
 WIDTH, ROWS, BATCHES = 32, 4, 8
 QUIET = {"group_size": 32, "skip_param_threshold": 0, "accuracy_warning": "ignore"}
@@ -82,16 +83,11 @@ def test_nothing_behind_the_last_quantized_layer_runs(graph, runs):
 
 
 def moments_of(graph):
-    seen = {}
-
-    def quantize(name, linear, bits, moments):
-        (seen[name],) = moments
-        return fxquant.QuantizedLinearInt4.from_float(linear, 32)
-
+    fitter = KeepingFitter()
     decisions = fxquant.plan(graph, modules_to_not_convert=["head"], **QUIET).decisions
     calls = [Call((x,)) for x in DATA]
-    quantize_sequentially(graph, decisions, calls[:-1], quantize, calls[-1:])
-    return seen
+    quantize_sequentially(graph, decisions, calls[:-1], fitter, calls[-1:])
+    return fitter.seen
 
 
 def test_layers_of_one_input_share_its_moments(graph):
@@ -118,21 +114,16 @@ def test_what_an_input_lacks_becomes_the_shift_of_each_output(graph):
             return torch.cat((self.gate(x), self.up(x)), -1)
 
     gm = fxquant.trace(Chain().eval(), DATA[0])
-    seen = {}
-
-    def quantize(name, linear, bits, moments):
-        (seen[name],) = moments
-        return fxquant.QuantizedLinearInt4.from_float(linear, 32)
-
+    fitter = KeepingFitter()
     decisions = fxquant.plan(gm, **QUIET).decisions
     calls = [Call((x,)) for x in DATA]
-    q = quantize_sequentially(gm, decisions, calls[:-1], quantize, calls[-1:])
+    q = quantize_sequentially(gm, decisions, calls[:-1], fitter, calls[-1:])
     with torch.no_grad():
         noisy, clean = (torch.cat([m.first(x) for x in DATA]).flatten(0, 1) for m in (q, gm))
         fitted = slice(0, (BATCHES - 1) * ROWS * 6)
         for name in ("gate", "up"):
             shift = (clean - noisy) @ gm.get_submodule(name).weight.T
-            moments = seen[name]
+            moments = fitter.seen[name]
             expected = shift[fitted].T @ noisy[fitted]
             assert torch.allclose(moments.cross.sum(0), expected, rtol=1e-3, atol=1e-3)
             assert torch.allclose(moments.total_shift, shift[fitted].double().sum(0), atol=1e-3)

@@ -7,11 +7,10 @@ from fxquant.config.quant_config import QuantConfig
 from fxquant.demo.language_model import calibration_tokens, heldout_tokens, load_language_model
 from fxquant.errors import OptionError
 from fxquant.graph.calls import Call
-from fxquant.modules.linear_int4 import QuantizedLinearInt4
-from fxquant.observers.moments import LayerMoments
 from fxquant.passes.decide import decide
 from fxquant.passes.quantize_sequentially import quantize_sequentially
 from tests import models
+from tests.fitters import KeepingFitter
 from tests.models import WIDTH
 
 X = [torch.randn(16, 5, WIDTH), torch.randn(7, 5, WIDTH)]
@@ -21,15 +20,10 @@ QUIET = {"group_size": 32, "skip_param_threshold": 0, "accuracy_warning": "ignor
 def seen_moments(model):
     """The moments each layer is given, with plain rounding in every layer."""
     gm = fxquant.trace(model, X[0])
-    seen = {}
-
-    def quantize(name, linear, bits, moments):
-        (seen[name],) = moments
-        return QuantizedLinearInt4.from_float(linear, 32)
-
+    fitter = KeepingFitter()
     decisions = decide(gm, QuantConfig(group_size=32, skip_param_threshold=0))
     calls = [Call((x,)) for x in X]
-    return gm, quantize_sequentially(gm, decisions, calls, quantize), seen
+    return gm, quantize_sequentially(gm, decisions, calls, fitter), fitter.seen
 
 
 def test_each_layer_sees_what_the_quantized_layers_before_it_produce():
@@ -156,13 +150,7 @@ def test_a_padding_mask_among_the_arguments_is_used():
     mask[:, 3:] = 0
     call = Call((), {"x": X[0], "attention_mask": mask})
     gm = fxquant.trace(Masked(), call.kwargs)
-    seen = []
-
-    def quantize(name, linear, bits, moments):
-        seen.extend(moments)
-        return QuantizedLinearInt4.from_float(linear, 32)
-
+    fitter = KeepingFitter()
     decisions = decide(gm, QuantConfig(group_size=32, skip_param_threshold=0))
-    quantize_sequentially(gm, decisions, [call], quantize)
-    assert isinstance(seen[0], LayerMoments)
-    assert seen[0].tokens == 16 * 3
+    quantize_sequentially(gm, decisions, [call], fitter)
+    assert fitter.seen["fc"].tokens == 16 * 3
