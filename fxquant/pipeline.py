@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.analysis.allocation import allocate
-from fxquant.analysis.sensitivity import sensitivity
+from fxquant.analysis.sensitivity import measured_sensitivity
 from fxquant.config.method import UNSCALED, parse_method
 from fxquant.config.option_checks import FLOAT_BITS, TypeRule
 from fxquant.config.quant_config import QuantConfig, QuantOptions, as_config
@@ -221,7 +221,7 @@ def _quantize(
     drawn = None if data is None else _given(data)
     graph = model
     if average_bits is not None:
-        graph, drawn, made = _allocated(model, drawn, made, example, average_bits)
+        graph, drawn, made = _allocated(model, drawn, made, example, average_bits, processes)
     stages = run_stages(graph, drawn, made, example, memory=memory, processes=processes)
     qmodel, info = _finish(*stages)
     return (swap_modules(model, qmodel) if into == "model" else qmodel), info
@@ -270,6 +270,7 @@ def _allocated(
     config: QuantConfig,
     example: Call | None,
     average_bits: float,
+    processes: Processes,
 ) -> tuple[GraphModule, list[Call], QuantConfig]:
     """The traced graph, the drawn data, and the config with the bits that were allocated."""
     if data is None or isinstance(config.bits, Mapping):
@@ -287,20 +288,24 @@ def _allocated(
         drawn = list(calls(data, model, config.num_calibration_samples))
         check_batches(drawn)
         gm = graph_of(model, example or drawn[0])
-    report = sensitivity(
-        gm,
-        drawn,
+    options = QuantConfig(
         bits=config.bits,
         group_size=config.group_size,
-        method="gradient",
-        rounding=config.method if config.method in UNSCALED else "auto",
         symmetric=config.symmetric,
         zero_points=config.zero_points,
         target=config.target,
         modules_to_not_convert=config.modules_to_not_convert,
         skip_layer_names=config.skip_layer_names,
         skip_param_threshold=config.skip_param_threshold,
+    )
+    report = measured_sensitivity(
+        gm,
+        drawn,
+        options,
+        method="gradient",
+        rounding=config.method if config.method in UNSCALED else "auto",
         num_samples=config.num_calibration_samples,
+        processes=processes,
     )
     widths = TARGETS[config.target].widths if config.target else (4, 8)
     bits = allocate(report, average_bits=average_bits, choices=(*widths, FLOAT_BITS))

@@ -175,6 +175,7 @@ def run_part(
     *,
     noisy: Sequence[Call] | None = None,
     most_bytes: int | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[GraphModule, list[Decision]]:
     """Quantize the layers of a part of a model, on calls of that part.
 
@@ -187,6 +188,7 @@ def run_part(
         noisy: what the part is called with in the quantized model in the place of `fitted` and
             then `held_out`; None: the same.
         most_bytes: of values that wait between layers in memory; None: no bound.
+        processes: that share the work.
 
     Returns:
         The rewritten graph, and what there is to say of each layer.
@@ -197,7 +199,7 @@ def run_part(
     """
     recipe = parse_method(config.method, has_data=True)
     check_weights(gm, _selected(decisions))
-    calibrated = watched(gm, decisions, fitted, held_out, config, recipe)
+    calibrated = watched(gm, decisions, fitted, held_out, config, recipe, processes=processes)
     made = _fit(calibrated, config, recipe, most_bytes, noisy)
     return made.gm, made.decisions
 

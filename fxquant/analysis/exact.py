@@ -6,7 +6,7 @@ again; what they read besides comes from the float run, whose values are freed a
 user. Where activations are small, all widths of a layer run at once.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,8 @@ from fxquant.analysis.batching import (
     repeated_values,
 )
 from fxquant.analysis.candidates import Candidate
+from fxquant.distributed.parts import parts_of
+from fxquant.distributed.processes import ALONE, Processes
 from fxquant.graph.calls import Call
 from fxquant.graph.effects import has_effects
 from fxquant.graph.stepper import HeldBytes, Stepper, last_used_at
@@ -35,11 +37,12 @@ def measure_exact(
     gm: GraphModule,
     candidates: Sequence[Candidate],
     bits: Sequence[int],
-    calls: Iterable[Call],
+    calls: Sequence[Call],
     quantize_layer: QuantizeLayer,
     select: Callable[[Any], Tensor],
     metric: Metric = "sqnr",
     advance: Callable[[], object] = lambda: None,
+    processes: Processes = ALONE,
 ) -> tuple[Errors, int]:
     """Quantize each candidate alone.
 
@@ -52,47 +55,98 @@ def measure_exact(
         select: picks the tensor of the output that is compared.
         metric: of the output's error.
         advance: called after each candidate of each batch, for a progress bar.
+        processes: that share the layers; the result is the same, bit for bit.
 
     Returns:
         The error by name and width, and the most bytes of activations held at once.
     """
-    meters = {c.name: {b: OutputError(metric) for b in bits} for c in candidates}
-    peak = 0
-    if has_effects(gm):  # a part run again may see what another run wrote, or draw other numbers
+    # What is found out about one run of layers says nothing of the next one, so that a result does
+    # not depend on which process measures which of them.
+    runs = [candidates[part.start : part.stop] for part in parts_of(len(candidates))]
+    tasks = [
+        _Measuring(gm, runs[i :: processes.count], bits, quantize_layer, select, metric, advance)
+        for i in range(processes.count)
+    ]
+    errors, peak = Errors(), 0
+    for found, held in processes.in_order([partial(task.over, calls) for task in tasks]):
+        errors |= found
+        peak = max(peak, held)
+    return {c.name: errors[c.name] for c in candidates}, peak
+
+
+class _Measuring:
+    """Measures some runs of candidates, in the order of the graph."""
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        runs: Sequence[Sequence[Candidate]],
+        bits: Sequence[int],
+        quantize_layer: QuantizeLayer,
+        select: Callable[[Any], Tensor],
+        metric: Metric,
+        advance: Callable[[], object],
+    ) -> None:
+        self.gm, self.runs, self.bits, self.select = gm, runs, bits, select
+        self.quantize_layer, self.advance = quantize_layer, advance
+        self.meters = {c.name: {b: OutputError(metric) for b in bits} for run in runs for c in run}
+        self.peak = 0
+
+    def over(self, calls: Sequence[Call]) -> tuple[Errors, int]:
+        """The errors over all batches, and the most bytes held."""
+        # In a graph with effects, a part run again may see what another run wrote.
+        measure = self._measure_whole if has_effects(self.gm) else self._measure_suffixes
         for index, call in enumerate(calls):
-            reference = select(run_call(gm, call, index))
-            for candidate in candidates:
-                for width in bits:
-                    made = quantize_layer(candidate.name, candidate.layer, width)
-                    with candidate.replaced_by(made):
-                        found = select(run_call(gm, call, index))
-                    meters[candidate.name][width].add(reference, found)
-                advance()
-        return {n: {b: m.value for b, m in row.items()} for n, row in meters.items()}, peak
-    for call in calls:
-        stepper = Stepper(gm, call)
+            measure(index, call)
+        errors = {n: {b: m.value for b, m in row.items()} for n, row in self.meters.items()}
+        return errors, self.peak
+
+    def _measure_whole(self, index: int, call: Call) -> None:
+        """Run the whole graph for each candidate."""
+        reference = self.select(run_call(self.gm, call, index))
+        for candidate in (c for run in self.runs for c in run):
+            for width in self.bits:
+                made = self.quantize_layer(candidate.name, candidate.layer, width)
+                with candidate.replaced_by(made):
+                    found = self.select(run_call(self.gm, call, index))
+                self.meters[candidate.name][width].add(reference, found)
+            self.advance()
+
+    def _measure_suffixes(self, index: int, call: Call) -> None:
+        """Run what depends on a candidate on top of the float values."""
+        stepper = Stepper(self.gm, call)
         values: dict[Node, Any] = {}
         for node in stepper.nodes:
             values[node] = stepper.compute(node, values)
-        reference = select(values[stepper.nodes[-1]])
-        repeated = repeated_values(stepper, values, len(bits))
+        reference = self.select(values[stepper.nodes[-1]])
+        repeated = repeated_values(stepper, values, len(self.bits))
+        for run in self.runs:
+            self._measure_run(run, stepper, values, reference, repeated)
+
+    def _measure_run(
+        self,
+        run: Sequence[Candidate],
+        stepper: Stepper,
+        values: dict[Node, Any],
+        reference: Tensor,
+        repeated: RepeatedValues | None,
+    ) -> None:
         verified: set[Node] = set()
-        for candidate in candidates:
+        for candidate in run:
             rerun = dependents(stepper.nodes, candidate.roots)
             stepper.free(values, stepper.nodes.index(rerun[0]))
-            modules = [quantize_layer(candidate.name, candidate.layer, b) for b in bits]
+            modules = [self.quantize_layer(candidate.name, candidate.layer, b) for b in self.bits]
             results, held = _run_widths(stepper, candidate, rerun, values, repeated, modules)
             if repeated is not None and not verified.issuperset(rerun):
                 plain, _ = _run_widths(stepper, candidate, rerun, values, None, modules)
-                if is_same_error(reference, map(select, plain), map(select, results)):
+                if is_same_error(reference, map(self.select, plain), map(self.select, results)):
                     verified.update(rerun)
                 else:  # some node mixes the rows of the runs
                     repeated, results = None, plain
-            for width, result in zip(bits, results, strict=True):
-                meters[candidate.name][width].add(reference, select(result))
-            peak = max(peak, held)
-            advance()
-    return {n: {b: m.value for b, m in row.items()} for n, row in meters.items()}, peak
+            for width, result in zip(self.bits, results, strict=True):
+                self.meters[candidate.name][width].add(reference, self.select(result))
+            self.peak = max(self.peak, held)
+            self.advance()
 
 
 def dependents(nodes: list[Node], roots: Sequence[Node]) -> list[Node]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from fxquant.analysis.shipped_layers import ShippedLayers, shipped_layers
 from fxquant.config.method import UNSCALED
 from fxquant.config.option_checks import FLOAT_BITS
 from fxquant.config.quant_config import QuantConfig
+from fxquant.distributed.processes import ALONE, Processes
 from fxquant.errors import check_choice, check_positive_int
 from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_sharing_tensors
@@ -31,6 +33,7 @@ from fxquant.measure.output_metric import Metric, db_of
 from fxquant.measure.paired_run import output_sqnr
 from fxquant.measure.sensitivity_row import SensitivityRow
 from fxquant.passes.calibration_data import calls, check_batches
+from fxquant.passes.check_alike import check_alike
 from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import ACTIONS, Decision, decide
 from fxquant.passes.rewrite import rewrite
@@ -64,6 +67,7 @@ def sensitivity(
     skip_param_threshold: int | None = None,
     num_samples: int = 150,
     progress: bool | None = None,
+    group: "dist.ProcessGroup | None" = None,
 ) -> SensitivityReport:
     """Measure what quantizing each layer costs.
 
@@ -98,9 +102,14 @@ def sensitivity(
         num_samples: rows of the first dimension that are used at most.
         progress: show a progress bar and, before an exact run, the memory plan; by default on a
             terminal only.
+        group: of processes that share the work, as in `quantize`: layers are made as there, and
+            `"exact"` shares the layers that it measures. The report is the same.
 
     Returns:
         One row for each layer that `static_quantize` would quantize.
+
+    Raises:
+        ProcessGroupError: another process of the group has failed.
     """
     if analysis is not None:
         check_choice("analysis", analysis, METHODS)
@@ -119,12 +128,48 @@ def sensitivity(
         skip_layer_names=skip_layer_names,
         skip_param_threshold=skip_param_threshold,
     )
-    check_positive_int("num_samples", num_samples)
+    processes = Processes.of(group)
+    with processes.together():
+        check_positive_int("num_samples", num_samples)
+        return measured_sensitivity(
+            model, data, options, method=method, rounding=rounding, metric=metric, select=select,
+            num_samples=num_samples, progress=progress, processes=processes,
+        )  # fmt: skip
+
+
+def measured_sensitivity(
+    model: nn.Module,
+    data: Iterable[object],
+    options: QuantConfig,
+    *,
+    method: str,
+    rounding: str,
+    num_samples: int,
+    metric: Metric = "sqnr",
+    select: Callable[[Any], Tensor] = main_output,
+    progress: bool | None = None,
+    processes: Processes = ALONE,
+) -> SensitivityReport:
+    """What `sensitivity` does in each of the processes that share it.
+
+    Args:
+        model: as there, like `data`, `method`, `rounding`, `metric`, `select`, `num_samples` and
+            `progress`.
+        data: see there.
+        options: how layers are quantized.
+        method: see there.
+        rounding: see there.
+        num_samples: see there.
+        metric: see there.
+        select: see there.
+        progress: see there.
+        processes: that share the work; what they were given is compared.
+    """
     model = unwrap(model)
     with process_left_alone(), structure_left_alone(model):
         return _measured(
             model, data, options, method, rounding, metric, select, num_samples,
-            progress,
+            progress, processes,
         )  # fmt: skip
 
 
@@ -138,8 +183,10 @@ def _measured(
     select: Callable[[Any], Tensor],
     num_samples: int,
     progress: bool | None,
+    processes: Processes,
 ) -> SensitivityReport:
     batches = list(calls(data, model, num_samples))
+    check_alike(processes, model, options, batches)
     check_batches(batches)
     traced = graph_of(model, batches[0])
     gm = copy_sharing_tensors(traced, frozen=True)
@@ -147,7 +194,9 @@ def _measured(
     check_weights(gm, [d.module for d in decisions if d.bits is not None])
     if method == "local" and options.bits == 8:  # there is one way to make these
         rounding = "rtn"
-    layers = shipped_layers(gm, decisions, batches, rounding=rounding, config=options)
+    layers = shipped_layers(
+        gm, decisions, batches, rounding=rounding, config=options, processes=processes
+    )
     qmodel = rewrite(gm, decisions, layers.quantize)
     rows, run = measure_rows(gm, qmodel, decisions, layers.held_out)
     candidates = find_candidates(gm, [row.module for row in rows])
@@ -168,7 +217,9 @@ def _measured(
     if method == "local":
         return replace(report, flows=error_flow(run.nodes))
     shown = is_shown(progress)
-    measurement = _Measurement(gm, candidates, layers.held_out, layers, select, metric, shown)
+    measurement = _Measurement(
+        gm, candidates, layers.held_out, layers, select, metric, shown, processes
+    )
     errors, peak = measurement.run(method)
     report = replace(report, rows=[_with_errors(r, errors, report) for r in rows], peak_bytes=peak)
     return replace(report, pareto=_predicted_pareto(report))
@@ -185,10 +236,12 @@ class _Measurement:
     select: Callable[[Any], Tensor]
     metric: Metric
     is_shown: bool
+    processes: Processes
 
     def run(self, method: str) -> tuple[Errors, int | None]:
         """Errors by name and width, and the most bytes held where that was counted."""
-        steps = len(self.batches) * (len(self.candidates) if method == "exact" else 1)
+        runs = len(self.candidates) // self.processes.count if method == "exact" else 1
+        steps = len(self.batches) * runs
         with tqdm(total=steps, desc=method, disable=not self.is_shown) as bar:
             arguments = (
                 self.gm, self.candidates, MEASURED_WIDTHS, self.batches, self.layers.quantize,
@@ -199,7 +252,7 @@ class _Measurement:
             if self.is_shown:
                 rows = max((b.row_count for b in self.batches), default=1)
                 bar.write(str(plan_exact(self.gm, self.candidates, rows)), file=sys.stderr)
-            return measure_exact(*arguments)
+            return measure_exact(*arguments, processes=self.processes)
 
 
 def _predicted_pareto(report: SensitivityReport) -> list[tuple[float, float]]:

@@ -8,6 +8,7 @@ from torch.fx import GraphModule
 
 from fxquant.config.method import parse_method
 from fxquant.config.quant_config import QuantConfig
+from fxquant.distributed.processes import ALONE, Processes
 from fxquant.graph.calls import Call
 from fxquant.graph.layers import sites
 from fxquant.measure.heldout import hold_out
@@ -45,6 +46,7 @@ def shipped_layers(
     *,
     rounding: str,
     config: QuantConfig,
+    processes: Processes = ALONE,
 ) -> ShippedLayers:
     """Make the layers of `decisions` as `static_quantize` does.
 
@@ -57,13 +59,14 @@ def shipped_layers(
         batches: calibration data; the last rows are held out.
         rounding: one of `UNSCALED`.
         config: how layers are quantized.
+        processes: that share the work.
     """
     recipe = parse_method(rounding, has_data=True)
     config = config.changed(method=rounding)
     fitted, held_out = hold_out(batches, lambda call: takes(gm, call))
     rows = sum(call.row_count for call in held_out)
     measured = held_out or fitted
-    calibrated = watched(gm, list(decisions), fitted, held_out, config, recipe)
+    calibrated = watched(gm, list(decisions), fitted, held_out, config, recipe, processes=processes)
     in_4_bits = [replace(d, action="float" if d.bits is None else "int4") for d in decisions]
     made: dict[str, QuantizedLayer] = {}
     if recipe.rounding == "gptq":

@@ -37,24 +37,32 @@ class UserCodeError(OptionError):
 
 
 class Output:
-    """Where a command writes: with `as_json`, only `result` reaches standard output."""
+    """Where a command writes: with `as_json`, only `result` reaches standard output.
 
-    def __init__(self, as_json: bool) -> None:
-        self.as_json = as_json
+    Args:
+        as_json: whether a program reads it.
+        is_muted: whether another process of the run says the same; errors are printed by all.
+    """
+
+    def __init__(self, as_json: bool, *, is_muted: bool = False) -> None:
+        self.as_json, self.is_muted = as_json, is_muted
         self.stdout = sys.stdout
 
     def text(self, line: object = "") -> None:
         """A line for people."""
-        click.echo(printable(str(line)), err=self.as_json)
+        if not self.is_muted:
+            click.echo(printable(str(line)), err=self.as_json)
 
     def title(self, line: str) -> None:
         """A heading for people."""
         text = printable(f"\n{line}")
+        if self.is_muted:
+            return
         click.echo(text if self.as_json else click.style(text, bold=True), err=self.as_json)
 
     def result(self, data: Any) -> None:
         """The machine-readable result."""
-        if self.as_json:
+        if self.as_json and not self.is_muted:
             click.echo(to_json(data), file=self.stdout)
 
     @contextmanager

@@ -18,6 +18,7 @@ from fxquant.cli.options import (
 )
 from fxquant.cli.output import CHECK_FAILED, Output
 from fxquant.cli.sources import load_data, load_source
+from fxquant.cli.torchrun import torchrun_group
 from fxquant.config.method import UNSCALED
 from fxquant.config.quant_config import QuantConfig
 from fxquant.errors import OptionError
@@ -70,8 +71,8 @@ def quantize_command(
     average_bits: float | None, memory: str | None, min_sqnr: float | None, as_json: bool,
     **rules: Any,
 ) -> None:  # fmt: skip
-    """Quantize MODEL and save it."""
-    with Output(as_json).running() as out:
+    """Quantize MODEL and save it; under torchrun, the first process saves it and speaks."""
+    with torchrun_group() as is_first, Output(as_json, is_muted=not is_first).running() as out:
         config = config_of(rules).changed(accuracy_warning="ignore")
         if dry_run:
             print_plan(out, model, data, config)
@@ -88,7 +89,7 @@ def quantize_command(
         if table:
             out.text(info.table())
         is_refused = min_sqnr is not None and not (info.sqnr_db or -1) >= min_sqnr
-        if output is not None and not is_refused:
+        if output is not None and not is_refused and is_first:
             save_model(qmodel, output, info)
         out.text(summary(info, output, min_sqnr if is_refused else None))
         out.result(info.to_dict())
@@ -193,7 +194,7 @@ def sensitivity_command(
     html: Path | None, csv: Path | None, output: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Print what quantizing each layer costs."""
-    with Output(as_json).running() as out:
+    with torchrun_group() as is_first, Output(as_json, is_muted=not is_first).running() as out:
         batches = load_data(data, model)
         if batches is None:
             raise OptionError(
@@ -208,10 +209,10 @@ def sensitivity_command(
         )  # fmt: skip
         out.text(report.table())
         out.text(f"output SQNR {format_db(report.output_sqnr_db)} dB with all of them quantized")
-        if html is not None:
+        if html is not None and is_first:
             report.to_html(html)
-        if csv is not None:
+        if csv is not None and is_first:
             report.to_csv(csv)
-        if output is not None:
+        if output is not None and is_first:
             report.to_json(output)
         out.result(report.to_dict())

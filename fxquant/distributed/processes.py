@@ -68,9 +68,9 @@ class Processes:
             raise  # the others know
         except Exception as error:
             with suppress(ProcessGroupError):
-                self._meet(f"{type(error).__name__}: {error}")
+                self.meet(f"{type(error).__name__}: {error}")
             raise
-        self._meet()
+        self.meet()
 
     def check_alike(self, what: str, digest: str, remedy: str) -> None:
         """Refuse a run whose processes were given different things.
@@ -101,7 +101,7 @@ class Processes:
             ProcessGroupError: another process has failed.
         """
         own = packed(value) if self.count > 1 and self.rank == owner else None
-        self._meet()
+        self.meet()
         if self.group is not None and self.count > 1:
             with _naming_group():
                 sent = send(own, owner, self.group)
@@ -136,8 +136,11 @@ class Processes:
         own = {i: task() for i, task in enumerate(tasks) if owners[i] == self.rank}
         return [self.broadcast(own.get(i), owner) for i, owner in enumerate(owners)]
 
-    def _meet(self, failure: str | None = None) -> None:
-        """Tell the others of a failure, or that there is none, and hear of theirs.
+    def meet(self, failure: str | None = None) -> None:
+        """Wait for the others; tell them of a failure, or that there is none, and hear of theirs.
+
+        Args:
+            failure: what has happened in this process.
 
         Raises:
             ProcessGroupError: another process has failed, or is gone.

@@ -5,6 +5,9 @@ the block is called with in the float model and in the one whose blocks before i
 `quantize` does with a whole model), and written. Then the block runs twice on all batches, with its
 float weights and with those read back from the new file; what it returns is what the next block is
 called with. A block that an interrupted run has finished only runs.
+
+Where several processes share the work, a block is in the memory of each; its layers are fitted
+together, and the first process writes it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +16,7 @@ from contextlib import closing
 from torch import Tensor
 
 from fxquant.config.quant_config import QuantConfig
+from fxquant.distributed.processes import ALONE, Processes
 from fxquant.exporters.block_calls import BlockCalls
 from fxquant.exporters.block_list import BlockList, find_blocks
 from fxquant.exporters.folder_writer import FolderWriter
@@ -42,6 +46,7 @@ class Blockwise:
         config: what is wanted; its method scales no channels.
         calls: of the model.
         most_bytes: of values that wait in memory; None: no bound.
+        processes: that share the work.
 
     Attributes:
         blocks: of the model.
@@ -61,7 +66,9 @@ class Blockwise:
         config: QuantConfig,
         calls: Sequence[Call],
         most_bytes: int | None,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         check_batches(calls)
         weights.check()
         chosen = [d.module for d in decisions if d.bits is not None]
@@ -103,9 +110,12 @@ class Blockwise:
         shards, waiting = self.shards(self.weights.base.files), self._waiting
         with closing(waiting):
             for number, block in enumerate(steps(self.blocks.blocks, "quantizing blocks")):
-                if folder.notes(number) is None:
+                is_there = folder.notes(number) is not None
+                if not self.processes.broadcast(is_there, 0):
                     layers, reasons = self._quantize(number, waiting)
-                    writer.shard(folder, number, shards[number], layers, reasons)
+                    if self.processes.rank == 0:
+                        writer.shard(folder, number, shards[number], layers, reasons)
+                    self.processes.meet()
                 with self.weights.filled(block):
                     waiting.advance("clean", number)
                 with self.weights.filled(block, writer.reader(folder)):
@@ -138,6 +148,7 @@ class Blockwise:
                 self.config,
                 noisy=waiting.calls("noisy", number, every),
                 most_bytes=self._most_bytes,
+                processes=self.processes,
             )
             made = {s.name: s.module for s in sites(qmodel) if s.name in chosen}
             before = {d.module: d.reason for d in own}

@@ -7,15 +7,19 @@ the weight of a chosen layer, and written. With data the blocks come one after t
 see `unfinished.py`.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from fxquant.config.memory import memory_bytes
 from fxquant.config.method import Recipe, parse_method
 from fxquant.config.quant_config import QuantConfig, as_config
+from fxquant.distributed.processes import Processes
 from fxquant.errors import OptionError
 from fxquant.exporters.blockwise import Blockwise
 from fxquant.exporters.checkpoint import copy_other_files
@@ -45,6 +49,7 @@ def quantize_checkpoint(
     *,
     memory: int | str | None = None,
     resume: bool = True,
+    group: "dist.ProcessGroup | None" = None,
 ) -> QuantizationInfo:
     """Quantize a folder of any size into another, without the model in memory.
 
@@ -66,6 +71,8 @@ def quantize_checkpoint(
             work. The result is the same, bit for bit.
         resume: whether to go on with what an interrupted run of the same call left. The files have
             the same bits then.
+        group: of processes that share the work, as in `quantize`; all of them see the source and
+            the target. The files are the same, bit for bit.
 
     Returns:
         The record; figures of accuracy are measured with data only, on rows that chose no integer.
@@ -76,8 +83,26 @@ def quantize_checkpoint(
         WeightError: a weight cannot be quantized; the layer is named.
         SaveError: the target cannot be written, or a weight does not read back.
         AccuracyError: the accuracy is below what `config` asks for; no folder is left.
+        ProcessGroupError: another process of the group has failed.
     """
-    made = _for_folder(as_config(config, {}))
+    processes = Processes.of(group)
+    with processes.together():
+        return _quantize(
+            source, Path(target), as_config(config, {}), data, memory, resume, processes
+        )
+
+
+def _quantize(
+    source: str | os.PathLike[str],
+    target: Path,
+    config: QuantConfig,
+    data: Iterable[object] | None,
+    memory: int | str | None,
+    resume: bool,
+    processes: Processes,
+) -> QuantizationInfo:
+    """What `quantize_checkpoint` does, in each of the processes."""
+    made = _for_folder(config)
     recipe = parse_method(made.method, has_data=data is not None)
     most_bytes = memory_bytes(memory)
     base = FolderReader(source)
@@ -87,17 +112,21 @@ def quantize_checkpoint(
         if data is not None:
             fitting = _for_blocks(made, recipe)
             drawn = list(calls(data, weights.model, made.num_calibration_samples))
-            blockwise = Blockwise(weights, decisions, fitting, drawn, most_bytes)
+            blockwise = Blockwise(weights, decisions, fitting, drawn, most_bytes, processes)
         rounding = "rtn" if recipe.rounding == "gptq" else recipe.rounding
         writer = FolderWriter(weights, decisions, made, rounding)
         blocks = [] if blockwise is None else blockwise.shards(base.files)
         rest = _shards(base, {name for names in blocks for name in names})
         count = len(blocks) + len(rest)
         identity = _identity(base, made, drawn)
-        unfinished = UnfinishedFolder(Path(target), identity, count, resume=resume)
+        unfinished = _opened(target, identity, count, resume, processes)
         for number, names in enumerate(rest, start=len(blocks)):
-            writer.shard(unfinished, number, names)
+            if number % processes.count == processes.rank:
+                writer.shard(unfinished, number, names)
+        processes.meet()
         sqnr_db = None if blockwise is None else blockwise.run(writer, unfinished)
+    if processes.rank > 0:  # the first process finishes the folder
+        return processes.broadcast(None, 0)
     copy_other_files(base.path, unfinished.path)
     text = json.dumps(writer.new_config(), indent=2) + "\n"
     (unfinished.path / CONFIG).write_text(text, "utf-8")
@@ -120,7 +149,35 @@ def quantize_checkpoint(
             info, made.sqnr_warning_threshold, made.sqnr_error_threshold, made.accuracy_warning
         )
     unfinished.finish(size)
-    return info
+    return processes.broadcast(info, 0)
+
+
+def _opened(
+    target: Path,
+    identity: dict[str, Any],
+    count: int,
+    resume: bool,
+    processes: Processes,
+) -> UnfinishedFolder:
+    """The folder on its way; the first process makes it, or makes room for it.
+
+    Args:
+        target: what it will be called.
+        identity: of the run.
+        count: of shards.
+        resume: whether to go on with what an interrupted run left.
+        processes: all of them see the folder.
+    """
+    remedy = "Call it with the same arguments, on a file system that all processes see."
+    text = json.dumps(identity, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    processes.check_alike("source, options and data", digest, remedy)
+    if processes.rank > 0:
+        processes.meet()
+        return UnfinishedFolder(target, identity, count, resume=True)
+    made = UnfinishedFolder(target, identity, count, resume=resume)
+    processes.meet()
+    return made
 
 
 def _for_folder(config: QuantConfig) -> QuantConfig:

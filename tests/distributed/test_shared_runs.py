@@ -6,16 +6,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.distributed.worker import SHARED, state_of
+from tests.distributed.worker import FOLDERS, SHARED, exact, quantize_folder, state_of
+from tests.exporters.folders import digest
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
+def folder(tmp_path_factory):
+    """With a Llama of two blocks and several shards as `source`."""
+    made = tmp_path_factory.mktemp("shared")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=32, use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(made / "source", max_shard_size="60KB")
+    return made
+
+
+@pytest.fixture(scope="module")
+def shared(folder):
     """What both processes got, by scenario."""
-    folder = tmp_path_factory.mktemp("shared")
     command = [sys.executable, "-m", "tests.distributed.worker"]
     running = [
         subprocess.Popen([*command, str(rank), str(folder)], cwd=ROOT, stderr=subprocess.PIPE)
@@ -35,6 +50,17 @@ def test_two_processes_have_the_bits_of_one(shared, name):
         for key, tensor in alone["state"].items():
             assert torch.equal(found["state"][key], tensor), key
         assert (found["said"], found["db"]) == (alone["said"], alone["db"])
+
+
+def test_layers_that_are_measured_by_two_processes_have_the_errors_of_one(shared):
+    assert shared[0]["exact"] == shared[1]["exact"] == exact()
+
+
+@pytest.mark.parametrize("method", FOLDERS)
+def test_a_folder_that_two_processes_make_has_the_bits_of_one(shared, folder, method, tmp_path):
+    alone = quantize_folder(folder / "source", tmp_path / "alone", method)
+    assert [results[f"{method} folder"] for results in shared] == [alone, alone]
+    assert digest(folder / method) == digest(tmp_path / "alone")
 
 
 def test_processes_that_were_given_different_data_say_so(shared):

@@ -1,6 +1,7 @@
 """One of two processes that share runs: `python -m tests.distributed.worker RANK FOLDER`.
 
-Each saves what it got in every scenario as FOLDER/RANK.pt. At the end process 1 vanishes.
+FOLDER/source is a model. Each process saves what it got in every scenario as FOLDER/RANK.pt, and
+together they make FOLDER/gptq and FOLDER/rtn. At the end process 1 vanishes.
 """
 
 import os
@@ -72,6 +73,28 @@ SHARED = {
 }
 
 
+def errors_of(report):
+    """What `exact` measured."""
+    return {row.module: row.output_errors for row in report.rows}
+
+
+def exact():
+    return errors_of(
+        fxquant.sensitivity(
+            seeded(Block), batches(), method="exact", rounding="rtn", group_size=32,
+            skip_param_threshold=0,
+        )
+    )  # fmt: skip
+
+
+FOLDERS = {"gptq": lambda: [{"input_ids": tokens() + i} for i in range(3)], "rtn": lambda: None}
+
+
+def quantize_folder(source, target, method):
+    options = {"group_size": 32, "accuracy_warning": "ignore", "method": method}
+    return fxquant.quantize_checkpoint(source, target, options, FOLDERS[method]()).sqnr_db
+
+
 def raised(run):
     """The error that a run ends with, as text."""
     try:
@@ -85,9 +108,12 @@ def no_room(matrix):
     raise MemoryError("no more room")
 
 
-def shares(rank):
+def shares(rank, folder):
     """What a process gets: the results, and the errors of runs that cannot work."""
     results = {name: state_of(run()) for name, run in SHARED.items()}
+    results["exact"] = exact()
+    for method in FOLDERS:
+        results[f"{method} folder"] = quantize_folder(folder / "source", folder / method, method)
     own = [torch.full((4, 3, WIDTH), 1.0 + rank)]
     results["other data"] = raised(lambda: fxquant.quantize(seeded(Plain), own, **QUIET))
 
@@ -115,7 +141,7 @@ def main():
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(minutes=20)
     )
-    results = shares(rank)
+    results = shares(rank, folder)
     torch.save(results, folder / f"{rank}.pt")
     results["one vanishes"] = vanishes(rank)
     torch.save(results, folder / f"{rank}.pt")
