@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import fxquant
 from fxquant.integrations.transformers import FxquantConfig
@@ -21,6 +22,13 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 def folder(tmp_path):
     models.swapped(models.llama()).save_pretrained(tmp_path)
     return tmp_path
+
+
+@pytest.mark.parametrize("kind", [AutoModelForCausalLM, AutoModel])
+def test_a_process_that_does_not_know_the_layers_loads_no_random_weights(kind, folder, monkeypatch):
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "fxquant")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        kind.from_pretrained(folder)
 
 
 def change_tensors(folder, change):

@@ -9,7 +9,7 @@ from transformers.quantizers.base import HfQuantizer
 from fxquant.errors import LoadError
 from fxquant.integrations.transformers.config import FxquantConfig
 from fxquant.integrations.transformers.rounded_layers import RoundedOnLoading, RoundOp
-from fxquant.integrations.transformers.saved_layers import SavedLayers
+from fxquant.integrations.transformers.saved_layers import SavedLayers, refusing_weights
 from fxquant.pretrained import guard_saving
 from fxquant.serialization.model_layers import describe_layers, quantized_layers
 
@@ -99,7 +99,7 @@ class FxquantQuantizer(HfQuantizer):
         )
         inside = tuple(f"{name}." for name, _ in quantized_layers(model))
         floats = {k: v for k, v in model.state_dict().items() if not k.startswith(inside)}
-        return {**floats, **tensors}, {}
+        return {**floats, **tensors, **refusing_weights(layers["layers"])}, {}
 
     def is_serializable(self) -> bool:
         """Folders can be saved."""

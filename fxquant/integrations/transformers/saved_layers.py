@@ -6,6 +6,7 @@ is then rebuilt from its description with the checks of `load_model`.
 
 import copy
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,7 +25,17 @@ from fxquant.passes.rewrite import share_tables
 from fxquant.serialization.model_layers import LayerRebuilder, empty_tensors
 from fxquant.swap import may_become
 
+WEIGHT = ".weight"
 _REMEDY = "The folder is damaged or was made of another model: save the model again."
+
+
+def refusing_weights(layers: Iterable[str]) -> dict[str, Tensor]:
+    """What a folder has under the names of the float weights that the layers do not have.
+
+    A process that does not know fxquant's layers would fill float ones with random weights, and
+    only warn. It refuses a weight of another shape, though: that of a matrix is never [1].
+    """
+    return {name + WEIGHT: torch.zeros(1, dtype=torch.uint8) for name in layers}
 
 
 class SavedLayers:
@@ -66,6 +77,8 @@ class SavedLayers:
                 self._paths[name] = self._places[owner] + name[len(owner) :]
                 model.get_submodule(self._places[owner]).hold(name[len(owner) + 1 :], tensor)
         untie(model, list(self._places.values()))
+        for place in self._places.values():
+            model._keys_to_ignore_on_load_unexpected.add(f"^{re.escape(place + WEIGHT)}$")
 
     @property
     def loaded_names(self) -> set[str]:
