@@ -30,7 +30,6 @@ from fxquant.config.quant_config import QuantConfig
 from fxquant.passes.decide import decide
 from fxquant.passes.rewrite import rewrite
 
-SENSITIVITY_SAMPLES = 96
 MANY = 10_000  # samples: more than there are
 W8A8 = {"bits": 8, "activation_bits": 8}
 
@@ -66,7 +65,6 @@ BOTH: dict[str, dict[str, Any]] = {
     "book and built-in text: gptq, asymmetric": {"method": "gptq", "symmetric": False},
     "book and built-in text: best, asymmetric": {"method": "best", "symmetric": False},
 }
-MIXED = "best, 4.5 bits on average"
 PLAIN = "plain rounding"
 
 
@@ -78,19 +76,6 @@ def plain_rounding(subject: Subject) -> nn.Module:
         decisions,
         lambda _, linear, __: fxquant.QuantizedLinearInt4.from_float(linear),
     )
-
-
-def mixed(subject: Subject) -> nn.Module:
-    """`allocate`, then `best`."""
-    found = fxquant.sensitivity(
-        subject.model,
-        subject.calibration,
-        method="gradient",
-        num_samples=SENSITIVITY_SAMPLES,
-        modules_to_not_convert=subject.keep,
-    )
-    bits = fxquant.allocate(found, average_bits=4.5, choices=(4, 8))
-    return static(subject, {"method": "best", "bits": bits})
 
 
 def static(subject: Subject, options: dict[str, Any]) -> nn.Module:
@@ -129,7 +114,6 @@ def candidates(subject: Subject) -> Iterator[tuple[str, Callable[[], nn.Module]]
     both = replace(only, calibration=[*subject.calibration, *subject.built_in])
     for name, options in BOTH.items():
         yield name, lambda options=options: static(both, options)
-    yield MIXED, lambda: mixed(subject)
     for name, make in installed_peers().items():
         yield name, lambda m=make: m(subject.model, subject.quantized, subject.calibration)
 

@@ -11,9 +11,8 @@ from torch.fx import GraphModule
 from fxquant.analysis.allocation import allocate
 from fxquant.analysis.sensitivity import measured_sensitivity
 from fxquant.config.method import UNSCALED, parse_method
-from fxquant.config.option_checks import FLOAT_BITS, TypeRule
+from fxquant.config.option_checks import TypeRule
 from fxquant.config.quant_config import QuantConfig, QuantOptions, as_config
-from fxquant.config.targets import TARGETS
 from fxquant.distributed.processes import Processes
 from fxquant.errors import OptionError, check_choice
 from fxquant.graph.calls import Call
@@ -294,6 +293,7 @@ def _allocated(
         symmetric=config.symmetric,
         zero_points=config.zero_points,
         target=config.target,
+        embeddings=config.embeddings,
         modules_to_not_convert=config.modules_to_not_convert,
         skip_layer_names=config.skip_layer_names,
         skip_param_threshold=config.skip_param_threshold,
@@ -307,8 +307,7 @@ def _allocated(
         num_samples=config.num_calibration_samples,
         processes=processes,
     )
-    widths = TARGETS[config.target].widths if config.target else (4, 8)
-    bits = allocate(report, average_bits=average_bits, choices=(*widths, FLOAT_BITS))
+    bits = allocate(report, average_bits=average_bits)
     return gm, drawn, config.changed(bits=bits)
 
 

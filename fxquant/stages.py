@@ -1,7 +1,7 @@
 """The stages of a quantization: trace, decide, calibrate, make layers, rewrite, measure."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from torch.fx import GraphModule
@@ -18,6 +18,7 @@ from fxquant.measure.paired_run import output_sqnr
 from fxquant.measure.quantization_info import QuantizationInfo
 from fxquant.measure.row_parts import leading_rows, takes
 from fxquant.measure.sizes import MEGABYTE, model_bytes
+from fxquant.modules.layer import QuantizedLayer
 from fxquant.observers.input_statistics import InputStatistics
 from fxquant.passes.calibrate import calibrate
 from fxquant.passes.calibration_data import calls, check_batches
@@ -25,6 +26,7 @@ from fxquant.passes.check_alike import check_alike
 from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import Decision, decide
 from fxquant.passes.fitted_layers import FittedLayers
+from fxquant.passes.fitted_widths import FittedWidths
 from fxquant.passes.observe_inputs import InputWatcher, expected_inputs
 from fxquant.passes.quantize_activations import (
     quantize_activations,
@@ -52,12 +54,14 @@ class Rewritten:
         decisions: what the passes said about each layer.
         recipe: how the layers were made.
         method: the recipe's name; where `"auto"` took another one, with the reason.
+        others: layers that were fitted in other widths besides, by name and width.
     """
 
     gm: GraphModule
     decisions: list[Decision]
     recipe: Recipe
     method: str
+    others: Mapping[tuple[str, int], QuantizedLayer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -259,7 +263,11 @@ def watched(
 
 
 def make_layers(
-    calibrated: Calibrated, config: QuantConfig, recipe: Recipe, most_bytes: int | None = None
+    calibrated: Calibrated,
+    config: QuantConfig,
+    recipe: Recipe,
+    most_bytes: int | None = None,
+    also: Iterable[int] = (),
 ) -> Rewritten:
     """The rewritten graph of a method; `"auto"` looks which of two is better.
 
@@ -271,13 +279,15 @@ def make_layers(
         config: what is wanted.
         recipe: of its method.
         most_bytes: of values that wait between layers in memory; None: no bound.
+        also: widths that layers that are fitted get besides, see `FittedWidths`.
 
     Raises:
         CalibrationError: the graph does not take a batch, or a layer reads NaN or Inf.
         WeightError: a weight cannot be quantized; the layer is named.
     """
     gm, held_out = calibrated.gm, calibrated.held_out
-    made = _with_activations(_fit(calibrated, config, recipe, most_bytes), calibrated, config)
+    fitted = _fit(calibrated, config, recipe, most_bytes, also=also)
+    made = _with_activations(fitted, calibrated, config)
     if config.method != "auto" or not held_out or not _selected(calibrated.decisions):
         return made
     rounded = _with_activations(_round(calibrated, config, ROUNDED), calibrated, config)
@@ -294,24 +304,26 @@ def _fit(
     recipe: Recipe,
     most_bytes: int | None,
     noisy: Sequence[Call] | None = None,
+    also: Iterable[int] = (),
 ) -> Rewritten:
     """The rewritten graph, with layers that are fitted to the data or rounded with its help."""
     decisions = calibrated.decisions
     if recipe.rounding != "gptq" or not _selected(decisions):
         return _round(calibrated, config, recipe)
     layers = FittedLayers(config, refined=recipe.refined)
+    fitter = FittedWidths(layers, also)
     gm = quantize_sequentially(
         calibrated.gm,
         decisions,
         calibrated.fitted,
-        layers,
+        fitter,
         calibrated.held_out,
         calibrated.watcher,
         noisy=noisy,
         most_bytes=None if most_bytes is None else int(most_bytes * WAITING_SHARE),
         processes=calibrated.processes,
     )
-    return Rewritten(gm, layers.explain(decisions), recipe, recipe.name)
+    return Rewritten(gm, layers.explain(decisions), recipe, recipe.name, fitter.others)
 
 
 def _round(calibrated: Calibrated, config: QuantConfig, recipe: Recipe) -> Rewritten:

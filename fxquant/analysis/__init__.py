@@ -7,5 +7,7 @@
 | `shipped_layers.py` | the layers that `static_quantize` would ship, one by one |
 | `candidates.py`, `batching.py`, `memory_plan.py` | what the methods run, together or alone |
 | `allocation.py` | bits where they pay |
+| `knapsack.py` | the width of each layer with the least summed error |
+| `saved_sizes.py` | what a layer takes in a file at each width |
 | `gate.py` | whether a saved model or a report meets the thresholds |
 """

@@ -17,11 +17,13 @@ from fxquant.analysis.exact import Errors, measure_exact
 from fxquant.analysis.flow import error_flow
 from fxquant.analysis.gradient import measure_gradient
 from fxquant.analysis.memory_plan import plan_exact
+from fxquant.analysis.saved_sizes import with_sizes
 from fxquant.analysis.sensitivity_report import SensitivityReport
 from fxquant.analysis.shipped_layers import ShippedLayers, shipped_layers
 from fxquant.config.method import UNSCALED
 from fxquant.config.option_checks import FLOAT_BITS
 from fxquant.config.quant_config import QuantConfig
+from fxquant.config.targets import TARGETS
 from fxquant.distributed.processes import ALONE, Processes
 from fxquant.errors import check_choice, check_positive_int
 from fxquant.graph.calls import Call
@@ -32,6 +34,8 @@ from fxquant.measure.measured_rows import measure_rows
 from fxquant.measure.output_metric import Metric, db_of
 from fxquant.measure.paired_run import output_sqnr
 from fxquant.measure.sensitivity_row import SensitivityRow
+from fxquant.measure.sizes import model_bytes
+from fxquant.numerics.integers import WIDTHS
 from fxquant.passes.calibration_data import calls, check_batches
 from fxquant.passes.check_alike import check_alike
 from fxquant.passes.check_weights import check_weights
@@ -44,7 +48,6 @@ from fxquant.view.graph_view import to_networkx
 
 Analysis = Literal["local", "exact", "gradient"]
 METHODS: tuple[Analysis, ...] = get_args(Analysis)
-MEASURED_WIDTHS = (4, 8)
 
 
 def sensitivity(
@@ -77,13 +80,13 @@ def sensitivity(
     Args:
         model: any module, or a graph from `trace`; it is not changed.
         data: calibration data in any of the forms of `static_quantize`.
-        bits: 4 or 8.
+        bits: 2, 3, 4, 5, 6 or 8: the width that figures of single layers are of.
         group_size: weights along `in_features` that share a scale.
         method: `"local"`: one paired pass over the float and the quantized graph splits each
             node's error into what it introduced and what arrived, and follows it through every
-            node. `"exact"`: the output when only this layer is quantized, for 4 and 8 bits.
-            `"gradient"`: an estimate of that for all layers and widths from one forward and one
-            backward.
+            node. `"exact"`: the output when only this layer is quantized, at each width.
+            `"gradient"`: an estimate of that for all layers and widths from one forward and a few
+            backwards.
         analysis: another name of `method`, for those who call the rounding a method; where it is
             given it counts.
         rounding: the method that makes the layers: `"rtn"`, `"hqq"`, `"gptq"`, `"best"`, or
@@ -194,14 +197,24 @@ def _measured(
     check_weights(gm, [d.module for d in decisions if d.bits is not None])
     if method == "local" and options.bits == 8:  # there is one way to make these
         rounding = "rtn"
+    assert isinstance(options.bits, int)  # sensitivity takes one width
+    known = TARGETS[options.target].widths if options.target else WIDTHS
+    widths = sorted({*known, options.bits})
+    others = () if method == "local" else widths
     layers = shipped_layers(
-        gm, decisions, batches, rounding=rounding, config=options, processes=processes
+        gm,
+        decisions,
+        batches,
+        rounding=rounding,
+        config=options,
+        widths=others,
+        processes=processes,
     )
     qmodel = rewrite(gm, decisions, layers.quantize)
     rows, run = measure_rows(gm, qmodel, decisions, layers.held_out)
     candidates = find_candidates(gm, [row.module for row in rows])
-    shares = _shared_inputs(candidates)
-    rows = [replace(row, shares_input=shares[row.module]) for row in rows]
+    rows = _with_shared(rows, candidates)
+    rows = with_sizes(gm, rows, candidates, widths, layers.quantize, options)
     report = SensitivityReport(
         rows,
         method,
@@ -213,12 +226,13 @@ def _measured(
         rounding=layers.rounding,
         samples=sum(call.row_count for call in batches),
         heldout_samples=layers.heldout_samples,
+        other_bytes=model_bytes(gm, without={candidate.layer for candidate in candidates}),
     )
     if method == "local":
         return replace(report, flows=error_flow(run.nodes))
     shown = is_shown(progress)
     measurement = _Measurement(
-        gm, candidates, layers.held_out, layers, select, metric, shown, processes
+        gm, candidates, widths, layers.held_out, layers, select, metric, shown, processes
     )
     errors, peak = measurement.run(method)
     report = replace(report, rows=[_with_errors(r, errors, report) for r in rows], peak_bytes=peak)
@@ -231,6 +245,7 @@ class _Measurement:
 
     gm: GraphModule
     candidates: list[Candidate]
+    widths: Sequence[int]
     batches: list[Call]
     layers: ShippedLayers
     select: Callable[[Any], Tensor]
@@ -244,7 +259,7 @@ class _Measurement:
         steps = len(self.batches) * runs
         with tqdm(total=steps, desc=method, disable=not self.is_shown) as bar:
             arguments = (
-                self.gm, self.candidates, MEASURED_WIDTHS, self.batches, self.layers.quantize,
+                self.gm, self.candidates, self.widths, self.batches, self.layers.quantize,
                 self.select, self.metric, bar.update,
             )  # fmt: skip
             if method == "gradient":
@@ -263,21 +278,39 @@ def _predicted_pareto(report: SensitivityReport) -> list[tuple[float, float]]:
 
 
 def _with_errors(row: SensitivityRow, errors: Errors, report: SensitivityReport) -> SensitivityRow:
-    found = errors[row.module]
+    found = {bits: e for bits, e in errors[row.module].items() if bits in row.saved_bytes}
     output = db_of(found[row.bits]) if report.metric == "sqnr" else None
     return replace(row, output_errors=found, output_sqnr_db=output)
 
 
-def _shared_inputs(candidates: Sequence[Candidate]) -> dict[str, str]:
-    """A text for each layer that is the same for layers that read one value or share a weight."""
+def _with_shared(
+    rows: Sequence[SensitivityRow], candidates: Sequence[Candidate]
+) -> list[SensitivityRow]:
+    """The rows, and which of them read one value or share a weight."""
     # Of the weights themselves, which live on; a matrix made of one is gone at once, and its
     # address may be the next one's.
     weights: dict[int, str] = {}
-    return {c.name: weights.setdefault(_address(c.layer), c.shares) for c in candidates}
+    inputs = {c.name: weights.setdefault(_address(c.layer), c.shares) for c in candidates}
+    places = {c.name: _place(c.layer) for c in candidates}
+    first: dict[tuple[Any, ...], str] = {}
+    owners = {row.module: first.setdefault(places[row.module], row.module) for row in rows}
+    return [
+        replace(
+            row,
+            shares_input=inputs[row.module],
+            shares_weight=owners[row.module] if owners[row.module] != row.module else "",
+        )
+        for row in rows
+    ]
 
 
 def _address(layer: nn.Module) -> int:
     return layer.get_parameter("weight").data_ptr()
+
+
+def _place(layer: nn.Module) -> tuple[Any, ...]:
+    weight = layer.get_parameter("weight")
+    return weight.data_ptr(), tuple(weight.shape), weight.stride()
 
 
 class _Evaluation:

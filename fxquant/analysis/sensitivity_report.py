@@ -38,6 +38,7 @@ class SensitivityReport(View):
         decisions: the decisions, as plain data.
         graph: of the quantized model, for drawing.
         pareto: predicted `(average bits, output SQNR in dB)`, where the output was measured.
+        other_bytes: of a file, for everything but the layers of `rows`.
         peak_bytes: the most bytes of activations that were held (method `"exact"`).
     """
 
@@ -56,6 +57,7 @@ class SensitivityReport(View):
     rounding: str = "rtn"
     samples: int = 0
     heldout_samples: int = 0
+    other_bytes: int = 0
 
     def headline(self) -> str:
         """What was measured and how, in one line."""
@@ -116,6 +118,7 @@ class SensitivityReport(View):
             "rounding": self.rounding,
             "samples": self.samples,
             "heldout_samples": self.heldout_samples,
+            "other_bytes": self.other_bytes,
             "rows": [asdict(row) for row in self.rows],
             "flows": [asdict(flow) for flow in self.flows],
         }
@@ -125,7 +128,7 @@ class SensitivityReport(View):
         """Undo `to_dict`, also after JSON; graph and model are not part of it."""
         rows = [SensitivityRow.from_dict(row) for row in data["rows"]]
         flows = [NodeFlow(**flow) for flow in data.get("flows", ())]
-        names = ("method", "metric", "rounding", "samples", "heldout_samples")
+        names = ("method", "metric", "rounding", "samples", "heldout_samples", "other_bytes")
         kept = {name: data[name] for name in names if name in data}
         output = as_number(data.get("output_sqnr_db"))
         return cls(rows=rows, flows=flows, output_sqnr_db=output, **kept)

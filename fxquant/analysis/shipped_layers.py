@@ -1,4 +1,4 @@
-"""The quantized layers that `static_quantize` would ship, one by one and in either width."""
+"""The quantized layers that `static_quantize` would ship, one by one and in every width."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -47,11 +47,12 @@ def shipped_layers(
     rounding: str,
     config: QuantConfig,
     processes: Processes = ALONE,
+    widths: Sequence[int] = (),
 ) -> ShippedLayers:
     """Make the layers of `decisions` as `static_quantize` does.
 
     Layers that are fitted to their inputs (`"gptq"`) are made with the layers before them in 4
-    bits, whatever width `decisions` asks for.
+    bits, whatever width `decisions` asks for; those of other widths are fitted to the same inputs.
 
     Args:
         gm: the float graph.
@@ -60,6 +61,7 @@ def shipped_layers(
         rounding: one of `UNSCALED`.
         config: how layers are quantized.
         processes: that share the work.
+        widths: bits that layers will be asked for besides those of `decisions`.
     """
     recipe = parse_method(rounding, has_data=True)
     config = config.changed(method=rounding)
@@ -68,20 +70,23 @@ def shipped_layers(
     measured = held_out or fitted
     calibrated = watched(gm, list(decisions), fitted, held_out, config, recipe, processes=processes)
     in_4_bits = [replace(d, action="float" if d.bits is None else "int4") for d in decisions]
-    made: dict[str, QuantizedLayer] = {}
+    made: dict[tuple[str, int], QuantizedLayer] = {}
     if recipe.rounding == "gptq":
-        shipped = make_layers(replace(calibrated, decisions=in_4_bits), config, recipe)
+        asked = {*widths, *(d.bits for d in decisions if d.bits is not None)} - {4}
+        shipped = make_layers(
+            replace(calibrated, decisions=in_4_bits), config, recipe, also=sorted(asked)
+        )
         recipe = shipped.recipe
-        found = ((site.name, site.module) for site in sites(shipped.gm))
-        made = {name: layer for name, layer in found if isinstance(layer, QuantizedLayer)}
+        if recipe.rounding == "gptq":
+            found = ((site.name, site.module) for site in sites(shipped.gm))
+            made = {(name, m.bits): m for name, m in found if isinstance(m, QuantizedLayer)}
+            made |= shipped.others
     plain = "hqq" if recipe.rounding == "hqq" else "rtn"
     rounded = RoundedLayers(config, plain, calibrated.inputs)
 
     def quantize(name: str, layer: nn.Module, bits: int) -> QuantizedLayer:
-        own = made.get(name)
-        if own is not None and own.bits == bits:
-            return own
-        return rounded.quantize(name, layer, bits)
+        own = made.get((name, bits))
+        return rounded.quantize(name, layer, bits) if own is None else own
 
     taken = recipe.rounding if rounding == "auto" else rounding
     return ShippedLayers(quantize, taken, fitted, measured, rows)

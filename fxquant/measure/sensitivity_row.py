@@ -24,7 +24,10 @@ class SensitivityRow:
             does not measure it.
         output_errors: the output's error in the report's metric, by width; empty where the method
             does not measure it.
+        saved_bytes: of the whole layer in a file, by the widths that it can have; 16: float. Empty
+            where it was not asked for.
         shares_input: the same text for layers that read the same value or share a weight.
+        shares_weight: the layer in front of this one whose weight it is, or nothing.
         input_low: the smallest input value, if it was observed.
         input_high: the largest.
         input_outlier_ratio: the largest magnitude divided by the rms.
@@ -41,7 +44,9 @@ class SensitivityRow:
     arrived_sqnr_db: float | None = None
     output_sqnr_db: float | None = None
     output_errors: dict[int, float] = field(default_factory=dict)
+    saved_bytes: dict[int, int] = field(default_factory=dict)
     shares_input: str = ""
+    shares_weight: str = ""
     input_low: float | None = None
     input_high: float | None = None
     input_outlier_ratio: float | None = None
@@ -59,8 +64,9 @@ class SensitivityRow:
         """The row of plain data, also after JSON."""
         values = {key: as_number(value) for key, value in data.items()}
         values["shape"] = tuple(data["shape"])
-        errors = data.get("output_errors", {}).items()
-        values["output_errors"] = {int(bits): as_number(error) for bits, error in errors}
+        for key in ("output_errors", "saved_bytes"):
+            by_width = data.get(key, {}).items()
+            values[key] = {int(bits): as_number(value) for bits, value in by_width}
         return cls(**values)
 
 

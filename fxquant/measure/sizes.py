@@ -1,5 +1,7 @@
 """True bytes of a model."""
 
+from collections.abc import Container
+
 from torch import Tensor, nn
 
 from fxquant.modules.linear_intn import QuantizedLinearIntN
@@ -7,14 +9,20 @@ from fxquant.modules.linear_intn import QuantizedLinearIntN
 MEGABYTE = 1_000_000
 
 
-def model_bytes(model: nn.Module) -> int:
+def model_bytes(model: nn.Module, without: Container[nn.Module] = ()) -> int:
     """Bytes of all parameters and buffers that a saved model needs; tied tensors count once.
 
     Packed weights count as they are saved; `_kernel_*` buffers hold them as a kernel reads them.
+
+    Args:
+        model: whose tensors are counted.
+        without: modules whose own tensors are left aside, unless others hold them too.
     """
     counted: dict[tuple[int, int], int] = {}
     packed = 0
     for module in model.modules():
+        if module in without:
+            continue
         if isinstance(module, QuantizedLinearIntN):
             packed += module.saved_bytes
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):

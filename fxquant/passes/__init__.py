@@ -13,6 +13,7 @@ Each leaves a legal graph and never changes its input.
 | `scale_channels.py`, `simulate.py` | channel scales folded into the graph |
 | `layer_maker.py` | a float layer as blocks of rows, and its quantized layer; tied weights |
 | `rounded_layers.py`, `fitted_layers.py` | quantized layers rounded alone, or fitted to inputs |
+| `fitted_widths.py` | layers fitted in several widths at once |
 | `target_limits.py` | what an export format asks of them |
 | `block_moments.py` | the moments of what each block of rows multiplies |
 | `quantize_sequentially.py` | layers quantized in the order in which they run |

@@ -211,6 +211,7 @@ _row = record(
     {
         "introduced_sqnr_db": number, "cumulative_sqnr_db": number, "arrived_sqnr_db": number,
         "output_sqnr_db": number, "output_errors": map_of_widths(number), "shares_input": text,
+        "saved_bytes": map_of_widths(whole), "shares_weight": text,
         "input_low": number, "input_high": number, "input_outlier_ratio": number,
     },
 )  # fmt: skip

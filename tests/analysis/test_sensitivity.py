@@ -17,6 +17,7 @@ from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.layers import sites
 from fxquant.graph.stepper import Stepper
 from fxquant.modules.linear import QuantizedLinear
+from fxquant.numerics.integers import WIDTHS
 from tests import models
 from tests.models import WIDTH
 
@@ -82,7 +83,7 @@ def test_exact_equals_the_naive_scan_of_what_ships(rounding, width):
     naive = naive_errors(gm, rounding or "auto", width)
     for row in report.rows:
         assert row.output_sqnr_db == pytest.approx(naive[row.module], abs=1e-3)
-        assert set(row.output_errors) == {4, 8}
+        assert set(row.output_errors) == set(WIDTHS)
 
 
 @pytest.mark.parametrize("kind", ["branches", "mixes rows"])
@@ -261,10 +262,7 @@ def test_an_allocation_is_what_static_quantize_does(branches):
     assert gm is not None
 
 
-def test_budgets_in_bytes_and_decibels(branches):
-    elements = sum(r.shape[0] * r.shape[1] for r in branches.rows)
-    plan = fxquant.allocate(branches, max_bytes=elements * 0.7)
-    assert plan.bytes <= elements * 0.7
+def test_budgets_in_decibels(branches):
     goal = fxquant.allocate(branches, min_sqnr_db=25)
     assert goal.measured_sqnr_db >= 25
     assert goal.average_bits < 8
@@ -272,11 +270,26 @@ def test_budgets_in_bytes_and_decibels(branches):
     assert together["left"] == together["right"]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_budget_in_bytes_counts_every_tensor_of_the_file(branches, share):
+    widths = {b: fxquant.allocate(branches, average_bits=b, choices=(b,)).bytes for b in (2, 8)}
+    budget = widths[2] + share * (widths[8] - widths[2])
+    plan = fxquant.allocate(branches, max_bytes=budget)
+    torch.manual_seed(0)
+    gm = fxquant.trace(Branches(), X[0])
+    _, info = fxquant.static_quantize(
+        gm, X, bits=plan, method="rtn", accuracy_warning="ignore", **OPTIONS
+    )
+    assert round(info.quantized_size_mb * 1e6) == plan.bytes <= budget
+    assert plan.bytes > budget * 0.97
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"average_bits": 3}, "at least 4 bits"),
-        ({"max_bytes": 10}, "at least 4 bits.*Raise the budget"),
+        ({"average_bits": 1.5}, "1.5 bits a weight. Expected at least 2 bits a weight"),
+        ({"average_bits": 3, "choices": (4, 8)}, "at least 4 bits"),
+        ({"max_bytes": 10}, r"at least [\d,]+ bytes.*which 2 bits take. Raise the budget"),
         ({"min_sqnr_db": 300, "choices": (4, 8)}, "at most .* dB, what 8 bits"),
     ],
 )
@@ -289,7 +302,7 @@ def test_two_budgets_or_unknown_choices_are_refused(branches):
     with pytest.raises(OptionError, match="exactly one"):
         fxquant.allocate(branches, average_bits=5, max_bytes=9)
     with pytest.raises(OptionError, match="widths the report measured"):
-        fxquant.allocate(branches, average_bits=5, choices=(2, 4))
+        fxquant.allocate(branches, average_bits=5, choices=(4, 7))
 
 
 def test_a_local_report_can_be_allocated_too():
