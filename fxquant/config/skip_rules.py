@@ -38,8 +38,8 @@ class SkipRules:
 
 # What `layer_types` may name: classes whose weight has a `LayerForm`.
 QUANTIZABLE_TYPES: tuple[Any, ...] = (
-    nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
-    nn.ConvTranspose2d, nn.ConvTranspose3d, "GroupedLinear",
+    nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, "GroupedLinear",
 )  # fmt: skip
 
 DEFAULT_INT4_SKIP = SkipRules(

@@ -8,7 +8,8 @@
 | `linear_int4.py`, `linear_int8.py`, `linear_intn.py` | one class for each layout of a kernel |
 | `linear_of.py` | the class that holds a quantized matrix |
 | `fused_linear.py` | linear layers with what the graph computes around them |
-| `embedding.py`, `conv.py`, `grouped_linear.py` | quantized layers of other kinds |
+| `embedding.py`, `embedding_bag.py` | rows that are looked up |
+| `conv.py`, `grouped_linear.py` | quantized layers of other kinds |
 | `float_linear.py` | an `nn.Linear` around tensors that exist |
 | `lazy_weight.py` | the float weight of a quantized layer, for code that reads it |
 | `activation.py` | static quantization of activations |

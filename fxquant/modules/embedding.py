@@ -1,5 +1,7 @@
 """An embedding whose rows are dequantized when they are looked up."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ class QuantizedEmbedding(LayerAround):
         table: the rows, as a quantized linear layer of `embedding_dim` inputs.
     """
 
-    replaces = (nn.Embedding,)
+    replaces: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
     table: QuantizedLinear
 
     def __init__(

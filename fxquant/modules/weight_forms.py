@@ -7,7 +7,7 @@ sizes, sensitivity, swapping, differences and pages know a kind of layer by its 
 | kind | float layer | matrix [rows, inputs] | blocks of rows | reads |
 |---|---|---|---|---|
 | linear | `nn.Linear` | weight [out, in] | 1 | x |
-| embedding | `nn.Embedding` | weight [entries, dim] | 1 | nothing: rows are looked up |
+| embedding | `nn.Embedding` … | weight [entries, dim] | 1 | nothing: rows are looked up |
 | experts | `GroupedLinear` | weight [experts · out, in] | experts | the rows routed to it |
 | convolution | `nn.Conv1d` … | weight [out, in / groups · kernel] | groups | patches of x |
 | transposed convolution | `nn.ConvTranspose1d` … | [out · kernel, in / groups] | groups | x |
@@ -33,6 +33,7 @@ from fxquant.modules.conv import (
     patches,
 )
 from fxquant.modules.embedding import QuantizedEmbedding
+from fxquant.modules.embedding_bag import QuantizedEmbeddingBag
 from fxquant.modules.grouped_linear import GroupedLinear, QuantizedGroupedLinear, split_by_expert
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.linear import QuantizedLinear
@@ -147,6 +148,17 @@ FORMS = (
         gives=None,
         bias=None,
         is_plain=lambda layer: layer.max_norm is None,  # else a lookup writes into the weight
+    ),
+    LayerForm(
+        kind="embedding",
+        phrase="an embedding bag",
+        layer=nn.EmbeddingBag,
+        matrix=lambda layer: layer.weight,
+        quantized=lambda bag, weight, bias, table: QuantizedEmbeddingBag.of(bag, weight, table),
+        reads=None,
+        gives=None,
+        bias=None,
+        is_plain=lambda layer: layer.max_norm is None,
     ),
     LayerForm(
         kind="experts",

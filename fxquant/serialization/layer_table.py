@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxquant.kernels.functions import FUNCTIONS
+from fxquant.modules.embedding_bag import POOLINGS
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -68,7 +69,7 @@ UNSUPPORTED_CLASSES = {
     **dict.fromkeys(_words("Container RNNBase RNNCellBase"), "it is a base of other classes"),
     "DataParallel": "tracing unwraps it",
     "Transformer": "it is always traced, layer by layer",
-    "EmbeddingBag": "its kernel reads memory at offsets that the file could choose",
+    "EmbeddingBag": "its kernel reads memory at offsets that the file could choose: quantize it",
 }
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
@@ -159,7 +160,8 @@ KINDS: dict[str, Kind] = {
         _is_flag,
         "bias affine track_running_stats elementwise_affine scale_grad_by_freq sparse batch_first "
         "bidirectional inplace ceil_mode count_include_pad return_indices add_bias_kv "
-        "add_zero_attn norm_first keepdim full log_target is_packed is_transposed",
+        "add_zero_attn norm_first keepdim full log_target is_packed is_transposed "
+        "include_last_offset",
     ),
     **_named(_or_none(_is_flag), "align_corners recompute_scale_factor"),
     "padding_mode": _choice("zeros", "reflect", "replicate", "circular"),
@@ -167,6 +169,7 @@ KINDS: dict[str, Kind] = {
     "function": _choice(*FUNCTIONS),
     "approximate": _choice("none", "tanh"),
     "activation": _choice("relu", "gelu"),
+    "pooling": _choice(*POOLINGS),
     "reduction": _choice("none", "mean", "sum", "batchmean"),
     "mode": _choice("nearest", "linear", "bilinear", "bicubic", "trilinear", "nearest-exact"),
     **_named(_is_share, "p dropout label_smoothing"),

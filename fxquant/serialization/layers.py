@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fxquant.errors import FxquantError
 from fxquant.modules.conv import QuantizedConv
 from fxquant.modules.embedding import QuantizedEmbedding
+from fxquant.modules.embedding_bag import QuantizedEmbeddingBag
 from fxquant.modules.fused_linear import FusedLinear
 from fxquant.modules.grouped_linear import GroupedLinear, QuantizedGroupedLinear
 from fxquant.modules.linear import QuantizedLinear
@@ -62,8 +63,8 @@ _OWN: dict[str, type[nn.Module]] = {
     class_name(cls): cls
     for cls in (
         *HOLDERS, *_STACKS, TraceableMultiheadAttention, TraceableTransformerEncoderLayer,
-        QuantizedEmbedding, GroupedLinear, QuantizedGroupedLinear, QuantizedConv,
-        FusedLinear,
+        QuantizedEmbedding, QuantizedEmbeddingBag, GroupedLinear, QuantizedGroupedLinear,
+        QuantizedConv, FusedLinear,
     )
 } | _OBSERVERS  # fmt: skip
 
