@@ -43,6 +43,7 @@ from fxquant.tracing.signature import (
     placeholders,
     unfit_argument,
 )
+from fxquant.tracing.vmap import without_vmap
 
 aten = torch.ops.aten
 higher_order = torch.ops.higher_order
@@ -122,6 +123,8 @@ def _attempt(
             fault = values.fault(program)
         if fault is not None:
             return fault
+        with quiet_export():
+            program = without_vmap(program)
         capture = _capture(program, arguments, flat.output)
         free = DYNAMIC_DIMENSIONS if are_sizes_free else 0
         is_short = marks is not None and marks.has_short_loops
