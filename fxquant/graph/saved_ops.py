@@ -42,7 +42,7 @@ TENSOR_OPS = _words(
     "diag diag_embed diagflat meshgrid cartesian_prod combinations block_diag atleast_1d "
     "atleast_2d atleast_3d real imag view_as_real view_as_complex complex polar conj resolve_conj "
     "resolve_neg conj_physical slice_scatter select_scatter diagonal_scatter "
-    "_unsafe_view _reshape_copy view_copy expand_copy permute_copy "
+    "_conj _unsafe_view _reshape_copy view_copy expand_copy permute_copy "
     # dtype and device
     "to float half bfloat16 double long int short bool byte char type_as cpu cuda _to_copy "
     "cfloat cdouble is_floating_point is_complex is_same_size size sym_size dim ndimension numel "

@@ -107,8 +107,10 @@ def _depends_on_values(node: Node, given: set[str]) -> bool:
     for source in waiting:
         if source.name in given or (source.op == "call_function" and is_random(source)):
             return True
-        if source.target is not aten.sym_size.int:
-            waiting += [n for n in source.all_input_nodes if n not in waiting]
+        read = source.all_input_nodes
+        is_size = source.target is aten.sym_size.int and read[0].name in given
+        if not is_size:  # sizes of other tensors may count values
+            waiting += [n for n in read if n not in waiting]
     return False
 
 

@@ -162,6 +162,18 @@ class RefusesLongInputs(Base):
 
 
 @awkward()
+class CorrelatesInFrequencies(Base):
+    """An autocorrelation by Fourier transforms, of finite inputs alone."""
+
+    def forward(self, x):
+        if not torch.isfinite(x).all():
+            raise ValueError("not finite")
+        spectrum = torch.fft.rfft(self.first(x), dim=1)
+        lags = torch.fft.irfft(spectrum * spectrum.conj(), n=x.shape[1], dim=1)
+        return self.second(lags / x.shape[1])
+
+
+@awkward()
 class LooksAtModes(Base):
     """Asks for training, gradients, scripting, export and compilation."""
 

@@ -42,6 +42,11 @@ class Branches(Layers):
         return self.first(x) if x.mean() > -1e3 else self.second(x)
 
 
+class CountsHits(Layers):
+    def forward(self, x):
+        return self.first(x) if x.flatten().nonzero().shape[0] > 2 else self.second(x)
+
+
 class ComparesANumber(Layers):
     def forward(self, x):
         if float(x.abs().max()) > 1e3:
@@ -90,6 +95,6 @@ def test_what_the_model_refuses_the_graph_refuses_in_words(value, code):
         traced(Refuses)(torch.full((2, 5, W), value))
 
 
-@pytest.mark.parametrize("cls", [Branches, ComparesANumber, RefusesBothOnly])
+@pytest.mark.parametrize("cls", [Branches, CountsHits, ComparesANumber, RefusesBothOnly])
 def test_a_branch_that_other_inputs_may_take_stays_the_models_own(cls):
     assert fxquant.trace_report(traced(cls)).opaque
