@@ -68,6 +68,7 @@ def rows_of(name: str, averages: list[int], pieces: int) -> list[dict[str, Any]]
         for widths, bits in ((f"{average} everywhere", average), (f"{average} on average", plan)):
             model = static(subject, {"method": "best", "bits": bits})
             rows.append({"widths": widths, **figures(name, subject, model, pieces)})
+            print(rows[-1], flush=True)  # the whole table takes long
     return rows
 
 

@@ -178,12 +178,12 @@ def _best_within(
     if budget < least:
         raise _too_small(groups, budget, least, cost, report)
     plans = [_describe(report, groups, bits) for bits in _plans(groups, budget, cost)]
-    if report.evaluate is None:
+    if report.evaluate is None or report.evaluate_error is None:
         return plans[0]
-    measured = [report.evaluate(dict(plan)) for plan in plans]
-    for plan, sqnr_db in zip(plans, measured, strict=True):
-        plan.measured_sqnr_db = sqnr_db
-    return plans[measured.index(max(measured))]
+    errors = [report.evaluate_error(dict(plan)) for plan in plans]
+    best = plans[errors.index(min(errors))]
+    best.measured_sqnr_db = report.evaluate(dict(best))
+    return best
 
 
 def _plans(groups: Sequence[_Group], budget: float, cost: _Cost) -> list[dict[str, int]]:

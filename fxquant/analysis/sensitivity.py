@@ -32,7 +32,7 @@ from fxquant.graph.left_alone import process_left_alone, structure_left_alone
 from fxquant.graph.structures import main_output
 from fxquant.measure.measured_rows import measure_rows
 from fxquant.measure.output_metric import Metric, db_of
-from fxquant.measure.paired_run import output_sqnr
+from fxquant.measure.paired_run import output_error
 from fxquant.measure.sensitivity_row import SensitivityRow
 from fxquant.measure.sizes import model_bytes
 from fxquant.numerics.integers import WIDTHS
@@ -215,6 +215,7 @@ def _measured(
     candidates = find_candidates(gm, [row.module for row in rows])
     rows = _with_shared(rows, candidates)
     rows = with_sizes(gm, rows, candidates, widths, layers.quantize, options)
+    evaluation = _Evaluation(gm, decisions, layers, select, metric)
     report = SensitivityReport(
         rows,
         method,
@@ -222,7 +223,8 @@ def _measured(
         metric=metric if isinstance(metric, str) else "custom",
         decisions=[asdict(d) for d in decisions],
         graph=to_networkx(qmodel, {row.module: asdict(row) for row in rows}),
-        evaluate=_Evaluation(gm, decisions, layers, select),
+        evaluate=evaluation,
+        evaluate_error=evaluation.error,
         rounding=layers.rounding,
         samples=sum(call.row_count for call in batches),
         heldout_samples=layers.heldout_samples,
@@ -322,14 +324,23 @@ class _Evaluation:
         decisions: Sequence[Decision],
         layers: ShippedLayers,
         select: Callable[[Any], Tensor],
+        metric: Metric,
     ) -> None:
         self.gm, self.decisions, self.layers, self.select = gm, decisions, layers, select
+        self.metric = metric
 
-    @torch.no_grad()
     def __call__(self, bits: dict[str, int]) -> float:
         """Output SQNR with the layers of `bits` at these widths and all others float."""
+        return db_of(self._error(bits, "sqnr"))
+
+    def error(self, bits: dict[str, int]) -> float:
+        """The same in the report's metric: smaller is better."""
+        return self._error(bits, self.metric)
+
+    @torch.no_grad()
+    def _error(self, bits: dict[str, int], metric: Metric) -> float:
         planned = [
             replace(d, action=ACTIONS[bits.get(d.module, FLOAT_BITS)]) for d in self.decisions
         ]
         qmodel = rewrite(self.gm, planned, self.layers.quantize)
-        return output_sqnr(self.gm, qmodel, self.layers.held_out, self.select).db
+        return output_error(self.gm, qmodel, self.layers.held_out, self.select, metric)

@@ -35,6 +35,7 @@ class SensitivityReport(View):
         metric: of the output's error: `"sqnr"`, `"kl"` or `"custom"`.
         flows: how error flows through every node (method `"local"`).
         evaluate: measures the output SQNR of given bits by name; None in a report without model.
+        evaluate_error: measures the output's error in the report's metric, smaller is better.
         decisions: the decisions, as plain data.
         graph: of the quantized model, for drawing.
         pareto: predicted `(average bits, output SQNR in dB)`, where the output was measured.
@@ -50,6 +51,7 @@ class SensitivityReport(View):
     metric: str = "sqnr"
     flows: Sequence[NodeFlow] = ()
     evaluate: Callable[[dict[str, int]], float] | None = field(default=None, compare=False)
+    evaluate_error: Callable[[dict[str, int]], float] | None = field(default=None, compare=False)
     peak_bytes: int | None = None
     decisions: Sequence[dict[str, Any]] = ()
     graph: Any = field(default=None, compare=False)

@@ -22,6 +22,7 @@ from fxquant.graph.left_alone import graph_left_alone
 from fxquant.graph.ops import is_rearrangement
 from fxquant.graph.stepper import Stepper, is_tensor
 from fxquant.graph.structures import main_output
+from fxquant.measure.output_metric import Metric, OutputError
 from fxquant.measure.row_parts import row_parts
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.weight_forms import form_of
@@ -190,7 +191,31 @@ def output_sqnr(
     Large batches run in parts.
     """
     meter = SqnrMeter()
+    for expected, found in _outputs(float_gm, quantized_gm, calls, select):
+        meter.add(expected, found)
+    return meter
+
+
+def output_error(
+    float_gm: GraphModule,
+    quantized_gm: GraphModule,
+    calls: Iterable[Call],
+    select: Callable[[Any], Tensor] = main_output,
+    metric: Metric = "sqnr",
+) -> float:
+    """The same in a metric of `OutputError`: smaller is better."""
+    meter = OutputError(metric)
+    for expected, found in _outputs(float_gm, quantized_gm, calls, select):
+        meter.add(expected, found)
+    return meter.value
+
+
+def _outputs(
+    float_gm: GraphModule,
+    quantized_gm: GraphModule,
+    calls: Iterable[Call],
+    select: Callable[[Any], Tensor],
+) -> Iterator[tuple[Tensor, Tensor]]:
     for index, call in enumerate(row_parts(float_gm, calls)):
         expected = select(run_call(float_gm, call, index))
-        meter.add(expected, select(run_call(quantized_gm, call, index)))
-    return meter
+        yield expected, select(run_call(quantized_gm, call, index))

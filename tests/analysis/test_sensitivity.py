@@ -310,3 +310,13 @@ def test_a_local_report_can_be_allocated_too():
     plan = fxquant.allocate(report, average_bits=6)
     assert plan.predicted_sqnr_db is None
     assert plan.measured_sqnr_db >= report.output_sqnr_db
+
+
+def test_plans_are_compared_in_the_metric_of_the_report():
+    report = fxquant.sensitivity(
+        Branches(), X, method="gradient", rounding="rtn", metric="kl", **OPTIONS
+    )
+    plan = fxquant.allocate(report, average_bits=3)
+    uniform = dict.fromkeys(plan, 3)
+    assert report.evaluate_error(dict(plan)) <= report.evaluate_error(uniform)
+    assert plan.measured_sqnr_db == report.evaluate(dict(plan))
