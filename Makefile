@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-models test-browser fuzz docs lint sanitize arm benchmark wheel test-wheel clean
+.PHONY: demo test test-models test-browser test-runtimes fuzz docs lint sanitize arm benchmark wheel test-wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/fxquant demo
@@ -23,6 +23,13 @@ test-models: $(VENV)/installed-dev
 test-browser: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
 	$(BIN)/python -m pytest --override-ini addopts= --import-mode=importlib tests/browser
+
+# Libraries too heavy for CI, which run what fxquant makes. Those that CI has (ONNX Runtime, gguf,
+# transformers with compressed-tensors, PEFT) are in `make test`.
+test-runtimes: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[runtimes]'
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
+	    --override-ini addopts= --import-mode=importlib tests/runtimes
 
 # 100,000 mutated files in worker processes: about an hour on two cores.
 fuzz: $(VENV)/installed-dev
