@@ -1,6 +1,7 @@
 """What cannot be loaded again is not saved, and what is not whole is not loaded: both in words."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -18,10 +19,17 @@ from tests.integrations import models
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    models.swapped(models.llama()).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path):
-    models.swapped(models.llama()).save_pretrained(tmp_path)
-    return tmp_path
+def folder(saved, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(saved, tmp_path / "folder")
 
 
 @pytest.mark.parametrize("kind", [AutoModelForCausalLM, AutoModel])

@@ -31,12 +31,12 @@ struct Result {
   }
 };
 
-bool round_with(const InstructionSet& set, Rounding call, const std::vector<float>& shrinks,
+bool round_with(const InstructionSet& set, Rounding call, const std::vector<float>& clip_ratios,
                 Result* result) {
   const size_t groups = call.rows * call.groups();
   result->packed.resize(call.rows * call.row_bytes());
   result->scales.resize(groups), result->zero_points.resize(groups);
-  call.shrinks = shrinks.data(), call.shrink_count = static_cast<int>(shrinks.size());
+  call.clip_ratios = clip_ratios.data(), call.clip_ratio_count = static_cast<int>(clip_ratios.size());
   call.packed = result->packed.data();
   call.scales = result->scales.data(), call.zero_points = result->zero_points.data();
   return round_groups(call, set, pick(1, 3));
@@ -82,18 +82,18 @@ bool is_right() {
   call.importance = pick(0, 1) ? importance.data() : nullptr;
 
   const std::vector<float> full{1.0f};
-  std::vector<float> shrinks = full;
-  for (int i = pick(0, 10); i > 0; --i) shrinks.push_back(0.05f * pick(10, 22));
+  std::vector<float> clip_ratios = full;
+  for (int i = pick(0, 10); i > 0; --i) clip_ratios.push_back(0.05f * pick(10, 22));
   Result expected, plain;
   Rounding unfitted = call;
   unfitted.refits = 0;
-  if (!round_with(*portable(), call, shrinks, &expected)) return false;
+  if (!round_with(*portable(), call, clip_ratios, &expected)) return false;
   if (!round_with(*portable(), unfitted, full, &plain)) return false;
   for (const InstructionSet* set :
        {avx512_bf16(), avx512_vnni(), avx2_vnni(), avx2(), neon_dot(), neon()}) {
     Result found;
     if (!set) continue;
-    if (!round_with(*set, call, shrinks, &found) || !(found == expected)) return false;
+    if (!round_with(*set, call, clip_ratios, &found) || !(found == expected)) return false;
   }
   const std::vector<double> best = errors(call, expected), most = errors(call, plain);
   for (size_t i = 0; i < best.size(); ++i) {

@@ -1,5 +1,6 @@
 """Every architecture of the zoo: quantized, run at another size, saved, and loaded without it."""
 
+import copy
 import json
 import os
 import subprocess
@@ -11,10 +12,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fxquant
+from fxquant.graph.calls import Call
+from fxquant.graph.channel_scaling import ScalingFinder, apply_scale
 from fxquant.graph.layers import sites
+from fxquant.graph.scale_rules import CannotScaleError
 from fxquant.graph.structures import main_output, tensors_in
 from fxquant.modules.layer import QuantizedLayer
 from tests import zoo
+from tests.graph.scales import random_scale
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -32,20 +37,21 @@ print(json.dumps([torch.equal(t, expected[str(i)]) for i, t in enumerate(found)]
 
 
 # In each run of the suite; `make test-models` runs all.
-DAILY = tuple(zoo.ZOO)[:32]
-NAMES = list(zoo.ZOO) if os.environ.get("FXQUANT_ALL_MODELS") else DAILY
+NAMES = list(zoo.ZOO)[: None if os.environ.get("FXQUANT_ALL_MODELS") else 32]
 
 
-@pytest.fixture(params=NAMES)
-def name(request):
-    return request.param
+@pytest.fixture(scope="module", params=NAMES)
+def traced(request):
+    """A name, its model, and the graph: tracing is most of the time, so that two tests share it."""
+    model = zoo.build(request.param)
+    return request.param, model, fxquant.trace(model, zoo.inputs(request.param))
 
 
-def test_it_is_quantized_runs_at_another_size_saves_and_reloads(name, tmp_path):
-    model = zoo.build(name)
+def test_it_is_quantized_runs_at_another_size_saves_and_reloads(traced, tmp_path):
+    name, model, gm = traced
     data = [zoo.inputs(name), zoo.inputs(name, 3)]
     q, info = fxquant.static_quantize(
-        model, data, group_size=32, skip_param_threshold=0, accuracy_warning="ignore"
+        gm, data, group_size=32, skip_param_threshold=0, accuracy_warning="ignore"
     )
     report = fxquant.trace_report(q)
     assert not report.opaque
@@ -78,6 +84,34 @@ def test_it_is_quantized_runs_at_another_size_saves_and_reloads(name, tmp_path):
         pairs = zip(tensors_in(loaded(**other)), tensors_in(q(**other)), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
     assert loaded.meta["fxquant_info"]["config"]["group_size"] == 32
+
+
+# Layers of each architecture whose input can be scaled. Post-norm models have few.
+LEAST = {"llama": 7, "gemma": 6, "gpt2": 4, "opt": 6, "phi3": 7, "t5": 16, "vit": 6, "bert": 2}
+
+
+def test_all_channel_scales_together_leave_the_output(traced):
+    name, _, gm = traced
+    gm, call, found = copy.deepcopy(gm), zoo.inputs(name, 2, 7), 0
+    for parameter in gm.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    finder = ScalingFinder(gm, Call((), call))
+    with torch.no_grad():
+        before = main_output(gm(**call)).clone()
+        values = {
+            s.node.args[0] for s in sites(gm) if isinstance(s.module, nn.Linear) and not s.is_inside
+        }
+        for value in sorted(values, key=str):
+            try:
+                scaling = finder.find(value)
+            except CannotScaleError:
+                continue
+            apply_scale(scaling, random_scale(scaling))
+            found += 1
+        after = main_output(gm(**call))
+    assert found >= LEAST.get(name, 0)
+    assert fxquant.sqnr_db(before, after) > 100
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "t5", "clip"])

@@ -15,7 +15,7 @@ namespace {
 constexpr double kUnpack = 0.01, kPrepare = 0.2;  // nanoseconds a weight and a value of x
 // One thread prepares so many values in 20 microseconds, less than what a barrier may cost.
 constexpr int64_t kSmallInput = 1 << 18;
-constexpr int64_t kRowsOfThread = 32;  // so many are worth reading all of the weight
+constexpr int64_t kRowsOfThread = 32;  // fewest rows for which a thread reads all of the weight
 
 int threads_of(const Call& call, const Kernel& kernel) {
   const double weights = static_cast<double>(call.weight.out_features) * call.weight.in_features;

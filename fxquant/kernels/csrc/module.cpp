@@ -265,7 +265,7 @@ bool read_floats(PyObject* tuple, std::vector<float>* values) {
   return !PyErr_Occurred();
 }
 
-// round_groups(weight, type, rows, columns, group_size, bits, symmetric, whole, importance, shrinks,
+// round_groups(weight, type, rows, columns, group_size, bits, symmetric, whole, importance, clip_ratios,
 // refits, packed, scales, zero_points, threads), with addresses and types as for `linear`; importance is
 // float32 or 0, scales and zero points are float32.
 PyObject* round_groups(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
@@ -275,8 +275,8 @@ PyObject* round_groups(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     return nullptr;
   }
   const Arguments given{arguments};
-  std::vector<float> shrinks;
-  if (!read_floats(arguments[9], &shrinks)) return nullptr;
+  std::vector<float> clip_ratios;
+  if (!read_floats(arguments[9], &clip_ratios)) return nullptr;
 
   fxquant::Rounding call{};
   call.weight = given.address(0);
@@ -288,16 +288,16 @@ PyObject* round_groups(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   call.symmetric = given.number(6) != 0;
   call.whole = given.number(7) != 0;
   call.importance = static_cast<const float*>(given.address(8));
-  call.shrinks = shrinks.data();
-  call.shrink_count = static_cast<int>(shrinks.size());
+  call.clip_ratios = clip_ratios.data();
+  call.clip_ratio_count = static_cast<int>(clip_ratios.size());
   call.refits = static_cast<int>(given.number(10));
   call.packed = static_cast<uint8_t*>(given.address(11));
   call.scales = static_cast<float*>(given.address(12));
   call.zero_points = static_cast<float*>(given.address(13));
   const int threads = static_cast<int>(given.number(14));
   if (PyErr_Occurred()) return nullptr;
-  if (call.rows < 1 || call.columns < 1 || call.group_size < 1 || call.bits < 1 || call.bits > 8 || shrinks.empty() ||
-      shrinks.size() > fxquant::kMostRanges) {
+  if (call.rows < 1 || call.columns < 1 || call.group_size < 1 || call.bits < 1 || call.bits > 8 ||
+      clip_ratios.empty() || clip_ratios.size() > fxquant::kMostRanges) {
     PyErr_SetString(PyExc_ValueError, "nothing to round, no such width, or no range or too many to try");
     return nullptr;
   }

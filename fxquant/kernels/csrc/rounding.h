@@ -19,8 +19,8 @@ struct Rounding {
   bool symmetric;           // whether every zero point is `half()`
   bool whole;               // whether the others are levels, too: 0 .. `highest()`
   const float* importance;  // [columns], or null where all count alike
-  const float* shrinks;     // of the full range, tried in this order
-  int shrink_count;
+  const float* clip_ratios;     // of the full range, tried in this order
+  int clip_ratio_count;
   int refits;         // at most so many, by least squares
   uint8_t* packed;    // [rows][row_bytes()], lowest bit first
   float* scales;      // [rows][groups], representable in bfloat16

@@ -158,15 +158,15 @@ Grid best_grid(const Rounding& call, const RoundedGroup& group, float low, float
   Grid grids[kMostRanges];
   float errors[kMostRanges] = {};
   int best = 0;
-  for (int i = 0; i < call.shrink_count; ++i) {
-    grids[i] = grid_of_range(call, low * call.shrinks[i], high * call.shrinks[i]);
+  for (int i = 0; i < call.clip_ratio_count; ++i) {
+    grids[i] = grid_of_range(call, low * call.clip_ratios[i], high * call.clip_ratios[i]);
   }
   int done = 0;
-  for (; done + kAtOnce <= call.shrink_count; done += kAtOnce) {
+  for (; done + kAtOnce <= call.clip_ratio_count; done += kAtOnce) {
     measure<kAtOnce>(group, grids + done, errors + done);
   }
-  for (; done < call.shrink_count; ++done) measure<1>(group, grids + done, errors + done);
-  for (int i = 1; i < call.shrink_count; ++i) best = errors[i] < errors[best] ? i : best;
+  for (; done < call.clip_ratio_count; ++done) measure<1>(group, grids + done, errors + done);
+  for (int i = 1; i < call.clip_ratio_count; ++i) best = errors[i] < errors[best] ? i : best;
 
   Grid grid = grids[best];
   float error = errors[best];
