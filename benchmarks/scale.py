@@ -2,13 +2,18 @@
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/scale.py
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/scale.py gptq --json gptq.json
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/scale.py gptq --processes 2
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/scale.py folder
 
 The model is a Llama made from a config, with seeded random weights: 30 layers of width 576, 9
 heads, 3 of them for keys and values, a vocabulary of 49,152. The data are 64 windows of 256 tokens.
-`--small` takes a model and data that are done in seconds. Rows: `forward` (the float model reads
-the data once), `trace`, and methods of `static_quantize`, tracing included.
+`--small` takes models and data that are done in seconds. Rows: `forward` (the float model reads the
+data once), `trace`, methods of `static_quantize`, tracing included, and `folder`: a Llama of 1.1
+billion parameters (22 layers of width 2048) in bfloat16, from disk to disk without data.
 
-Each row is a process of its own. "Memory beside the model" is the process's peak (VmHWM of
+Each row is a process of its own, or several that share it (`--processes`): then the figures are
+those of the process where they are largest, and `digest`, of all that the result holds, is the same
+for any number of them. "Memory beside the model" is the process's peak (VmHWM of
 /proc/self/status) less what it had when the model stood and the imports were done; the quantized
 model is part of it.
 """
@@ -17,18 +22,23 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timing import report
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxquant
+from fxquant.numerics.digest import digest_of
 
-METHODS = ("forward", "trace", "rtn", "gptq", "best")
+METHODS = ("forward", "trace", "rtn", "gptq", "best", "folder")
 DEFAULT = ("forward", "trace", "gptq", "best")
 CONFIG = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -37,6 +47,10 @@ CONFIG = {
 SMALL = {
     "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
     "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 512,
+}  # fmt: skip
+LARGE = {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32_000,
 }  # fmt: skip
 WINDOWS, LENGTH, ROWS = 64, 256, 8  # of a batch
 SMALL_WINDOWS, SMALL_LENGTH, SMALL_ROWS = 16, 32, 4
@@ -65,8 +79,27 @@ def run(method: str, model: nn.Module, batches: list[dict[str, Tensor]]) -> dict
         return {}
     if method == "trace":
         return {"coverage": fxquant.trace_report(fxquant.trace(model, batches[0])).coverage}
-    _, info = fxquant.static_quantize(model, batches, method=method, accuracy_warning="ignore")
-    return {"SQNR dB": info.sqnr_db, "layers": len(info.selected_layers)}
+    qmodel, info = fxquant.static_quantize(model, batches, method=method, accuracy_warning="ignore")
+    state = qmodel.state_dict()
+    digests = [digest_of(name, str(t.dtype), t) for name, t in sorted(state.items())]
+    return {
+        "SQNR dB": info.sqnr_db,
+        "layers": len(info.selected_layers),
+        "digest": sha256("".join(digests).encode()).hexdigest()[:12],
+    }
+
+
+def run_folder(source: Path, target: Path) -> dict[str, Any]:
+    """Quantize a folder into another without data."""
+    info = fxquant.quantize_checkpoint(source, target, {"method": "rtn"})
+    return {"layers": len(info.selected_layers)}
+
+
+def save_folder(folder: Path, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    """A Llama with seeded random weights as shards."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, use_cache=False, dtype=dtype)
+    LlamaForCausalLM._from_config(config).save_pretrained(folder, max_shard_size="500MB")
 
 
 def status_bytes(field: str) -> int:
@@ -77,14 +110,28 @@ def status_bytes(field: str) -> int:
     raise SystemExit(f"/proc/self/status has no {field}: this benchmark needs Linux")
 
 
-def measure(method: str, sizes: dict[str, int], data: tuple[int, int, int]) -> dict[str, Any]:
-    """One row, in this process."""
-    tiny = language_model(SMALL)  # imports and code paths are paid for once, by a small model
-    run(method, tiny, token_batches(SMALL["vocab_size"], 2, 16, 1))
-    model = language_model(sizes)
-    batches = token_batches(sizes["vocab_size"], *data)
+def measure(
+    method: str, sizes: dict[str, int], data: tuple[int, int, int], folder: Path
+) -> dict[str, Any]:
+    """One row, in this process, which may be one of several.
+
+    Args:
+        method: of `METHODS`.
+        sizes: of the model.
+        data: windows, their length, and rows of a batch.
+        folder: with the folders `small` and `large`, for `folder`.
+    """
+    # Imports and code paths are paid for once, by a small model.
+    if method == "folder":
+        work = partial(run_folder, folder / "large", folder / "large-int4")
+        run_folder(folder / "small", folder / "small-int4")
+    else:
+        tiny = language_model(SMALL)
+        run(method, tiny, token_batches(SMALL["vocab_size"], 2, 16, 1))
+        batches = token_batches(sizes["vocab_size"], *data)
+        work = partial(run, method, language_model(sizes), batches)
     before, began, cpu = status_bytes("VmRSS"), time.perf_counter(), time.process_time()
-    more = run(method, model, batches)
+    more = work()
     return {
         "what": method,
         "memory beside the model, MB": (status_bytes("VmHWM") - before) / 1e6,
@@ -94,12 +141,30 @@ def measure(method: str, sizes: dict[str, int], data: tuple[int, int, int]) -> d
     }
 
 
-def in_a_process(method: str) -> dict[str, Any]:
-    """One row, in a process of its own: a peak is the process's."""
-    command = [sys.executable, __file__, method, *sys.argv[1:], "--inside"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
+def measure_as(rank: int, processes: int, folder: Path, *arguments: Any) -> dict[str, Any]:
+    """One row, as one of the processes that share it."""
+    if processes > 1:
+        store = dist.FileStore(str(folder / "store"), processes)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    return measure(*arguments, folder)
+
+
+def in_processes(method: str, processes: int, folder: Path) -> dict[str, Any]:
+    """One row, in processes of its own: a peak is a process's."""
+    command = [sys.executable, __file__, method, *sys.argv[1:], "--folder", folder, "--inside"]
+    running = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True)
+        for rank in range(processes)
+    ]
+    said = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise SystemExit(f"{method} has failed")
+    (folder / "store").unlink(missing_ok=True)
+    rows: list[dict[str, Any]] = [json.loads(text.splitlines()[-1]) for text in said]
+    return {
+        key: max(row[key] for row in rows) if isinstance(value, float) else value
+        for key, value in rows[0].items()
+    }
 
 
 def main() -> None:
@@ -109,16 +174,26 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a model that takes seconds")
     parser.add_argument("--layers", type=int, help="other than the model has")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--processes", type=int, default=1, help="that share each row")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--inside", type=int, metavar="RANK", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sizes = dict(SMALL if arguments.small else CONFIG)
     data = (SMALL_WINDOWS, SMALL_LENGTH, SMALL_ROWS) if arguments.small else (WINDOWS, LENGTH, ROWS)
     if arguments.layers:
         sizes["num_hidden_layers"] = arguments.layers
-    if arguments.inside:
-        print(json.dumps(measure(arguments.methods[0], sizes, data)))
+    methods, processes = arguments.methods or DEFAULT, arguments.processes
+    if arguments.inside is not None:
+        row = measure_as(arguments.inside, processes, arguments.folder, methods[0], sizes, data)
+        print(json.dumps(row))
         return
-    rows = [in_a_process(method) for method in arguments.methods or DEFAULT]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if "folder" in methods:
+            save_folder(folder / "small", SMALL, torch.float32)
+            large = SMALL if arguments.small else LARGE
+            save_folder(folder / "large", large, torch.bfloat16)
+        rows = [in_processes(method, processes, folder) for method in methods]
     title = f"Llama, {sizes['num_hidden_layers']} x {sizes['hidden_size']}, {data[0]} windows"
     report(title, rows, arguments.json)
 
