@@ -19,7 +19,7 @@ from fxquant.observers.moments import LayerMoments
 from fxquant.passes.decide import Decision, add_notes
 from fxquant.passes.layer_maker import Blocks
 from fxquant.passes.rounded_layers import RoundedLayers
-from fxquant.passes.target_limits import bias_in_target, exact_in_target
+from fxquant.passes.target_limits import bias_in_target, exact_in_target, int8_in_target
 
 FITTED_ELEMENTS = 1 << 22  # of a weight that are fitted at once, with some temporaries of the size
 
@@ -72,10 +72,14 @@ class FittedLayers:
             bits: of an integer.
             moments: of what the block multiplies.
         """
-        is_rounded = is_per_channel(bits, self.config.group_size, blocks.inputs)
-        if is_rounded or self._plain.is_tied(name, blocks.layer, bits):
+        if self._plain.is_tied(name, blocks.layer, bits):
             return FittedBlock(None, None, is_reached=bool(moments.tokens))
         matrix, bias = blocks.matrices[index], blocks.biases[index]
+        if is_per_channel(bits, self.config.group_size, blocks.inputs):
+            weight = int8_in_target(matrix, self.config)
+            corrected = corrected_bias(matrix, weight.dequantize(), bias, moments)
+            made = bias_in_target(corrected, bias, self.config)
+            return FittedBlock(weight, made, is_reached=bool(moments.tokens))
         # In float32 even where the caller's autocast is on.
         with torch.autocast(matrix.device.type, enabled=False):
             return self._fit_block(matrix, bias, bits, moments)

@@ -95,11 +95,9 @@ class RoundedLayers:
             self.without_groups.add(name)
         if weights is None:
             weights = self._weights(name, blocks, bits)
-        biases = blocks.biases
-        if not is_alone:
-            names = block_names(name, blocks.count)
-            work = zip(names, blocks.matrices, weights, biases, strict=True)
-            biases = [self._corrected_bias(part, *block) for part, *block in work]
+        names = block_names(name, blocks.count)
+        work = zip(names, blocks.matrices, weights, blocks.biases, strict=True)
+        biases = [self._corrected_bias(part, *block) for part, *block in work]
         made = blocks.finish(weights, biases, table)
         self._tied.add(name, layer, bits, made)
         return made
