@@ -185,7 +185,7 @@ def _cells(
         decision.parameters,
         decision.action,
     )
-    costs: tuple[str, ...] = ("", "", "", "")
+    costs: tuple[str | None, ...] = (None, None, None, None)
     if row is not None:
         costs = (
             format_db(row.weight_sqnr_db),

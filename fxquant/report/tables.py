@@ -36,8 +36,8 @@ def format_cell(value: Any) -> str:
 def filled_columns(
     names: Sequence[str], rows: Sequence[Sequence[Any]]
 ) -> tuple[list[str], list[list[Any]]]:
-    """The columns that say something in a row at least; all of them where there are no rows."""
-    filled = [i for i in range(len(names)) if any(row[i] not in (None, "") for row in rows)]
+    """All columns but those with None in every row, which were not measured."""
+    filled = [i for i in range(len(names)) if any(row[i] is not None for row in rows)]
     kept = filled if rows else range(len(names))
     return [names[i] for i in kept], [[row[i] for i in kept] for row in rows]
 

@@ -33,7 +33,7 @@ class View(ABC):
         """The rows as mappings, as CSV files and `pandas.DataFrame` take them."""
 
     def table(self) -> str:
-        """The table as text, without columns that say nothing in any row."""
+        """The table as text, without columns that were not measured."""
         return text_table(*filled_columns(self.columns(), self.cells()))
 
     def to_json(self, path: str | Path) -> None:
