@@ -194,7 +194,8 @@ def test_a_recipe_and_options_make_one_config(tmp_path):
     config = json.loads(run(*command, "--bits", 4).stdout)["config"]
     assert (config["bits"], config["group_size"], config["method"]) == (4, 32, "rtn")
     record = json.loads(run("quantize", *SOURCE, *DATA, "--average-bits", 6, "--json").stdout)
-    assert set(record["config"]["bits"].values()) == {4, 8}
+    bits = record["config"]["bits"].values()  # of layers of one size
+    assert 5 < sum(bits) / len(bits) <= 6
     assert "Did you mean 'w4a8'" in run("quantize", *SOURCE, "--config", "w4a9", status=2).stderr
 
 

@@ -159,8 +159,7 @@ def test_into_model_gives_the_users_class_and_one_call_allocates():
     graph, info = fxquant.quantize(model, iter(data), average_bits=6, **options)
     bits = dict(info.config.bits)
     elements = {"a": 64 * 96, "b": 96 * 64}
-    assert sum(bits[n] * elements[n] for n in bits) / sum(elements.values()) <= 6
-    assert set(bits.values()) == {4, 8}
+    assert 5 < sum(bits[n] * elements[n] for n in bits) / sum(elements.values()) <= 6
     with pytest.raises(OptionError, match="data to measure on"):
         fxquant.quantize(model, average_bits=6)
     with pytest.raises(OptionError, match="Pass the model"):
