@@ -167,7 +167,7 @@ def balanced(costs: Sequence[float], count: int) -> list[int]:
     """An owner for each task: the costliest first, to whoever has least to do.
 
     >>> balanced([1.0, 3.0, 2.0, 2.0], 2)
-    [1, 0, 1, 0]
+    [0, 0, 1, 1]
     """
     owners, loads = [0] * len(costs), [0.0] * count
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
