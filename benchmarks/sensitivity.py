@@ -17,14 +17,14 @@ from fxquant.analysis.exact import measure_exact
 from fxquant.analysis.gradient import measure_gradient
 from fxquant.config.quant_config import QuantConfig
 from fxquant.demo.language_model import calibration_tokens, load_language_model
+from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.structures import main_output
 from fxquant.measure.paired_run import run_paired
+from fxquant.numerics.integers import WIDTHS
 from fxquant.passes.decide import decide
 from fxquant.passes.rewrite import rewrite
 from fxquant.passes.rounded_layers import RoundedLayers
-
-WIDTHS = (4, 8)
 
 
 class Chain(nn.Module):
@@ -44,19 +44,19 @@ class Chain(nn.Module):
 def naive(gm: Any, candidates: Any, layers: RoundedLayers, calls: Any) -> None:
     """One full run for each layer and width."""
     with torch.no_grad():
-        for args, _ in calls:
-            gm(*args)
+        for call in calls:
+            gm(*call.args)
             for candidate in candidates:
                 for width in WIDTHS:
                     module = layers.quantize(candidate.name, candidate.layer, width)
                     with candidate.replaced_by(module):
-                        gm(*args)
+                        gm(*call.args)
 
 
 def measure(name: str, model: nn.Module, inputs: list[torch.Tensor]) -> dict[str, Any]:
     """One row: seconds of each method, and the ratios that matter."""
     gm = copy_sharing_tensors(trace(model, inputs[0]), frozen=True)
-    calls = [((x,), {}) for x in inputs]
+    calls = [Call((x,)) for x in inputs]
     decisions = decide(gm, QuantConfig())
     layers = RoundedLayers(QuantConfig())
     qmodel = rewrite(gm, decisions, layers.quantize)
