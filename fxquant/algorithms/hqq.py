@@ -9,6 +9,7 @@ symmetric weights the scale) is fitted to the rest.
 import torch
 from torch import Tensor
 
+from fxquant.algorithms.rtn import SEARCH_BLOCK_ELEMENTS
 from fxquant.numerics.grouping import from_groups, group_mask, to_groups
 from fxquant.numerics.integers import (
     IntegerType,
@@ -30,7 +31,6 @@ NORM = 0.7  # p
 STRENGTH = 10.0  # of the first shrinkage; a multiple of the inverse group magnitude
 GROWTH = 1.01
 ITERATIONS = 20
-SEARCH_BLOCK_ELEMENTS = 1 << 19  # of a block of rows: its temporaries stay in the cache
 
 
 def half_quadratic(

@@ -128,6 +128,20 @@ def _transposed(layer: type[nn.Module]) -> LayerForm:
     )
 
 
+def _lookup(phrase: str, layer: type[nn.Module], made: type[QuantizedEmbedding]) -> LayerForm:
+    return LayerForm(
+        kind="embedding",
+        phrase=phrase,
+        layer=layer,
+        matrix=lambda layer: layer.weight,
+        quantized=lambda layer, weight, bias, table: made.of(layer, weight, table),
+        reads=None,
+        gives=None,
+        bias=None,
+        is_plain=lambda layer: layer.max_norm is None,  # else a lookup writes into the weight
+    )
+
+
 FORMS = (
     LayerForm(
         kind="linear",
@@ -138,28 +152,8 @@ FORMS = (
         reads=lambda layer, x: [x],
         gives=lambda layer, output, x: [output],
     ),
-    LayerForm(
-        kind="embedding",
-        phrase="Embedding",
-        layer=nn.Embedding,
-        matrix=lambda layer: layer.weight,
-        quantized=lambda layer, weight, bias, table: QuantizedEmbedding.of(layer, weight, table),
-        reads=None,
-        gives=None,
-        bias=None,
-        is_plain=lambda layer: layer.max_norm is None,  # else a lookup writes into the weight
-    ),
-    LayerForm(
-        kind="embedding",
-        phrase="an embedding bag",
-        layer=nn.EmbeddingBag,
-        matrix=lambda layer: layer.weight,
-        quantized=lambda bag, weight, bias, table: QuantizedEmbeddingBag.of(bag, weight, table),
-        reads=None,
-        gives=None,
-        bias=None,
-        is_plain=lambda layer: layer.max_norm is None,
-    ),
+    _lookup("Embedding", nn.Embedding, QuantizedEmbedding),
+    _lookup("Embedding bag", nn.EmbeddingBag, QuantizedEmbeddingBag),
     LayerForm(
         kind="experts",
         phrase="Experts",
