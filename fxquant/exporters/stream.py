@@ -125,6 +125,7 @@ def _quantize(
                 writer.shard(unfinished, number, names)
         processes.meet()
         sqnr_db = None if blockwise is None else blockwise.run(writer, unfinished)
+    processes.meet()  # all have read what they need of the folder before it gets another name
     if processes.rank > 0:  # the first process finishes the folder
         return processes.broadcast(None, 0)
     copy_other_files(base.path, unfinished.path)
