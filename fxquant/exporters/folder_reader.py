@@ -12,14 +12,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fxquant.errors import OptionError
+from fxquant.modules.linear import FLOAT_DTYPES
+from fxquant.serialization.container import SAFETENSORS_DTYPES
 
 CONFIG = "config.json"
-SAFETENSORS_FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -103,8 +99,10 @@ class FolderReader:
         return tuple(self._open[self.files[name]].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """Its dtype, where it is one of floats; its data is not read."""
-        return SAFETENSORS_FLOATS.get(self._open[self.files[name]].get_slice(name).get_dtype())
+        """Its dtype, where it is one that layers compute in; its data is not read."""
+        kind = self._open[self.files[name]].get_slice(name).get_dtype()
+        dtype = SAFETENSORS_DTYPES.get(kind)
+        return dtype if dtype in FLOAT_DTYPES.values() else None
 
     def nbytes(self, name: str) -> int:
         """How many bytes it has; its data is not read."""
