@@ -1,4 +1,4 @@
-"""The stages of a quantization: trace, decide, calibrate, make layers, rewrite, measure."""
+"""The stages of a quantization: trace, decide, fold, calibrate, make layers, rewrite, measure."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +27,7 @@ from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import Decision, decide
 from fxquant.passes.fitted_layers import FittedLayers
 from fxquant.passes.fitted_widths import FittedWidths
+from fxquant.passes.fold_norms import FoldedNorm, fold_norms
 from fxquant.passes.observe_inputs import InputWatcher, expected_inputs
 from fxquant.passes.quantize_activations import (
     quantize_activations,
@@ -66,7 +67,7 @@ class Rewritten:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A float graph, perhaps with scales folded into it, and what data told about it.
+    """A float graph, perhaps with norms and scales folded in, and what data told about it.
 
     Attributes:
         gm: the float graph.
@@ -77,6 +78,8 @@ class Calibrated:
             their inputs, after that.
         folded: the scales that were folded into the graph.
         processes: that share the work.
+        norms: the norms that were folded into layers of the graph.
+        original: the graph before anything was folded into it; None: `gm`.
     """
 
     gm: GraphModule
@@ -86,6 +89,8 @@ class Calibrated:
     watcher: InputWatcher
     folded: Sequence[FoldedScale] = ()
     processes: Processes = ALONE
+    norms: Sequence[FoldedNorm] = ()
+    original: GraphModule | None = None
 
     @property
     def inputs(self) -> dict[str, InputStatistics]:
@@ -143,10 +148,11 @@ def _quantize_without_data(
 ) -> tuple[GraphModule, QuantizationInfo]:
     check_alike(processes, model, config, [])
     config = replace(config, observer=DYNAMIC)
-    gm = graph_of(model, example)
-    decisions = decide(gm, config)
-    check_weights(gm, _selected(decisions))
-    calibrated = Calibrated(gm, decisions, [], [], InputWatcher(gm, ()), processes=processes)
+    traced = graph_of(model, example)
+    gm, decisions, norms = _decided(traced, config)
+    calibrated = Calibrated(
+        gm, decisions, [], [], InputWatcher(gm, ()), (), processes, norms, traced
+    )
     made = _with_activations(_round(calibrated, config, recipe), calibrated, config)
     return made.gm, _measured(calibrated, made, config)
 
@@ -162,12 +168,22 @@ def _quantize_with_data(
 ) -> tuple[GraphModule, QuantizationInfo]:
     drawn = list(calls(data, model, config.num_calibration_samples))
     check_alike(processes, model, config, drawn)
-    gm = graph_of(model, example or (drawn[0] if drawn else None))
-    decisions = decide(gm, config)
-    check_weights(gm, _selected(decisions))
+    traced = graph_of(model, example or (drawn[0] if drawn else None))
+    gm, decisions, norms = _decided(traced, config)
     calibrated = _calibrate(gm, decisions, drawn, config, recipe, processes)
+    calibrated = replace(calibrated, norms=norms, original=traced)
     made = make_layers(calibrated, config, recipe, most_bytes)
     return made.gm, _measured(calibrated, made, config)
+
+
+def _decided(
+    traced: GraphModule, config: QuantConfig
+) -> tuple[GraphModule, list[Decision], Sequence[FoldedNorm]]:
+    """The graph with its norms folded, the decisions, and these norms."""
+    decisions = decide(traced, config)
+    check_weights(traced, _selected(decisions))
+    made = fold_norms(traced, decisions)
+    return made.gm, made.decisions, made.folded
 
 
 def run_part(
@@ -351,6 +367,7 @@ def _with_activations(made: Rewritten, calibrated: Calibrated, config: QuantConf
 def _measured(calibrated: Calibrated, made: Rewritten, config: QuantConfig) -> QuantizationInfo:
     """The record: measured on what was held out and, of the output, on what was fitted to."""
     gm, held_out, fitted = calibrated.gm, calibrated.held_out, calibrated.fitted
+    original = calibrated.original or gm
     info = QuantizationInfo(
         made.decisions,
         config=config,
@@ -358,7 +375,8 @@ def _measured(calibrated: Calibrated, made: Rewritten, config: QuantConfig) -> Q
         calibration_samples_used=sum(call.row_count for call in (*fitted, *held_out)),
         heldout_samples=sum(call.row_count for call in held_out),
         folded_scales=list(calibrated.folded),
-        original_size_mb=model_bytes(gm) / MEGABYTE,
+        folded_norms=list(calibrated.norms),
+        original_size_mb=model_bytes(original) / MEGABYTE,
         quantized_size_mb=model_bytes(made.gm) / MEGABYTE,
         trace=trace_report(gm).to_dict(),
     )
@@ -367,10 +385,13 @@ def _measured(calibrated: Calibrated, made: Rewritten, config: QuantConfig) -> Q
     info.rows, run = measure_rows(
         gm, made.gm, made.decisions, held_out or fitted, calibrated.watcher.observers
     )
-    info.sqnr_db = info.fitted_sqnr_db = run.output.db_or_none
+    output = run.output
+    if original is not gm:  # what is folded is rounded to the dtype of its parameters
+        output = output_sqnr(original, made.gm, held_out or fitted)
+    info.sqnr_db = info.fitted_sqnr_db = output.db_or_none
     if held_out:
         as_many = leading_rows(fitted, info.heldout_samples)
-        info.fitted_sqnr_db = output_sqnr(gm, made.gm, as_many).db_or_none
+        info.fitted_sqnr_db = output_sqnr(original, made.gm, as_many).db_or_none
     return info
 
 

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from fxquant.errors import OptionError
 from fxquant.fusion.fused import refuse_fused
+from fxquant.graph.batch_norms import neutral_value
 from fxquant.graph.copying import copy_owning_tensors
 from fxquant.graph.graph_module import check_graph
 from fxquant.graph.identity import FINGERPRINT, first_difference
@@ -23,6 +24,7 @@ from fxquant.measure.quantization_info import INFO_KEY
 from fxquant.modules.layer import QuantizedLayer, has_quantized_layer
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.weight_forms import form_of
+from fxquant.passes.fold_norms import FoldedNorm
 from fxquant.passes.rewrite import share_tables
 from fxquant.pretrained import guard_saving
 from fxquant.serialization.files import load_model
@@ -50,7 +52,8 @@ def swap_modules(model: M, qmodel: GraphModule, *, share_memory: bool = False) -
         A copy of the same class, whose outputs are those of the graph. Layers that are no module of
         their own, such as the packed input projection of `nn.MultiheadAttention`, or whose class
         does more than a linear layer, stay float: they are listed in the copy's
-        `fxquant_left_float` and in a `LeftFloatWarning`.
+        `fxquant_left_float` and in a `LeftFloatWarning`. A BatchNorm that is folded into a layer
+        does nothing in evaluation mode.
 
     Raises:
         OptionError: `qmodel` was made from another model, is fused, or has a channel scale folded
@@ -67,7 +70,7 @@ def _swapped(inner: nn.Module, qmodel: GraphModule, share_memory: bool) -> nn.Mo
     # Only folded scales change what stays float. The rest is the model's own: an adapter may be
     # merged in the graph, which is in evaluation mode, and not yet in the model.
     is_changed = bool((qmodel.meta.get(INFO_KEY) or {}).get("folded_scales"))
-    plan = _plan(inner, qmodel, with_parameters=is_changed)
+    plan = _plan(inner, qmodel, with_tensors=is_changed)
     replaced = {inner.get_submodule(name) for name in plan.modules}
     keep = (lambda _: True) if share_memory else replaced.__contains__
     return _apply(copy_owning_tensors(inner, keep=keep), plan)
@@ -88,7 +91,7 @@ def load_into(model: M, path: str | os.PathLike[str]) -> M:
     qmodel = load_model(path)
     inner = unwrap(model)
     _check_same_model(inner, qmodel, values=False)
-    plan = _plan(inner, qmodel, with_parameters=True)
+    plan = _plan(inner, qmodel, with_tensors=True)
     if plan.left_float and first_difference(qmodel.meta.get(FINGERPRINT, {}), inner, values=True):
         raise OptionError(
             os.fspath(path),
@@ -103,10 +106,19 @@ def load_into(model: M, path: str | os.PathLike[str]) -> M:
 
 @dataclass
 class _Plan:
-    """What changes in a model, worked out before anything is changed."""
+    """What changes in a model, worked out before anything is changed.
+
+    Attributes:
+        modules: quantized layers by the names of those that they replace.
+        tensors: parameters and buffers that are taken over, by name.
+        neutral: one value for all elements of each tensor of a norm that is folded, by name.
+        left_float: names of layers that have no module of their own.
+        options: the fields of the `QuantConfig` that the layers were made with.
+    """
 
     modules: dict[str, QuantizedLayer] = field(default_factory=dict)
-    parameters: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    neutral: dict[str, float] = field(default_factory=dict)
     left_float: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -118,8 +130,8 @@ def _check_same_model(model: nn.Module, qmodel: GraphModule, *, values: bool) ->
         raise _other_model(*different)
 
 
-def _plan(model: nn.Module, qmodel: GraphModule, *, with_parameters: bool) -> _Plan:
-    """What is to be replaced, and which float parameters are taken over."""
+def _plan(model: nn.Module, qmodel: GraphModule, *, with_tensors: bool) -> _Plan:
+    """What is to be replaced, and which float tensors are taken over."""
     refuse_fused("swap_modules", qmodel)
     plan = _Plan(options=(qmodel.meta.get(INFO_KEY) or {}).get("config") or {})
     own = dict(model.named_modules(remove_duplicate=False))
@@ -136,16 +148,19 @@ def _plan(model: nn.Module, qmodel: GraphModule, *, with_parameters: bool) -> _P
             else:
                 plan.modules["" if original is model else site.name] = site.module
         elif original is not None and type(original) is type(site.module):
-            for name, parameter in site.module.named_parameters():
-                _note_parameter(plan, model, f"{site.name}.{name}", parameter)
+            for name, tensor in (*site.module.named_parameters(), *site.module.named_buffers()):
+                _note_tensor(plan, model, f"{site.name}.{name}", tensor)
         elif next(site.module.parameters(), None) is not None and not site.is_inside:
             unmatched.append(site.name)
     for node in qmodel.graph.nodes:
         if node.op == "get_attr":
             value = tensor_attribute(qmodel, node)
-            _note_parameter(plan, model, user_name(qmodel, str(node.target)), value)
-    if not with_parameters:
-        plan.parameters.clear()
+            _note_tensor(plan, model, user_name(qmodel, str(node.target)), value)
+    if not with_tensors:
+        plan.tensors.clear()
+    for folded in (qmodel.meta.get(INFO_KEY) or {}).get("folded_norms", ()):
+        if folded["layer"] in plan.modules:
+            _note_neutral(plan, model, FoldedNorm(**folded))
     plan.left_float = list(dict.fromkeys(plan.left_float))
     _check_scales(qmodel, unmatched)
     return plan
@@ -166,19 +181,40 @@ def _check_scales(qmodel: GraphModule, unmatched: list[str]) -> None:
             )
 
 
-def _note_parameter(plan: _Plan, model: nn.Module, name: str, value: object) -> None:
-    """Take over a float parameter: quantizing may have changed it."""
-    owner, _, key = name.rpartition(".")
-    try:
-        current = model.get_submodule(owner)._parameters.get(key)
-    except AttributeError:
-        return
-    if current is None or not isinstance(value, nn.Parameter):
+def _note_tensor(plan: _Plan, model: nn.Module, name: str, value: object) -> None:
+    """Take over a float parameter or a buffer: it may differ, or quantizing has changed it."""
+    current = _tensor_of(model, name)
+    if current is None or not isinstance(value, Tensor):
         return
     if current.shape != value.shape:
         raise _other_model(name, f"shapes {list(current.shape)} and {list(value.shape)}")
     if not torch.equal(current, value.to(current.dtype)):
-        plan.parameters[name] = value
+        plan.tensors[name] = value
+
+
+def _note_neutral(plan: _Plan, model: nn.Module, folded: FoldedNorm) -> None:
+    """Let a norm do nothing, since it is in the layer before it already."""
+    for role, name in folded.tensors.items():
+        if _tensor_of(model, name) is None:
+            raise OptionError(
+                "swap_modules",
+                found=f"a BatchNorm folded into {folded.layer}, whose {role} is no tensor {name} "
+                "of the model",
+                needed="a norm whose tensors the model holds as parameters or buffers",
+                remedy="Use the graph itself, or keep the norm out of the layer: name it in "
+                "modules_to_not_convert.",
+            )
+        plan.neutral[name] = neutral_value(role, folded.eps)
+
+
+def _tensor_of(model: nn.Module, name: str) -> Tensor | None:
+    """The parameter or buffer called `name`, or None."""
+    owner, _, key = name.rpartition(".")
+    try:
+        part = model.get_submodule(owner)
+    except AttributeError:
+        return None
+    return part._parameters.get(key, part._buffers.get(key))
 
 
 def may_become(original: nn.Module, quantized: QuantizedLayer) -> bool:
@@ -203,10 +239,13 @@ def _fits(original: nn.Module, quantized: QuantizedLinear) -> bool:
 
 
 def _apply(model: nn.Module, plan: _Plan) -> nn.Module:
-    """Replace the layers and take over parameters: objects stay, what they hold changes."""
-    for name, parameter in plan.parameters.items():
-        current = model.get_parameter(name)
-        current.data = parameter.detach().to(current.dtype).clone()
+    """Replace the layers and take over tensors: objects stay, what they hold changes."""
+    for name, value in plan.tensors.items():
+        current = _held(model, name)
+        current.data = value.detach().to(current.dtype).clone()
+    for name, number in plan.neutral.items():
+        current = _held(model, name)
+        current.data = torch.full_like(current, number)
     memo: dict[int, Any] = {}  # one for all: what they share, their copies share
     for name, quantized in plan.modules.items():
         layer = model.get_submodule(name)
@@ -229,6 +268,12 @@ def _apply(model: nn.Module, plan: _Plan) -> nn.Module:
         text = f"these layers have no module of their own and stay float: {names}"
         warnings.warn(text, LeftFloatWarning, stacklevel=3)
     return model
+
+
+def _held(model: nn.Module, name: str) -> Tensor:
+    tensor = _tensor_of(model, name)
+    assert tensor is not None  # the plan names tensors of the model
+    return tensor
 
 
 def finish_quantized(model: nn.Module, options: Mapping[str, Any] | None = None) -> None:

@@ -1,6 +1,6 @@
 """What each layer takes in a file at each width that it can have."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -29,6 +29,7 @@ def with_sizes(
     widths: Sequence[int],
     quantize: QuantizeLayer,
     config: QuantConfig,
+    norm_bytes: Mapping[str, int],
 ) -> list[SensitivityRow]:
     """The rows with `saved_bytes`: of the integers, their scales and zero points, and the bias.
 
@@ -43,6 +44,7 @@ def with_sizes(
         widths: to choose from.
         quantize: gives the layers of `rows`, which tell what they hold besides the weight.
         config: how layers are quantized.
+        norm_bytes: what a layer takes more while it is float, since its norm is not folded then.
     """
     layers = {candidate.name: candidate.layer for candidate in candidates}
     own = set(layers.values())
@@ -60,7 +62,7 @@ def with_sizes(
         weight = layer.get_parameter("weight")
         is_there = bool(row.shares_weight) or weight.data_ptr() in kept
         shared = is_there * weight.numel() * weight.element_size()
-        sizes[FLOAT_BITS] = model_bytes(layer) - shared
+        sizes[FLOAT_BITS] = model_bytes(layer) - shared + norm_bytes.get(row.module, 0)
         found.append(replace(row, saved_bytes=sizes))
     return found
 

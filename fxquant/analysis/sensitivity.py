@@ -40,6 +40,7 @@ from fxquant.passes.calibration_data import calls, check_batches
 from fxquant.passes.check_alike import check_alike
 from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import ACTIONS, Decision, decide
+from fxquant.passes.fold_norms import fold_norms
 from fxquant.passes.rewrite import rewrite
 from fxquant.report.progress import is_shown
 from fxquant.tracing.prepare import unwrap
@@ -195,6 +196,8 @@ def _measured(
     gm = copy_sharing_tensors(traced, frozen=True)
     decisions = decide(gm, options)
     check_weights(gm, [d.module for d in decisions if d.bits is not None])
+    norms = fold_norms(gm, decisions)
+    gm, decisions = norms.gm, norms.decisions
     if method == "local" and options.bits == 8:  # there is one way to make these
         rounding = "rtn"
     assert isinstance(options.bits, int)  # sensitivity takes one width
@@ -214,7 +217,7 @@ def _measured(
     rows, run = measure_rows(gm, qmodel, decisions, layers.held_out)
     candidates = find_candidates(gm, [row.module for row in rows])
     rows = _with_shared(rows, candidates)
-    rows = with_sizes(gm, rows, candidates, widths, layers.quantize, options)
+    rows = with_sizes(gm, rows, candidates, widths, layers.quantize, options, norms.saved_bytes)
     evaluation = _Evaluation(gm, decisions, layers, select, metric)
     report = SensitivityReport(
         rows,

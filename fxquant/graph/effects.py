@@ -48,7 +48,7 @@ def is_random(node: Node) -> bool:
     elif not op_of(node).random:
         return False
     if op_of(node).keeps:  # dropout, which does nothing unless it trains
-        return bool(_argument(node, "training", _argument(node, "train", False)))
+        return bool(argument(node, "training", argument(node, "train", False)))
     return True
 
 
@@ -117,15 +117,15 @@ def _function_writes(node: Node) -> bool:
         or target in vars(operator).values()
     ):
         return name in _IN_PLACE_OPERATORS
-    if node.kwargs.get("out") is not None or _argument(node, "inplace", False) is True:
+    if node.kwargs.get("out") is not None or argument(node, "inplace", False) is True:
         return True
     return _is_writing_name(name)
 
 
 def _updates_statistics(node: Node) -> bool:
     """Whether a norm writes into running statistics that it was given."""
-    has_statistics = _argument(node, "running_mean", None) is not None
-    trains = _argument(node, "training", False) or _argument(node, "use_input_stats", False)
+    has_statistics = argument(node, "running_mean", None) is not None
+    trains = argument(node, "training", False) or argument(node, "use_input_stats", False)
     return has_statistics and bool(trains)
 
 
@@ -133,7 +133,7 @@ def _is_writing_name(name: str) -> bool:
     return name in _IN_PLACE_METHODS or (name.endswith("_") and not name.endswith("__"))
 
 
-def _argument(node: Node, name: str, default: Any) -> Any:
+def argument(node: Node, name: str, default: Any) -> Any:
     """The value of the argument called `name`, by keyword or position."""
     if name in node.kwargs:
         return node.kwargs[name]

@@ -9,6 +9,7 @@ tensors, an operator of Python and the overloads of `aten`: `torch.add`, `x.add(
 - `keeps`: in evaluation mode the result is the first argument, element by element, same order
 - `cast`: changes the dtype or device and nothing else
 - `adds`: adds or subtracts its two operands
+- `affine`: multiplies each channel (dimension 1) by a constant and adds one, in evaluation mode
 - `random`: draws random numbers
 - `product`: how its weight is used, for ops that multiply with one: `"linear"` and friends have a
   rule in `linear_operands.py` that finds the operands; the others are counted, not quantized
@@ -38,6 +39,7 @@ class Op:
     keeps: bool = False
     cast: bool = False
     adds: bool = False
+    affine: bool = False
     random: bool = False
     product: str | None = None
     lookup: bool = False
@@ -75,6 +77,7 @@ _TABLE: tuple[Op, ...] = (
     *_rows("add iadd add_ __add__ __iadd__", adds=True, scale="sum"),
     *_rows("sub isub sub_ subtract", scale="sum"),
     *_rows("layer_norm rms_norm", scale="norm"),
+    *_rows("batch_norm", affine=True),
     *_rows("size sym_size dim ndimension numel sym_numel len is_floating_point get_device",
            scale="inquiry"),
     *_rows("expect_constant", scale="inquiry"),

@@ -151,7 +151,8 @@ def _read_blocks(blocks: Tensor, weight: QuantizedWeight) -> None:
         _read_grid(weight.zero_points, blocks[:, first, start : 2 * start], ZERO_POINT_DTYPE)
         start *= 2
     codes = blocks.view(torch.int32)[..., start // 4 :].unflatten(-1, (-1, BLOCK))
-    lanes = codes.permute(0, 3, 1, 2).reshape(len(blocks) * BLOCK, -1).contiguous()
+    lanes = codes.permute(0, 3, 1, 2).reshape(len(blocks) * BLOCK, -1)
+    lanes = lanes.clone(memory_format=torch.contiguous_format)  # one column has any stride
     rows = len(weight.packed)
     weight.packed.copy_(_packed_rows(lanes[:rows], weight.in_features, weight.bits))
 

@@ -12,6 +12,7 @@ from fxquant.config.quant_config import QuantConfig
 from fxquant.errors import AccuracyError, OptionError, check_choice, check_type
 from fxquant.measure.sensitivity_row import SensitivityRow, as_number
 from fxquant.passes.decide import DEFAULT_RULE, Decision
+from fxquant.passes.fold_norms import FoldedNorm
 from fxquant.passes.scale_channels import FoldedScale
 from fxquant.report.html import write_html
 from fxquant.report.pages import decisions_page
@@ -50,6 +51,7 @@ class QuantizationInfo(View):
         config: what was asked for.
         method: the algorithm that chose the integers.
         folded_scales: channel scales that were folded into the graph's parameters.
+        folded_norms: each BatchNorm that was folded into the layer before it.
         trace: what tracing did, as plain data.
         warnings: what `check_accuracy_warnings` found.
     """
@@ -65,6 +67,7 @@ class QuantizationInfo(View):
     config: QuantConfig = field(default_factory=QuantConfig)
     method: str = "rtn"
     folded_scales: list[FoldedScale] = field(default_factory=list)
+    folded_norms: list[FoldedNorm] = field(default_factory=list)
     trace: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     warning_threshold: float = 20.0
@@ -139,6 +142,7 @@ class QuantizationInfo(View):
                         as_number(f["power"]), as_number(f["gain_db"]))
             for f in data.get("folded_scales", ())
         ]  # fmt: skip
+        values["folded_norms"] = [FoldedNorm(**norm) for norm in data.get("folded_norms", ())]
         return cls(**values)
 
 

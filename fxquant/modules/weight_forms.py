@@ -62,6 +62,10 @@ class LayerForm:
             or since several tokens add up to one output.
         bias: gives the bias, one number a row, or None; None where rows have no bias.
         block_word: what several blocks are called.
+        scaled: gives, of a layer and a factor for each channel of its output (as many as a bias
+            has), the weight that multiplies the output by it; None where no one weight does.
+        outputs: gives, of a layer, how many these channels are, and how many dimensions an output
+            has that has them in dimension 1.
         quantized: makes the quantized layer of a float one from its rows, its bias, and a layer
             that holds these rows already, or None.
     """
@@ -78,6 +82,8 @@ class LayerForm:
     bias: Callable[[Any], Tensor | None] | None = lambda layer: layer.bias
     blocks: Callable[[Any], int] = lambda layer: 1
     block_word: str = "blocks"
+    scaled: Callable[[Any, Tensor], Tensor] | None = None
+    outputs: Callable[[Any], tuple[int, int]] | None = None
     is_plain: Callable[[Any], bool] = lambda layer: True
 
     @property
@@ -99,6 +105,23 @@ def _linear(
     return table.with_bias(bias)
 
 
+def _scaled(layer: Any, factor: Tensor) -> Tensor:
+    """The weight [out, ...] with its rows multiplied by `factor` [out]."""
+    scaled: Tensor = layer.weight * factor.view(-1, *(1,) * (layer.weight.ndim - 1))
+    return scaled
+
+
+def _scaled_transposed(layer: Any, factor: Tensor) -> Tensor:
+    """The weight [in, out / groups, ...] with what gives an output multiplied by `factor` [out]."""
+    grouped = layer.weight.unflatten(0, (layer.groups, -1))
+    channels = factor.view(layer.groups, 1, -1, *(1,) * len(layer.kernel_size))
+    return (grouped * channels).flatten(0, 1)
+
+
+def _outputs(conv: Any) -> tuple[int, int]:
+    return conv.out_channels, len(conv.kernel_size) + 2
+
+
 def _convolution(layer: type[nn.Module]) -> LayerForm:
     return LayerForm(
         kind="convolution",
@@ -110,6 +133,8 @@ def _convolution(layer: type[nn.Module]) -> LayerForm:
         gives=outputs_at_patches,
         blocks=lambda conv: conv.groups,
         block_word="groups",
+        scaled=_scaled,
+        outputs=_outputs,
     )
 
 
@@ -125,6 +150,8 @@ def _transposed(layer: type[nn.Module]) -> LayerForm:
         bias=None,  # it belongs to outputs, of which each is the sum of several rows
         blocks=lambda conv: conv.groups,
         block_word="groups",
+        scaled=_scaled_transposed,
+        outputs=_outputs,
     )
 
 
@@ -151,6 +178,8 @@ FORMS = (
         quantized=_linear,
         reads=lambda layer, x: [x],
         gives=lambda layer, output, x: [output],
+        scaled=_scaled,
+        outputs=lambda layer: (layer.out_features, 2),
     ),
     _lookup("Embedding", nn.Embedding, QuantizedEmbedding),
     _lookup("Embedding bag", nn.EmbeddingBag, QuantizedEmbeddingBag),

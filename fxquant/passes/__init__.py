@@ -8,6 +8,7 @@ Each leaves a legal graph and never changes its input.
 | `check_alike.py` | that processes which share a run were given the same |
 | `check_weights.py` | refuses weights that cannot be quantized, before any data runs |
 | `decide.py` | which layers are quantized, and why the others are not |
+| `fold_norms.py` | a BatchNorm folded into the layer before it |
 | `insert_observers.py`, `calibrate.py` | observers as nodes, and data through them |
 | `observe_inputs.py` | the one collector of what the input of each layer looks like |
 | `scale_channels.py`, `simulate.py` | channel scales folded into the graph |

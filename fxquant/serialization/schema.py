@@ -229,10 +229,12 @@ _config = record(
 _folded = record(
     {"producers": _texts, "readers": _texts, "kind": text, "power": number, "gain_db": number}
 )
+_folded_norm = record({"norm": text, "layer": text, "tensors": map_of(text), "eps": number})
 _info = record(
     {"decisions": list_of(_decision)},
     {
-        "rows": list_of(_row), "folded_scales": list_of(_folded), "warnings": _texts,
+        "rows": list_of(_row), "folded_scales": list_of(_folded),
+        "folded_norms": list_of(_folded_norm), "warnings": _texts,
         "trace": _info_trace, "config": _config, "method": text, "sqnr_db": number,
         # instead of "config", in files that were written before it was there
         "bits": _bits, "group_size": whole, "symmetric": flag, "observer": text,

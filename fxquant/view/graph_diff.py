@@ -12,11 +12,12 @@ from torch.fx import GraphModule, Node
 from fxquant.config.skip_rules import type_name
 from fxquant.graph.graph_module import check_graph
 from fxquant.graph.layers import sites, user_name
-from fxquant.measure.quantization_info import INFO_KEY
+from fxquant.measure.quantization_info import INFO_KEY, QuantizationInfo
 from fxquant.measure.sensitivity_row import as_number
 from fxquant.measure.sizes import model_bytes
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.numerics.metrics import sqnr_db
+from fxquant.passes.fold_norms import fold_norms
 from fxquant.report.html import Page, write_html
 from fxquant.report.tables import format_db
 from fxquant.report.view import View
@@ -119,7 +120,9 @@ def diff(before: GraphModule, after: GraphModule) -> GraphDiff:
     """Compare two graphs of a model: float against quantized, or two runs.
 
     Nodes are matched by name, which every pass keeps. A node counts as rewritten when it calls
-    another kind of module or function, or a module with other weights or format.
+    another kind of module or function, or a module with other weights or format. Where the second
+    graph has norms folded into its layers, they are removed, and its layers are compared with
+    what they are in the first graph once its norms are folded.
     """
     check_graph("before", before)
     check_graph("after", after)
@@ -127,9 +130,19 @@ def diff(before: GraphModule, after: GraphModule) -> GraphDiff:
     record = after.meta.get(INFO_KEY) or {}
     rules = {d["module"]: d["rule"] for d in record.get("decisions", [])}
     rows = measured_rows(after)
-    changes = [_change(name, old.get(name), new.get(name), rules, rows) for name in [*new]]
-    changes += [_change(name, old[name], None, rules, rows) for name in old if name not in new]
+    expected = old | _nodes(_with_norms_folded(before, record))
+    changes = [
+        _change(name, old.get(name), new.get(name), expected.get(name), rules, rows) for name in new
+    ]
+    changes += [_change(n, old[n], None, None, rules, rows) for n in old if n not in new]
     return GraphDiff(changes)
+
+
+def _with_norms_folded(gm: GraphModule, record: dict[str, Any]) -> GraphModule:
+    """The graph as it was compared with the quantized one that has this record."""
+    if not record.get("folded_norms"):
+        return gm
+    return fold_norms(gm, QuantizationInfo.from_dict(record).decisions).gm
 
 
 @dataclass(frozen=True)
@@ -167,6 +180,7 @@ def _change(
     name: str,
     old: _GraphPlace | None,
     new: _GraphPlace | None,
+    expected: _GraphPlace | None,
     rules: dict[str, str],
     rows: dict[str, Any],
 ) -> NodeChange:
@@ -176,19 +190,20 @@ def _change(
     before = None if old is None else old.module
     after = None if new is None else new.module
     status = "added" if old is None else "removed" if new is None else "unchanged"
-    if old is not None and new is not None and not _is_same(old, new):
+    if expected is not None and new is not None and not _is_same(expected, new):
         status = "rewritten"
     is_rewritten = status == "rewritten"
+    is_decided = is_rewritten or status == "removed"  # such as a norm that was folded
     return NodeChange(
         node=name,
         module=module,
         status=status,
         before=old.kind if old is not None else None,
         after=new.kind if new is not None else None,
-        rule=rules.get(module or "") if is_rewritten else None,
+        rule=rules.get(module or "") if is_decided else None,
         bytes_before=model_bytes(before) if before is not None else 0,
         bytes_after=model_bytes(after) if after is not None else 0,
-        weight_sqnr_db=_weight_sqnr(before, after) if is_rewritten else None,
+        weight_sqnr_db=_weight_sqnr(expected, new) if is_rewritten else None,
         introduced_sqnr_db=rows.get(module or "", {}).get("introduced_sqnr_db"),
     )
 
@@ -209,7 +224,8 @@ def _has_same_tensors(before: nn.Module, after: nn.Module) -> bool:
     )
 
 
-def _weight_sqnr(before: nn.Module | None, after: nn.Module | None) -> float | None:
+def _weight_sqnr(old: _GraphPlace | None, new: _GraphPlace | None) -> float | None:
+    before, after = (None if place is None else place.module for place in (old, new))
     one, two = getattr(before, "weight", None), getattr(after, "weight", None)
     if one is None or two is None or one.shape != two.shape:
         return None

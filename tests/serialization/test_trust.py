@@ -334,6 +334,7 @@ INFO_FAULTS = {
     "a width that is no number": lambda info: info["rows"][0].update(output_errors={"four": 1.0}),
     "a row without a module": lambda info: info["rows"][0].pop("module"),
     "a scale of numbers": lambda info: info.update(folded_scales=[{"producers": [1]}]),
+    "a norm without a layer": lambda info: info.update(folded_norms=[{"norm": "bn", "eps": 1e-5}]),
     "a trace of another form": lambda info: info.update(trace={"way": 1}),
     "a mapping of bits to texts": lambda info: info.update(bits={"fc": "4"}),
     "endless nesting": lambda info: info["trace"].update(attempts=[[[]]]),
