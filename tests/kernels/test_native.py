@@ -331,9 +331,10 @@ def test_the_layout_takes_little_more_than_the_bits_of_its_integers(symmetric, b
 
 @both_grids
 @every_width
-@pytest.mark.parametrize("group_size", [64, 384, 300])
-def test_every_width_and_a_large_group_come_back_from_the_layout(symmetric, bits, group_size):
-    columns = 300 if group_size == 300 else 800
+@pytest.mark.parametrize(("group_size", "columns"), [(64, 800), (384, 800), (300, 300), (8, 8)])
+def test_every_width_and_size_of_group_comes_back_from_the_layout(
+    symmetric, bits, group_size, columns
+):
     spec, weight, tensors = layer(70, columns, group_size, symmetric, bits=bits)
     again = NATIVE.unpack(tensors, spec)
     assert torch.equal(again.packed, weight.packed)
