@@ -65,6 +65,11 @@ BOTH: dict[str, dict[str, Any]] = {
     "book and built-in text: gptq, asymmetric": {"method": "gptq", "symmetric": False},
     "book and built-in text: best, asymmetric": {"method": "best", "symmetric": False},
 }
+# The book, and copies of some of its batches with half of the tokens drawn at random.
+NOISY: dict[str, dict[str, Any]] = {
+    "token noise: gptq, asymmetric": {"method": "gptq", "symmetric": False, "token_noise": 0.5},
+    "token noise: best, asymmetric": {"method": "best", "symmetric": False, "token_noise": 0.5},
+}
 PLAIN = "plain rounding"
 
 
@@ -106,7 +111,7 @@ def candidates(subject: Subject) -> Iterator[tuple[str, Callable[[], nn.Module]]
     yield PLAIN, lambda: plain_rounding(subject)
     for name, options in DATA_FREE.items():
         yield name, lambda options=options: data_free(subject, options)
-    for name, options in METHODS.items():
+    for name, options in (METHODS | NOISY).items():
         yield name, lambda options=options: static(subject, options)
     only = replace(subject, calibration=subject.built_in, samples=MANY)
     for name, options in BUILT_IN.items():

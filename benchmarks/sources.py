@@ -4,11 +4,14 @@ Calibration takes one book; figures are measured on other parts of that book and
 below. All of them come with this repository or with Python: `texts/README.md` says from where.
 """
 
+import ast
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -23,6 +26,7 @@ TEXTS = Path(__file__).parent / "texts"
 # The excerpts that fxquant ships begin with windows of one book, the King James Bible.
 BOOK_CALIBRATION = slice(0, 260)
 BOOK_HELDOUT = slice(0, 268)
+MEASURED_MODULES = ("argparse", "ast", "collections", "heapq", "tarfile")  # their source code
 SHORTEST, LONGEST = 30, 300  # characters of a piece
 
 
@@ -81,6 +85,11 @@ def built_in_text() -> Source:
     return Source("built-in text", lambda: "\n\n".join(fxquant.calibration_text(256)), "\n\n")
 
 
+def library() -> Source:
+    """Docstrings of Python's library, but of the modules whose code is measured on."""
+    return Source("library", _docstrings, "\n\n")
+
+
 def _dictionaries() -> str:
     """The Devil's Dictionary and the Jargon File, from the excerpt that is held out."""
     return _decoded(heldout_tokens()[BOOK_HELDOUT.stop :])
@@ -94,14 +103,19 @@ def _documentation() -> str:
 
 
 def _source_code() -> str:
-    import argparse
-    import ast
-    import collections
-    import heapq
-    import tarfile
+    return "\n\n".join(inspect.getsource(import_module(name)) for name in MEASURED_MODULES)
 
-    modules: list[ModuleType] = [argparse, ast, collections, heapq, tarfile]
-    return "\n\n".join(inspect.getsource(module) for module in modules)
+
+@cache
+def _docstrings() -> str:
+    """Of all modules, classes and functions in the files beside `os`."""
+    found = []
+    for path in sorted(Path(os.__file__).parent.glob("*.py")):
+        if path.stem not in MEASURED_MODULES:
+            for part in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(part, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    found.append(ast.get_docstring(part) or "")
+    return "\n\n".join(found)
 
 
 def _file(name: str) -> str:

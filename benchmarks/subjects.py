@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sources import book_for_calibration, book_held_out, built_in_text, other_sources
+from sources import Source, book_for_calibration, book_held_out, built_in_text, other_sources
 from torch import Tensor, nn
 
 import fxquant
@@ -35,9 +35,9 @@ class Subject:
         calibration: batches of the book.
         built_in: batches of the text that fxquant ships.
         samples: how many rows of them are used.
-        tokens: how many tokens these are.
         figure: its name.
         measure: that figure of a quantized model by source, `SAME` first.
+        batches: of a source, at most so many pieces or windows of it.
         keep: names that stay float.
     """
 
@@ -46,10 +46,15 @@ class Subject:
     calibration: list[Any]
     built_in: list[Any]
     samples: int
-    tokens: int
     figure: str
     measure: Callable[[nn.Module], dict[str, float]]
+    batches: Callable[[Source, int], list[Any]]
     keep: list[str] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of the book calibration takes."""
+        return token_count(self.calibration)
 
     @property
     def quantized(self) -> list[str]:
@@ -65,6 +70,12 @@ class Subject:
         return summary | found
 
 
+def token_count(batches: list[Any]) -> int:
+    """The tokens of some batches that are no padding."""
+    masks = [b["attention_mask"] if isinstance(b, dict) else torch.ones_like(b) for b in batches]
+    return sum(int(mask.sum()) for mask in masks)
+
+
 def language_model(pieces: int) -> Subject:
     """The embedded one: how much less its predictions diverge than with plain rounding.
 
@@ -76,8 +87,12 @@ def language_model(pieces: int) -> Subject:
         pieces: of each other source to measure on, at most; a window has more tokens than a
             sentence, so half as many windows are taken.
     """
+
+    def batches(source: Source, count: int) -> list[Tensor]:
+        return list(source.windows(count).split(16))
+
     model = load_language_model()
-    calibration = list(book_for_calibration().windows(WINDOWS).split(16))
+    calibration = batches(book_for_calibration(), WINDOWS)
     graph = fxquant.trace(model, calibration[0][:2])
     texts = {SAME: book_held_out().windows(pieces)}
     texts |= {source.name: source.windows(pieces // 2) for source in other_sources()}
@@ -95,10 +110,9 @@ def language_model(pieces: int) -> Subject:
         plain.update({} if plain else found)  # plain rounding comes first
         return {name: 1 - found[name] / plain[name] for name in found}
 
-    tokens = sum(batch.numel() for batch in calibration)
     figure = "gap closed (1 - divergence / that of plain rounding)"
-    built_in = list(built_in_text().windows(WINDOWS).split(16))
-    return Subject(model, graph, calibration, built_in, WINDOWS, tokens, figure, measure)
+    built_in = batches(built_in_text(), WINDOWS)
+    return Subject(model, graph, calibration, built_in, WINDOWS, figure, measure, batches)
 
 
 @torch.inference_mode()
@@ -118,11 +132,14 @@ def minilm(pieces: int) -> Subject:
     from transformers import AutoModel
 
     folder = minilm.model_folder()
+
+    def batches(source: Source, count: int) -> list[Any]:
+        return minilm.batches(source.pieces(count), folder)
+
     model = AutoModel.from_pretrained(folder).eval()
-    calibration = minilm.batches(book_for_calibration().pieces(SENTENCES), folder)
-    texts = {SAME: minilm.batches(book_held_out().pieces(2 * pieces), folder)}
-    for source in other_sources():
-        texts[source.name] = minilm.batches(source.pieces(pieces), folder)
+    calibration = batches(book_for_calibration(), SENTENCES)
+    texts = {SAME: batches(book_held_out(), 2 * pieces)}
+    texts |= {source.name: batches(source, pieces) for source in other_sources()}
     expected = {name: minilm.embeddings(model, batches) for name, batches in texts.items()}
 
     def measure(quantized: nn.Module) -> dict[str, float]:
@@ -132,10 +149,9 @@ def minilm(pieces: int) -> Subject:
         }
 
     graph = fxquant.trace(model, calibration[0])
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in calibration)
     samples = sum(len(batch["input_ids"]) for batch in calibration)
-    built_in = minilm.batches(built_in_text().pieces(SENTENCES), folder)
-    return Subject(model, graph, calibration, built_in, samples, tokens, "dB", measure, ["pooler"])
+    built_in = batches(built_in_text(), SENTENCES)
+    return Subject(model, graph, calibration, built_in, samples, "dB", measure, batches, ["pooler"])
 
 
 SUBJECTS = {"language model": language_model, "minilm": minilm}

@@ -49,6 +49,7 @@ def static_quantize(
     skip_layer_names: Sequence[str] | None = None,
     skip_param_threshold: int | None = None,
     num_calibration_samples: int = 150,
+    token_noise: float = 0.0,
     accuracy_warning: str = "warn",
     sqnr_warning_threshold: float = 20.0,
     sqnr_error_threshold: float = 10.0,
@@ -75,6 +76,7 @@ def static_quantize(
         skip_layer_names: see there.
         skip_param_threshold: see there.
         num_calibration_samples: see there.
+        token_noise: see there.
         accuracy_warning: see there.
         sqnr_warning_threshold: see there.
         sqnr_error_threshold: see there.
@@ -101,6 +103,7 @@ def static_quantize(
         skip_layer_names=skip_layer_names,
         skip_param_threshold=skip_param_threshold,
         num_calibration_samples=num_calibration_samples,
+        token_noise=token_noise,
         accuracy_warning=accuracy_warning,
         sqnr_warning_threshold=sqnr_warning_threshold,
         sqnr_error_threshold=sqnr_error_threshold,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import nn
 from torch.fx import GraphModule
@@ -20,7 +21,7 @@ from fxquant.measure.row_parts import leading_rows, takes
 from fxquant.measure.sizes import MEGABYTE, model_bytes
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.observers.input_statistics import InputStatistics
-from fxquant.passes.calibrate import calibrate
+from fxquant.passes.calibrate import calibrate, run_call
 from fxquant.passes.calibration_data import calls, check_batches
 from fxquant.passes.check_alike import check_alike
 from fxquant.passes.check_weights import check_weights
@@ -38,6 +39,7 @@ from fxquant.passes.rewrite import chosen_layers, rewrite
 from fxquant.passes.rounded_layers import RoundedLayers
 from fxquant.passes.scale_channels import FoldedScale, scale_channels
 from fxquant.passes.simulate import SimulatedActivations, SimulatedWeights
+from fxquant.passes.token_noise import check_has_batches, noisy_copies
 from fxquant.tracing.prepare import check_initialized, unwrap
 from fxquant.tracing.trace import graph_of
 from fxquant.tracing.trace_report import trace_report
@@ -73,6 +75,7 @@ class Calibrated:
         gm: the float graph.
         decisions: on its layers.
         fitted: the batches that choose integers.
+        copies: of these with tokens drawn at random, which choose integers too.
         held_out: those that choose none.
         watcher: knows what the inputs of layers look like: at once, or, where layers are fitted to
             their inputs, after that.
@@ -85,12 +88,18 @@ class Calibrated:
     gm: GraphModule
     decisions: list[Decision]
     fitted: Sequence[Call]
+    copies: Sequence[Call]
     held_out: Sequence[Call]
     watcher: InputWatcher
     folded: Sequence[FoldedScale] = ()
     processes: Processes = ALONE
     norms: Sequence[FoldedNorm] = ()
     original: GraphModule | None = None
+
+    @property
+    def choosing(self) -> list[Call]:
+        """All batches that choose integers."""
+        return [*self.fitted, *self.copies]
 
     @property
     def inputs(self) -> dict[str, InputStatistics]:
@@ -147,11 +156,12 @@ def _quantize_without_data(
     processes: Processes,
 ) -> tuple[GraphModule, QuantizationInfo]:
     check_alike(processes, model, config, [])
+    check_has_batches(config.token_noise)
     config = replace(config, observer=DYNAMIC)
     traced = graph_of(model, example)
     gm, decisions, norms = _decided(traced, config)
     calibrated = Calibrated(
-        gm, decisions, [], [], InputWatcher(gm, ()), (), processes, norms, traced
+        gm, decisions, [], [], [], InputWatcher(gm, ()), (), processes, norms, traced
     )
     made = _with_activations(_round(calibrated, config, recipe), calibrated, config)
     return made.gm, _measured(calibrated, made, config)
@@ -271,11 +281,16 @@ def watched(
         observer="minmax" if config.observer == DYNAMIC else config.observer,
         has_statistics=not is_fitted or config.method == "auto" or bool(config.activation_bits),
     )
+    copies: Sequence[Call] = ()
     if not names:
         calibrate(gm, fitted)
-    elif not is_fitted:
-        watcher.run(gm, fitted, processes)
-    return Calibrated(gm, decisions, fitted, held_out, watcher, folded, processes)
+    else:
+        share = config.token_noise
+        copies = noisy_copies(fitted, share, partial(run_call, gm, index=0), partial(takes, gm))
+    calibrated = Calibrated(gm, decisions, fitted, copies, held_out, watcher, folded, processes)
+    if names and not is_fitted:
+        watcher.run(gm, calibrated.choosing, processes)
+    return calibrated
 
 
 def make_layers(
@@ -331,7 +346,7 @@ def _fit(
     gm = quantize_sequentially(
         calibrated.gm,
         decisions,
-        calibrated.fitted,
+        calibrated.choosing,
         fitter,
         calibrated.held_out,
         calibrated.watcher,

@@ -60,6 +60,9 @@ _RULES = (
                  help="Layers with fewer parameters stay float.  [default: 1024]"),
     click.option("--samples", type=int, metavar="N",
                  help="Calibration samples used at most.  [default: 150]"),
+    click.option("--token-noise", type=float, metavar="SHARE",
+                 help="Fit layers to copies of the batches besides, with this share of the tokens "
+                 "drawn at random.  [default: 0]"),
 )  # fmt: skip
 
 
@@ -91,6 +94,7 @@ def config_of(rules: dict[str, Any]) -> QuantConfig:
         "modules_to_not_convert": list(rules["keep_float"]) or None,
         "skip_param_threshold": rules["skip_param_threshold"],
         "num_calibration_samples": rules["samples"],
+        "token_noise": rules["token_noise"],
     }
     options = {name: value for name, value in given.items() if value is not None}
     return as_config(rules["config"], options)

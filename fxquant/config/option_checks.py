@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fxquant.config.skip_rules import NameRule, type_rule
-from fxquant.errors import OptionError
+from fxquant.errors import OptionError, check_number
 from fxquant.numerics.integers import WIDTHS
 
 FLOAT_BITS = 16  # how a mapping of bits says "leave it float"
@@ -103,6 +103,26 @@ def check_activation_bits(value: Any) -> None:
             found=repr(value),
             needed="8 or None",
             remedy="Leave it None for float activations.",
+        )
+
+
+def check_share(name: str, value: Any) -> None:
+    """Refuse what is no share.
+
+    Args:
+        name: of the option.
+        value: what was given.
+
+    Raises:
+        OptionError: it is no number from 0 to 1.
+    """
+    check_number(name, value)
+    if not 0 <= value <= 1:
+        raise OptionError(
+            name,
+            found=repr(value),
+            needed="a share from 0 to 1",
+            remedy="Pass 0.5 for one half, or leave it out.",
         )
 
 

@@ -16,6 +16,7 @@ from fxquant.config.option_checks import (
     check_embeddings,
     check_flag,
     check_parameter_threshold,
+    check_share,
     checked_names,
     checked_types,
 )
@@ -70,6 +71,7 @@ class QuantOptions(TypedDict, total=False):
     skip_layer_names: Sequence[str] | None
     skip_param_threshold: int | None
     num_calibration_samples: int
+    token_noise: float
     accuracy_warning: OnFailure
     sqnr_warning_threshold: float
     sqnr_error_threshold: float
@@ -111,6 +113,9 @@ class QuantConfig:
         skip_layer_names: replaces `DEFAULT_INT4_SKIP.skip_names`.
         skip_param_threshold: replaces `DEFAULT_INT4_SKIP.skip_param_threshold`.
         num_calibration_samples: rows of the first dimension that are used at most.
+        token_noise: from 0 to 1; above 0, layers are fitted to a copy of every fourth batch, too,
+            in which this share of the tokens is drawn at random from the vocabulary. What is fitted
+            to one kind of text then holds better on others; calibration takes a quarter longer.
         accuracy_warning: `"warn"`, `"error"` or `"ignore"`.
         sqnr_warning_threshold: SQNR below it, in dB, is reported as low.
         sqnr_error_threshold: SQNR below it, in dB, is reported as critical.
@@ -139,6 +144,7 @@ class QuantConfig:
     skip_layer_names: Sequence[str] | None = None
     skip_param_threshold: int | None = None
     num_calibration_samples: int = 150
+    token_noise: float = 0.0
     accuracy_warning: str = "warn"
     sqnr_warning_threshold: float = 20.0
     sqnr_error_threshold: float = 10.0
@@ -154,6 +160,7 @@ class QuantConfig:
         check_embeddings(self.embeddings)
         check_group_size(self.group_size)
         check_positive_int("num_calibration_samples", self.num_calibration_samples)
+        check_share("token_noise", self.token_noise)
         check_flag("symmetric", self.symmetric)
         check_choice("zero_points", self.zero_points, ZERO_POINTS)
         parse_method(self.method, has_data=True)

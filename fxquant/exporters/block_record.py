@@ -61,7 +61,7 @@ def learn_handover(weights: ModelWeights, blocks: BlockList, call: Call) -> Hand
         OptionError: the blocks do not run one after the other, each on the output of the one before
             it; or the folder lacks a tensor.
     """
-    first = _run(weights.model, blocks, call, 0, [])[0]
+    first = first_call(weights.model, blocks, call, 0)
     block, behind = blocks.blocks[0], range(1, len(blocks))
     with weights.filled(block):
         example = run_call(block, first, 0)
@@ -73,6 +73,22 @@ def learn_handover(weights: ModelWeights, blocks: BlockList, call: Call) -> Hand
     for one, other in zip(zeros, ones, strict=True):
         _check_independent(one, other, leaf)
     return Handover(leaf, example, torch.equal(main, wide))
+
+
+def first_call(model: nn.Module, blocks: BlockList, call: Call, index: int) -> Call:
+    """What the first block is called with; no block runs.
+
+    Args:
+        model: with values wherever its code before the blocks needs them.
+        blocks: of the model.
+        call: of the model.
+        index: its number, for errors.
+
+    Raises:
+        CalibrationError: the model raises.
+        OptionError: another block runs first.
+    """
+    return _run(model, blocks, call, index, [])[0]
 
 
 def record(
@@ -91,7 +107,7 @@ def record(
         CalibrationError: the model raises.
         OptionError: the blocks do not run one after the other.
     """
-    first = _run(model, blocks, call, index, [])[0]
+    first = first_call(model, blocks, call, index)
     answer = handover.returned(leaves_of(first)[handover.leaf])
     return _run(model, blocks, call, index, [answer] * (len(blocks) - 1))
 

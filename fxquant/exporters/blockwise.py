@@ -19,6 +19,7 @@ from fxquant.config.quant_config import QuantConfig
 from fxquant.distributed.processes import ALONE, Processes
 from fxquant.exporters.block_calls import BlockCalls
 from fxquant.exporters.block_list import BlockList, find_blocks
+from fxquant.exporters.block_record import first_call
 from fxquant.exporters.folder_writer import FolderWriter
 from fxquant.exporters.model_weights import ModelWeights
 from fxquant.exporters.unfinished import UnfinishedFolder
@@ -31,6 +32,7 @@ from fxquant.numerics.metrics import SqnrMeter
 from fxquant.passes.calibration_data import check_batches
 from fxquant.passes.decide import Decision
 from fxquant.passes.rounded_layers import RoundedLayers
+from fxquant.passes.token_noise import noisy_copies
 from fxquant.report.progress import steps
 from fxquant.stages import WAITING_SHARE, run_part
 from fxquant.tracing.opaque import graph_around
@@ -75,13 +77,25 @@ class Blockwise:
         self.blocks: BlockList = find_blocks(weights.model, chosen)
         outside = [name for name in chosen if self.blocks.owner(name) is None]
         self.notes = dict.fromkeys(outside, "outside of the blocks: rounded without data")
-        self.weights, self.decisions, self.config = weights, decisions, config
+        self.weights, self.decisions = weights, decisions
+        self.config = config.changed(token_noise=0.0)  # of blocks, which read no tokens
         fitted, held_out = hold_out(calls)
-        self._calls, self._fitted = [*fitted, *held_out], len(fitted)
+        copies = self._noisy_copies(fitted, config.token_noise)
+        self._calls, self._fitted = [*fitted, *copies, *held_out], len(fitted) + len(copies)
+        self._measured = range(self._fitted, len(self._calls)) if held_out else range(len(fitted))
         self.heldout_samples = sum(call.row_count for call in held_out)
         # Half for what waits between blocks, half for what waits inside of one.
         self._most_bytes = None if most_bytes is None else int(most_bytes * WAITING_SHARE) // 2
         self._waiting = BlockCalls(weights, self.blocks, self._calls, self._most_bytes)
+
+    def _noisy_copies(self, fitted: list[Call], share: float) -> list[Call]:
+        """What `token_noise` adds: ids are looked up before the first block."""
+
+        def run(call: Call) -> Call:
+            with self.weights.filled_when_called(without=self.blocks.blocks):
+                return first_call(self.weights.model, self.blocks, call, 0)
+
+        return noisy_copies(fitted, share, run, lambda call: True)
 
     def shards(self, names: Iterable[str]) -> list[list[str]]:
         """Which of the tensors called `names` make up the shard of each block."""
@@ -171,8 +185,7 @@ class Blockwise:
             read: gives the tensors of the quantized model.
         """
         meter = SqnrMeter()
-        first = self._fitted if self.heldout_samples else 0
-        for batch in range(first, len(self._calls)):
+        for batch in self._measured:
             call, clean = self._calls[batch], waiting.handed_on("clean", batch)
             noisy = waiting.handed_on("noisy", batch)
             for rows in _parts(call, len(clean)):

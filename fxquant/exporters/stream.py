@@ -36,6 +36,7 @@ from fxquant.measure.sizes import MEGABYTE
 from fxquant.passes.calibration_data import calls
 from fxquant.passes.check_alike import call_digests
 from fxquant.passes.decide import Decision, add_notes, decide
+from fxquant.passes.token_noise import check_has_batches
 from fxquant.tracing.opaque import graph_around
 
 SHARD_BYTES = 256 * 10**6  # of the float tensors that a file is made of, where it is no block's
@@ -109,7 +110,9 @@ def _quantize(
     with process_left_alone():
         decisions, weights = _decided(base, made)
         blockwise, drawn = None, list[Call]()
-        if data is not None:
+        if data is None:
+            check_has_batches(made.token_noise)
+        else:
             fitting = _for_blocks(made, recipe)
             drawn = list(calls(data, weights.model, made.num_calibration_samples))
             blockwise = Blockwise(weights, decisions, fitting, drawn, most_bytes, processes)

@@ -5,6 +5,7 @@ Each leaves a legal graph and never changes its input.
 | file | does |
 |---|---|
 | `calibration_data.py`, `padding.py` | batches as calls, and which tokens are padding |
+| `token_noise.py` | copies of batches with tokens drawn at random |
 | `check_alike.py` | that processes which share a run were given the same |
 | `check_weights.py` | refuses weights that cannot be quantized, before any data runs |
 | `decide.py` | which layers are quantized, and why the others are not |

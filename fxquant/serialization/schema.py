@@ -222,8 +222,8 @@ _config = record(
         "zero_points": text, "target": text, "method": text, "observer": text,
         "activation_bits": optional(whole), "layer_types": _texts,
         "modules_to_not_convert": _texts, "skip_layer_types": _texts, "skip_layer_names": _texts,
-        "skip_param_threshold": whole, "num_calibration_samples": whole, "accuracy_warning": text,
-        "sqnr_warning_threshold": number, "sqnr_error_threshold": number,
+        "skip_param_threshold": whole, "num_calibration_samples": whole, "token_noise": number,
+        "accuracy_warning": text, "sqnr_warning_threshold": number, "sqnr_error_threshold": number,
     },
 )  # fmt: skip
 _folded = record(

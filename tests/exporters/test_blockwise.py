@@ -135,6 +135,25 @@ def test_a_decoder_gets_the_weights_that_quantize_gives_it(llama, tmp_path, meth
         assert fitted > plain + 2
 
 
+def test_copies_with_tokens_drawn_at_random_are_those_of_quantize(tmp_path):
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": 256}  # of bytes at least, else they are no tokens
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).eval()
+    folder = saved(model, tmp_path / "source")
+    options = {**OPTIONS, "method": "gptq", "token_noise": 0.5}
+    info = fxquant.quantize_checkpoint(folder, tmp_path / "new", options, batches())
+    qmodel, expected = fxquant.quantize(model, batches(), options, target="compressed-tensors")
+    assert info.calibration_samples_used == expected.calibration_samples_used == 8
+    assert info.sqnr_db == pytest.approx(expected.sqnr_db, abs=0.2)
+    found = weights(tmp_path / "new", info.selected_layers)
+    layers = {site.name: site.module for site in sites(qmodel)}
+    same = [(found[name] == layers[name].dequantize()).float().mean() for name in found]
+    assert min(same) > 0.99
+    plain, _ = fxquant.quantize(model, batches(), OPTIONS, target="compressed-tensors")
+    name = "model.layers.0.mlp.down_proj"
+    assert not torch.equal(plain.get_submodule(name).dequantize(), layers[name].dequantize())
+
+
 def test_what_is_reported_is_what_the_folder_has(encoder, whole):
     folder, info = whole
     assert len(info.selected_layers) == 19
