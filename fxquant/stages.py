@@ -2,34 +2,31 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from torch import nn
 from torch.fx import GraphModule
 
+from fxquant.calibration import Calibrated, calibrated_on, selected, watched
 from fxquant.config.memory import memory_bytes
 from fxquant.config.method import Recipe, parse_method
 from fxquant.config.quant_config import DYNAMIC, QuantConfig
 from fxquant.distributed.processes import ALONE, Processes
 from fxquant.graph.calls import Call
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
-from fxquant.measure.heldout import hold_out
 from fxquant.measure.measured_rows import measure_rows
 from fxquant.measure.paired_run import output_sqnr
 from fxquant.measure.quantization_info import QuantizationInfo
-from fxquant.measure.row_parts import leading_rows, takes
+from fxquant.measure.row_parts import leading_rows
 from fxquant.measure.sizes import MEGABYTE, model_bytes
 from fxquant.modules.layer import QuantizedLayer
-from fxquant.observers.input_statistics import InputStatistics
-from fxquant.passes.calibrate import calibrate, run_call
-from fxquant.passes.calibration_data import calls, check_batches
+from fxquant.passes.calibration_data import calls
 from fxquant.passes.check_alike import check_alike
 from fxquant.passes.check_weights import check_weights
 from fxquant.passes.decide import Decision, decide
 from fxquant.passes.fitted_layers import FittedLayers
 from fxquant.passes.fitted_widths import FittedWidths
 from fxquant.passes.fold_norms import FoldedNorm, fold_norms
-from fxquant.passes.observe_inputs import InputWatcher, expected_inputs
+from fxquant.passes.observe_inputs import InputWatcher
 from fxquant.passes.quantize_activations import (
     quantize_activations,
     quantize_activations_dynamically,
@@ -37,9 +34,7 @@ from fxquant.passes.quantize_activations import (
 from fxquant.passes.quantize_sequentially import quantize_sequentially
 from fxquant.passes.rewrite import chosen_layers, rewrite
 from fxquant.passes.rounded_layers import RoundedLayers
-from fxquant.passes.scale_channels import FoldedScale, scale_channels
-from fxquant.passes.simulate import SimulatedActivations, SimulatedWeights
-from fxquant.passes.token_noise import check_has_batches, noisy_copies
+from fxquant.passes.token_noise import check_has_batches
 from fxquant.tracing.prepare import check_initialized, unwrap
 from fxquant.tracing.trace import graph_of
 from fxquant.tracing.trace_report import trace_report
@@ -65,52 +60,6 @@ class Rewritten:
     recipe: Recipe
     method: str
     others: Mapping[tuple[str, int], QuantizedLayer] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """A float graph, perhaps with norms and scales folded in, and what data told about it.
-
-    Attributes:
-        gm: the float graph.
-        decisions: on its layers.
-        fitted: the batches that choose integers.
-        copies: of these with tokens drawn at random, which choose integers too.
-        held_out: those that choose none.
-        watcher: knows what the inputs of layers look like: at once, or, where layers are fitted to
-            their inputs, after that.
-        folded: the scales that were folded into the graph.
-        processes: that share the work.
-        norms: the norms that were folded into layers of the graph.
-        original: the graph before anything was folded into it; None: `gm`.
-    """
-
-    gm: GraphModule
-    decisions: list[Decision]
-    fitted: Sequence[Call]
-    copies: Sequence[Call]
-    held_out: Sequence[Call]
-    watcher: InputWatcher
-    folded: Sequence[FoldedScale] = ()
-    processes: Processes = ALONE
-    norms: Sequence[FoldedNorm] = ()
-    original: GraphModule | None = None
-
-    @property
-    def choosing(self) -> list[Call]:
-        """All batches that choose integers."""
-        return [*self.fitted, *self.copies]
-
-    @property
-    def inputs(self) -> dict[str, InputStatistics]:
-        """What is known of the layers' inputs.
-
-        What the data told, drawn towards what the graph promises where there were few tokens;
-        without data that promise.
-        """
-        promised = expected_inputs(self.gm)
-        seen = self.watcher.statistics
-        return {**promised, **{name: s.steadied(promised.get(name)) for name, s in seen.items()}}
 
 
 def run_stages(
@@ -180,7 +129,7 @@ def _quantize_with_data(
     check_alike(processes, model, config, drawn)
     traced = graph_of(model, example or (drawn[0] if drawn else None))
     gm, decisions, norms = _decided(traced, config)
-    calibrated = _calibrate(gm, decisions, drawn, config, recipe, processes)
+    calibrated = calibrated_on(gm, decisions, drawn, config, recipe, processes)
     calibrated = replace(calibrated, norms=norms, original=traced)
     made = make_layers(calibrated, config, recipe, most_bytes)
     return made.gm, _measured(calibrated, made, config)
@@ -191,7 +140,7 @@ def _decided(
 ) -> tuple[GraphModule, list[Decision], Sequence[FoldedNorm]]:
     """The graph with its norms folded, the decisions, and these norms."""
     decisions = decide(traced, config)
-    check_weights(traced, _selected(decisions))
+    check_weights(traced, selected(decisions))
     made = fold_norms(traced, decisions)
     return made.gm, made.decisions, made.folded
 
@@ -228,69 +177,10 @@ def run_part(
         WeightError: a weight cannot be quantized; the layer is named.
     """
     recipe = parse_method(config.method, has_data=True)
-    check_weights(gm, _selected(decisions))
+    check_weights(gm, selected(decisions))
     calibrated = watched(gm, decisions, fitted, held_out, config, recipe, processes=processes)
     made = _fit(calibrated, config, recipe, most_bytes, noisy)
     return made.gm, made.decisions
-
-
-def _calibrate(
-    gm: GraphModule,
-    decisions: list[Decision],
-    drawn: list[Call],
-    config: QuantConfig,
-    recipe: Recipe,
-    processes: Processes,
-) -> Calibrated:
-    """Split the data, fold scales, and let the data through where layers are not fitted to it."""
-    names = _selected(decisions)
-    check_batches(drawn)
-    # Where nothing will be quantized, the data only has to be accepted.
-    fitted, held_out = hold_out(drawn, lambda call: takes(gm, call)) if names else (drawn, [])
-    folded: Sequence[FoldedScale] = ()
-    if recipe.scalings and names:
-        weights = SimulatedWeights(config)
-        activations = None
-        if config.activation_bits is not None:
-            activations = SimulatedActivations(config.observer, config.group_size)
-        scaled = scale_channels(gm, decisions, fitted, recipe.scalings, weights, activations)
-        gm, decisions, folded = scaled.gm, scaled.explain(decisions), scaled.folded
-    return watched(gm, decisions, fitted, held_out, config, recipe, folded, processes)
-
-
-def watched(
-    gm: GraphModule,
-    decisions: list[Decision],
-    fitted: Sequence[Call],
-    held_out: Sequence[Call],
-    config: QuantConfig,
-    recipe: Recipe,
-    folded: Sequence[FoldedScale] = (),
-    processes: Processes = ALONE,
-) -> Calibrated:
-    """Let the data through where layers are not fitted to it: that lets it through itself.
-
-    Raises:
-        CalibrationError: the graph does not take a batch, or a layer reads NaN or Inf.
-    """
-    names = _selected(decisions)
-    is_fitted = recipe.rounding == "gptq"
-    watcher = InputWatcher(
-        gm,
-        names,
-        observer="minmax" if config.observer == DYNAMIC else config.observer,
-        has_statistics=not is_fitted or config.method == "auto" or bool(config.activation_bits),
-    )
-    copies: Sequence[Call] = ()
-    if not names:
-        calibrate(gm, fitted)
-    else:
-        share = config.token_noise
-        copies = noisy_copies(fitted, share, partial(run_call, gm, index=0), partial(takes, gm))
-    calibrated = Calibrated(gm, decisions, fitted, copies, held_out, watcher, folded, processes)
-    if names and not is_fitted:
-        watcher.run(gm, calibrated.choosing, processes)
-    return calibrated
 
 
 def make_layers(
@@ -319,7 +209,7 @@ def make_layers(
     gm, held_out = calibrated.gm, calibrated.held_out
     fitted = _fit(calibrated, config, recipe, most_bytes, also=also)
     made = _with_activations(fitted, calibrated, config)
-    if config.method != "auto" or not held_out or not _selected(calibrated.decisions):
+    if config.method != "auto" or not held_out or not selected(calibrated.decisions):
         return made
     rounded = _with_activations(_round(calibrated, config, ROUNDED), calibrated, config)
     fitted_db, rounded_db = (output_sqnr(gm, m.gm, held_out).db for m in (made, rounded))
@@ -339,7 +229,7 @@ def _fit(
 ) -> Rewritten:
     """The rewritten graph, with layers that are fitted to the data or rounded with its help."""
     decisions = calibrated.decisions
-    if recipe.rounding != "gptq" or not _selected(decisions):
+    if recipe.rounding != "gptq" or not selected(decisions):
         return _round(calibrated, config, recipe)
     layers = FittedLayers(config, refined=recipe.refined)
     fitter = FittedWidths(layers, also)
@@ -408,7 +298,3 @@ def _measured(calibrated: Calibrated, made: Rewritten, config: QuantConfig) -> Q
         as_many = leading_rows(fitted, info.heldout_samples)
         info.fitted_sqnr_db = output_sqnr(original, made.gm, as_many).db_or_none
     return info
-
-
-def _selected(decisions: Iterable[Decision]) -> list[str]:
-    return [decision.module for decision in decisions if decision.bits is not None]

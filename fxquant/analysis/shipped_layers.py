@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from torch.fx import GraphModule
 
+from fxquant.calibration import watched
 from fxquant.config.method import parse_method
 from fxquant.config.quant_config import QuantConfig
 from fxquant.distributed.processes import ALONE, Processes
@@ -17,7 +18,7 @@ from fxquant.modules.layer import QuantizedLayer
 from fxquant.passes.decide import Decision
 from fxquant.passes.rewrite import QuantizeLayer
 from fxquant.passes.rounded_layers import RoundedLayers
-from fxquant.stages import make_layers, watched
+from fxquant.stages import make_layers
 
 
 @dataclass(frozen=True)
