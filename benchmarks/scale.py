@@ -13,7 +13,8 @@ billion parameters (22 layers of width 2048) in bfloat16, from disk to disk with
 
 Each row is a process of its own, or several that share it (`--processes`): then the figures are
 those of the process where they are largest, and `digest`, of all that the result holds, is the same
-for any number of them. "Memory beside the model" is the process's peak (VmHWM of
+for any number of them. Beside what is measured stands what `fxquant.plan` predicts, and the
+ratio of the two. "Memory beside the model" is the process's peak (VmHWM of
 /proc/self/status) less what it had when the model stood and the imports were done; the quantized
 model is part of it.
 """
@@ -39,6 +40,7 @@ import fxquant
 from fxquant.numerics.digest import digest_of
 
 METHODS = ("forward", "trace", "rtn", "gptq", "best", "folder")
+QUANTIZING = ("rtn", "gptq", "best")  # methods of `static_quantize`
 DEFAULT = ("forward", "trace", "gptq", "best")
 CONFIG = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -122,23 +124,32 @@ def measure(
         folder: with the folders `small` and `large`, for `folder`.
     """
     # Imports and code paths are paid for once, by a small model.
+    plan = None
     if method == "folder":
         work = partial(run_folder, folder / "large", folder / "large-int4")
         run_folder(folder / "small", folder / "small-int4")
+        plan = partial(fxquant.plan, folder / "large", method="rtn")
     else:
         tiny = language_model(SMALL)
         run(method, tiny, token_batches(SMALL["vocab_size"], 2, 16, 1))
-        batches = token_batches(sizes["vocab_size"], *data)
-        work = partial(run, method, language_model(sizes), batches)
+        model, batches = language_model(sizes), token_batches(sizes["vocab_size"], *data)
+        if method in QUANTIZING:
+            plan = partial(fxquant.plan, model, data=batches, method=method)
+        work = partial(run, method, model, batches)
     before, began, cpu = status_bytes("VmRSS"), time.perf_counter(), time.process_time()
     more = work()
-    return {
-        "what": method,
-        "memory beside the model, MB": (status_bytes("VmHWM") - before) / 1e6,
-        "CPU s": time.process_time() - cpu,
-        "wall s": time.perf_counter() - began,
-        **more,
-    }
+    memory = max(status_bytes("VmHWM") - before, 1) / 1e6
+    seconds, wall = time.process_time() - cpu, time.perf_counter() - began
+    row = {"what": method, "memory beside the model, MB": memory, "CPU s": seconds, "wall s": wall}
+    if plan is not None:  # after the run, in whose figures it must not show
+        forecast = plan().forecast
+        row |= {
+            "predicted MB": forecast.memory_bytes / 1e6,
+            "ratio of MB": forecast.memory_bytes / 1e6 / memory,
+            "predicted s": forecast.seconds,
+            "ratio of s": forecast.seconds / seconds,
+        }
+    return {**row, **more}
 
 
 def measure_as(rank: int, processes: int, folder: Path, *arguments: Any) -> dict[str, Any]:

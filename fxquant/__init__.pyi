@@ -50,7 +50,8 @@ from .passes.calibrate import calibrate
 from .passes.decide import Decision
 from .passes.insert_observers import insert_observers
 from .passes.rewrite import dequantize_model
-from .pipeline import plan, quantize, static_quantize
+from .pipeline import quantize, static_quantize
+from .planning.plan import plan
 from .serialization.files import load_model, save_model
 from .swap import load_into, swap_modules
 from .texts.calibration_text import calibration_text

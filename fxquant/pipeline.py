@@ -1,4 +1,4 @@
-"""What users call: `quantize`, `static_quantize` and `plan`. See `stages.py` for the stages."""
+"""What users call: `quantize` and `static_quantize`. See `stages.py` for the stages."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from fxquant.analysis.allocation import allocate
 from fxquant.analysis.sensitivity import measured_sensitivity
-from fxquant.config.method import UNSCALED, parse_method
+from fxquant.config.method import UNSCALED
 from fxquant.config.option_checks import TypeRule
 from fxquant.config.quant_config import QuantConfig, QuantOptions, as_config
 from fxquant.distributed.processes import Processes
@@ -19,12 +19,10 @@ from fxquant.graph.calls import Call
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
 from fxquant.measure.quantization_info import INFO_KEY, QuantizationInfo, check_accuracy_warnings
 from fxquant.passes.calibration_data import calls, check_batches
-from fxquant.passes.decide import decide
 from fxquant.stages import run_stages
 from fxquant.swap import swap_modules
 from fxquant.tracing.prepare import check_initialized, unwrap
 from fxquant.tracing.trace import graph_of
-from fxquant.tracing.trace_report import trace_report
 
 M = TypeVar("M", bound=nn.Module)
 Config = QuantConfig | Mapping[str, Any] | str | Path | None
@@ -227,31 +225,6 @@ def _quantize(
     stages = run_stages(graph, drawn, made, example, memory=memory, processes=processes)
     qmodel, info = _finish(*stages)
     return (swap_modules(model, qmodel) if into == "model" else qmodel), info
-
-
-def plan(
-    model: nn.Module,
-    example_inputs: object = None,
-    config: Config = None,
-    **options: Unpack[QuantOptions],
-) -> QuantizationInfo:
-    """A dry run: the decisions, without touching a weight.
-
-    Args:
-        model: any module, or a graph from `trace`.
-        example_inputs: one call's arguments, for models that need `torch.export`.
-        config: as in `quantize`.
-        **options: the fields of `QuantConfig`.
-
-    Returns:
-        A record whose `.table()` prints the decisions.
-    """
-    made = as_config(config, options)
-    gm = graph_of(unwrap(model), None if example_inputs is None else Call.of(example_inputs))
-    recipe = parse_method(made.method, has_data=True)
-    return QuantizationInfo(
-        decide(gm, made), config=made, method=recipe.name, trace=trace_report(gm).to_dict()
-    )
 
 
 def _given(data: Iterable[object]) -> Iterable[object]:

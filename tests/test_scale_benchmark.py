@@ -20,3 +20,5 @@ def test_it_prints_memory_and_seconds_of_each_row(tmp_path):
     assert 0 <= forward["memory beside the model, MB"] < 100
     assert 0 < gptq["memory beside the model, MB"] < 100
     assert 0 < forward["CPU s"] < gptq["CPU s"]
+    assert "predicted MB" not in forward
+    assert gptq["ratio of MB"] > 0 < folder["ratio of s"]

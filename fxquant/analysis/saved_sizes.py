@@ -76,13 +76,15 @@ def _sizes(
 ) -> dict[int, int]:
     """By the widths of integers."""
     own = 0 if row.shares_weight else 1
-    beside = model_bytes(quantize(row.module, layer, row.bits)) - _bytes(layer, row.bits, config)
+    beside = model_bytes(quantize(row.module, layer, row.bits)) - weight_bytes(
+        layer, row.bits, config
+    )
     group_size, inputs = config.group_size, matrix_of(layer).shape[1]
     possible = [b for b in widths if b == INT8.bits or not is_per_channel(b, group_size, inputs)]
-    return {b: beside + own * _bytes(layer, b, config) for b in possible or [INT8.bits]}
+    return {b: beside + own * weight_bytes(layer, b, config) for b in possible or [INT8.bits]}
 
 
-def _bytes(layer: nn.Module, bits: int, config: QuantConfig) -> int:
+def weight_bytes(layer: nn.Module, bits: int, config: QuantConfig) -> int:
     """Of the weight's integers, scales and zero points."""
     rows, inputs = matrix_of(layer).shape
     if is_per_channel(bits, config.group_size, inputs):

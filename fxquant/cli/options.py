@@ -36,6 +36,11 @@ group_option = click.option(
     metavar="N",
     help="Weights that share a scale; -1: all of a row.  [default: 128]",
 )
+memory_option = click.option(
+    "--memory",
+    metavar="AMOUNT",
+    help="For values between layers, such as 4GB; more waits in a file. [default: half the free]",
+)
 
 _RULES = (
     click.option("--config", metavar="RECIPE", help="A preset (w4a16, w4a8, w8a8) or a recipe file "

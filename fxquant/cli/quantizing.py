@@ -13,6 +13,7 @@ from fxquant.cli.options import (
     data_option,
     group_option,
     json_option,
+    memory_option,
     path_option,
     rule_options,
 )
@@ -23,10 +24,9 @@ from fxquant.config.method import UNSCALED
 from fxquant.config.quant_config import QuantConfig
 from fxquant.errors import OptionError
 from fxquant.exporters.stream import quantize_checkpoint
-from fxquant.graph.calls import Call
 from fxquant.measure.quantization_info import QuantizationInfo
-from fxquant.passes.calibration_data import as_call
-from fxquant.pipeline import plan, quantize
+from fxquant.pipeline import quantize
+from fxquant.planning.plan import plan
 from fxquant.report.tables import format_db
 from fxquant.serialization.files import save_model
 
@@ -45,7 +45,7 @@ SHOWN_WARNINGS = 3
     "Where to save the model. Of a FOLDER, a path that does not end in .safetensors is a new "
     "compressed-tensors folder, made block by block: the model is never in memory as a whole.",
 )
-@click.option("--dry-run", is_flag=True, help="The same as `fxquant plan`.")
+@click.option("--dry-run", is_flag=True, help="What `fxquant plan` prints, for this run.")
 @click.option("--table", is_flag=True, help="Print a line for each layer.")
 @rule_options
 @click.option(
@@ -54,11 +54,7 @@ SHOWN_WARNINGS = 3
     metavar="X",
     help="Measure each layer, and spend this many bits a weight where they pay.",
 )
-@click.option(
-    "--memory",
-    metavar="AMOUNT",
-    help="For values between layers, such as 4GB; more waits in a file. [default: half the free]",
-)
+@memory_option
 @click.option(
     "--min-sqnr",
     type=float,
@@ -75,7 +71,7 @@ def quantize_command(
     with torchrun_group() as is_first, Output(as_json, is_muted=not is_first).running() as out:
         config = config_of(rules).changed(accuracy_warning="ignore")
         if dry_run:
-            print_plan(out, model, data, config)
+            print_plan(out, model, data, config, memory, output)
             return
         if output is not None and _is_folder_to_folder(model, output):
             _refuse_whole(average_bits, min_sqnr)
@@ -102,25 +98,36 @@ def quantize_command(
 
 @click.command(
     "plan",
-    help=f"Print what would be quantized, and why, without touching a weight.\n{MODEL_HELP}",
-    short_help="What would be quantized, and why.",
+    help="Print what would be quantized, and why, and the memory, disk and time that it would "
+    f"take, without touching a weight.\n{MODEL_HELP}",
+    short_help="What would be quantized, and what it takes.",
 )
 @click.argument("model")
 @data_option
 @rule_options
+@memory_option
 @json_option
-def plan_command(model: str, data: str | None, as_json: bool, **rules: Any) -> None:
-    """Print what would be quantized, and why."""
+def plan_command(
+    model: str, data: str | None, memory: str | None, as_json: bool, **rules: Any
+) -> None:
+    """Print what would be quantized, and what it takes; of a folder, into another folder."""
     with Output(as_json).running() as out:
-        print_plan(out, model, data, config_of(rules))
+        print_plan(out, model, data, config_of(rules), memory, None)
 
 
-def print_plan(out: Output, model: str, data: str | None, config: QuantConfig) -> None:
-    """Print the table of decisions; of the data, the first batch serves as example inputs."""
-    source, batches = load_source(model), load_data(data, model)
-    example = None if batches is None else _example(batches, source)
-    info = plan(source, example, config)
-    out.text(info.table())
+def print_plan(
+    out: Output,
+    model: str,
+    data: str | None,
+    config: QuantConfig,
+    memory: str | None,
+    output: Path | None,
+) -> None:
+    """Print the decisions and the forecast of a run; a folder becomes a folder, or `output`."""
+    becomes_folder = _is_folder_to_folder(model, output or Path(model))
+    source, batches = model if becomes_folder else load_source(model), load_data(data, model)
+    info = plan(source, None, config, data=batches, memory=memory)
+    out.text(info)
     out.result(info.to_dict())
 
 
@@ -164,11 +171,6 @@ def _refuse_whole(average_bits: float | None, min_sqnr: float | None) -> None:
                 needed="the whole model in memory",
                 remedy="Pass an --output that ends in .safetensors, and --data.",
             )
-
-
-def _example(batches: Any, model: Any) -> Call | None:
-    first = next(iter(batches), None)
-    return None if first is None else as_call(first, model)
 
 
 @click.command("sensitivity", help=f"Print what quantizing each layer costs.\n{MODEL_HELP}")

@@ -103,17 +103,17 @@ def _quantize(
     processes: Processes,
 ) -> QuantizationInfo:
     """What `quantize_checkpoint` does, in each of the processes."""
-    made = _for_folder(config)
+    made = for_folder(config)
     recipe = parse_method(made.method, has_data=data is not None)
     most_bytes = memory_bytes(memory)
     base = FolderReader(source)
     with process_left_alone():
-        decisions, weights = _decided(base, made)
+        decisions, weights = decided(base, made)
         blockwise, drawn = None, list[Call]()
         if data is None:
             check_has_batches(made.token_noise)
         else:
-            fitting = _for_blocks(made, recipe)
+            fitting = for_blocks(made, recipe)
             drawn = list(calls(data, weights.model, made.num_calibration_samples))
             blockwise = Blockwise(weights, decisions, fitting, drawn, most_bytes, processes)
         rounding = "rtn" if recipe.rounding == "gptq" else recipe.rounding
@@ -184,7 +184,7 @@ def _opened(
     return made
 
 
-def _for_folder(config: QuantConfig) -> QuantConfig:
+def for_folder(config: QuantConfig) -> QuantConfig:
     """The config, kept to what the format of the new folder can hold."""
     name = CompressedTensors.target.name
     if config.target not in (None, name):
@@ -197,7 +197,7 @@ def _for_folder(config: QuantConfig) -> QuantConfig:
     return config.changed(target=name)
 
 
-def _for_blocks(config: QuantConfig, recipe: Recipe) -> QuantConfig:
+def for_blocks(config: QuantConfig, recipe: Recipe) -> QuantConfig:
     """The config for fitting blocks; one whose steps need the whole model is refused."""
     if recipe.scalings:
         raise OptionError(
@@ -217,7 +217,7 @@ def _identity(base: FolderReader, config: QuantConfig, drawn: Sequence[Call]) ->
     return {"files": stats, "config": base.config, "options": config.to_dict(), "data": data}
 
 
-def _decided(base: FolderReader, config: QuantConfig) -> tuple[list[Decision], ModelWeights]:
+def decided(base: FolderReader, config: QuantConfig) -> tuple[list[Decision], ModelWeights]:
     """The decisions on the folder's layers, and the model without weights."""
     if "quantization_config" in base.config:
         raise OptionError(

@@ -57,10 +57,13 @@ class Stepper:
         if node in self.drawing:
             torch.manual_seed(self.drawing[node])
         self.interpreter.env = values
-        if node in self.opaque:  # batches that take turns must not see each other's state
-            with left_alone(self.opaque[node]):
-                return self.interpreter.run_node(node)
-        return self.interpreter.run_node(node)
+        try:
+            if node in self.opaque:  # batches that take turns must not see each other's state
+                with left_alone(self.opaque[node]):
+                    return self.interpreter.run_node(node)
+            return self.interpreter.run_node(node)
+        finally:
+            self.interpreter.env = {}  # values that wait elsewhere must not stay here too
 
     def _input(self, name: str) -> Any:
         """The value of a placeholder, which is held by nobody else once it has been taken."""

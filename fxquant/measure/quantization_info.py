@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch.fx import GraphModule
 
@@ -115,7 +115,11 @@ class QuantizationInfo(View):
         """Write one self-contained page: bars and decisions."""
         rows = [asdict(row) for row in self.rows]
         page = decisions_page("Quantization", [asdict(d) for d in self.decisions], rows)
-        write_html(path, replace(page, summary=f"{self.headline()}."))
+        write_html(path, replace(page, summary=f"{self.summary()}."))
+
+    def summary(self) -> str:
+        """What a page begins with."""
+        return self.headline()
 
     def __str__(self) -> str:
         warnings = "".join(f"\nwarning: {text}" for text in self.warnings)
@@ -127,7 +131,7 @@ class QuantizationInfo(View):
         return {**data, "compression_ratio": self.compression_ratio}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "QuantizationInfo":
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Undo `to_dict`, also after JSON, which has neither tuples nor infinite numbers."""
         values = {key: as_number(value) for key, value in data.items()}
         values.pop("compression_ratio", None)

@@ -5,14 +5,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import fxquant
 from fxquant.config.memory import memory_bytes
 from fxquant.errors import CalibrationError, FxquantError, OptionError
+from fxquant.graph.calls import Call
+from fxquant.graph.stepper import Stepper
 from fxquant.passes.held_values import HeldValues
 from tests import models
 from tests.models import WIDTH
@@ -131,3 +135,13 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path, sent):
 def test_a_bad_amount_is_refused_before_anything_runs():
     with pytest.raises(FxquantError, match="memory"):
         fxquant.quantize(models.Plain(), X, memory="lots", **QUIET)
+
+
+def test_a_stepper_keeps_no_value_that_was_handed_out():
+    gm = fxquant.trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.ones(2, 8))
+    stepper, values = Stepper(gm, Call.of(torch.ones(2, 8))), {}
+    stepper.advance(values, 0, 2)  # the input, the layer
+    kept = [weakref.ref(value) for value in values.values()]
+    assert kept
+    values = None
+    assert [ref() for ref in kept] == [None] * len(kept)
