@@ -38,7 +38,7 @@ class Calibrated:
         folded: the scales that were folded into the graph.
         processes: that share the work.
         norms: the norms that were folded into layers of the graph.
-        original: the graph before anything was folded into it; None: `gm`.
+        original: the graph before norms were folded into it; None: `gm`.
     """
 
     gm: GraphModule

@@ -13,24 +13,20 @@ from fxquant.config.quant_config import DYNAMIC, QuantConfig
 from fxquant.distributed.processes import ALONE, Processes
 from fxquant.graph.calls import Call
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
-from fxquant.measure.measured_rows import measure_rows
+from fxquant.measure.measured_rows import add_figures
 from fxquant.measure.paired_run import output_sqnr
 from fxquant.measure.quantization_info import QuantizationInfo
-from fxquant.measure.row_parts import leading_rows
 from fxquant.measure.sizes import MEGABYTE, model_bytes
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.passes.calibration_data import calls
 from fxquant.passes.check_alike import check_alike
 from fxquant.passes.check_weights import check_weights
-from fxquant.passes.decide import Decision, decide
+from fxquant.passes.decide import Decision, add_notes, decide
 from fxquant.passes.fitted_layers import FittedLayers
 from fxquant.passes.fitted_widths import FittedWidths
 from fxquant.passes.fold_norms import FoldedNorm, fold_norms
 from fxquant.passes.observe_inputs import InputWatcher
-from fxquant.passes.quantize_activations import (
-    quantize_activations,
-    quantize_activations_dynamically,
-)
+from fxquant.passes.quantize_activations import with_activations
 from fxquant.passes.quantize_sequentially import quantize_sequentially
 from fxquant.passes.rewrite import chosen_layers, rewrite
 from fxquant.passes.rounded_layers import RoundedLayers
@@ -109,9 +105,8 @@ def _quantize_without_data(
     config = replace(config, observer=DYNAMIC)
     traced = graph_of(model, example)
     gm, decisions, norms = _decided(traced, config)
-    calibrated = Calibrated(
-        gm, decisions, [], [], [], InputWatcher(gm, ()), (), processes, norms, traced
-    )
+    watcher = InputWatcher(gm, ())
+    calibrated = Calibrated(gm, decisions, [], [], [], watcher, (), processes, norms, traced)
     made = _with_activations(_round(calibrated, config, recipe), calibrated, config)
     return made.gm, _measured(calibrated, made, config)
 
@@ -130,7 +125,7 @@ def _quantize_with_data(
     traced = graph_of(model, example or (drawn[0] if drawn else None))
     gm, decisions, norms = _decided(traced, config)
     calibrated = calibrated_on(gm, decisions, drawn, config, recipe, processes)
-    calibrated = replace(calibrated, norms=norms, original=traced)
+    calibrated = replace(calibrated, norms=norms, original=traced if norms else None)
     made = make_layers(calibrated, config, recipe, most_bytes)
     return made.gm, _measured(calibrated, made, config)
 
@@ -262,11 +257,9 @@ def _with_activations(made: Rewritten, calibrated: Calibrated, config: QuantConf
     """The same with quantized activations, if they were asked for."""
     if config.activation_bits is None:
         return made
-    if config.observer == DYNAMIC:
-        quantize_activations_dynamically(made.gm)
-        return made
-    watcher = calibrated.watcher
-    return replace(made, gm=quantize_activations(made.gm, watcher.observers, watcher.statistics))
+    watcher, is_dynamic = calibrated.watcher, config.observer == DYNAMIC
+    gm, notes = with_activations(made.gm, watcher.observers, watcher.statistics, is_dynamic)
+    return replace(made, gm=gm, decisions=add_notes(made.decisions, notes))
 
 
 def _measured(calibrated: Calibrated, made: Rewritten, config: QuantConfig) -> QuantizationInfo:
@@ -285,16 +278,7 @@ def _measured(calibrated: Calibrated, made: Rewritten, config: QuantConfig) -> Q
         quantized_size_mb=model_bytes(made.gm) / MEGABYTE,
         trace=trace_report(gm).to_dict(),
     )
-    if not info.selected_layers:
-        return info
-    info.rows, run = measure_rows(
-        gm, made.gm, made.decisions, held_out or fitted, calibrated.watcher.observers
-    )
-    output = run.output
-    if original is not gm:  # what is folded is rounded to the dtype of its parameters
-        output = output_sqnr(original, made.gm, held_out or fitted)
-    info.sqnr_db = info.fitted_sqnr_db = output.db_or_none
-    if held_out:
-        as_many = leading_rows(fitted, info.heldout_samples)
-        info.fitted_sqnr_db = output_sqnr(original, made.gm, as_many).db_or_none
+    if info.selected_layers:
+        observers = calibrated.watcher.observers
+        add_figures(info, gm, made.gm, fitted, held_out, observers, original)
     return info

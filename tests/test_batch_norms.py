@@ -45,6 +45,7 @@ class OwnNorm(nn.BatchNorm2d):
     """A norm with an activation, in code of its own, as timm's are."""
 
     def forward(self, x):
+        assert x.ndim == 4
         x = F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
             self.momentum, self.eps,

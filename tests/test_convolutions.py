@@ -83,3 +83,47 @@ def test_a_convolution_with_infinite_weights_is_named():
     model.grouped.weight.data[1, 2, 0, 0] = float("inf")
     with pytest.raises(WeightError, match=r"grouped\.weight.*1 of"):
         fxquant.quantize(model, DATA, **OPTIONS)
+
+
+@pytest.mark.parametrize("observer", ["minmax", "dynamic"])
+def test_activations_of_convolutions_are_rounded_and_the_record_says_how(observer, tmp_path):
+    model = Vision().eval()
+    options = {**OPTIONS, "bits": 8, "method": "rtn"}
+    plain, _ = fxquant.quantize(model, DATA, **options)
+    q, info = fxquant.quantize(model, DATA, activation_bits=8, observer=observer, **options)
+    how = {d.module: d.reason.rsplit("; ", 1)[1] for d in info.decisions if d.bits}
+    if observer == "minmax":
+        assert set(how.values()) == {"static 8-bit activations, simulated"}
+        scales = [b for name, b in q.named_buffers() if name.endswith("_scale")]
+        assert [s.ndim for s in scales] == [0] * len(LAYERS)
+        assert info.rows[0].input_high == max(x.max() for x in DATA[:5])
+    else:
+        assert how.pop("point") == "dynamic 8-bit activations, integers"
+        assert set(how.values()) == {"dynamic 8-bit activations, simulated"}
+        alone = torch.cat([q(DATA[0][i : i + 1]) for i in range(6)])
+        torch.testing.assert_close(alone, q(DATA[0]), rtol=0, atol=1e-4)
+        assert torch.equal(fxquant.swap_modules(model, q)(DATA[0]), q(DATA[0]))
+    assert 25 < fxquant.sqnr_db(plain(DATA[0]), q(DATA[0])) < 60
+    fxquant.save_model(q, tmp_path / "m.safetensors", info)
+    assert torch.equal(fxquant.load_model(tmp_path / "m.safetensors")(DATA[0]), q(DATA[0]))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv1d(3, 4, 2, padding=1), nn.ConvTranspose2d(3, 4, 2), nn.Conv3d(3, 3, 1)]
+)
+def test_a_sample_is_rounded_to_256_levels_of_its_own(layer):
+    """Against the float layer on inputs rounded here, with weights that 8 bits hold exactly."""
+    dims, model = len(layer.kernel_size), nn.Sequential(layer)
+    layer.weight.data = torch.randint(-127, 128, layer.weight.shape).float()
+    layer.weight.data.flatten(1)[:, 0] = 127
+    x = torch.randn(2, 3, *[4] * dims) * torch.tensor([1.0, 50.0]).view(2, *[1] * (dims + 1))
+    q, _ = fxquant.quantize(model, activation_bits=8, **{**OPTIONS, "bits": 8, "method": "rtn"})
+    if layer.kernel_size == (1, 1, 1):
+        assert q.get_submodule("0").activation_arithmetic == "integers"
+        return
+    low, high = x.flatten(1).amin(1), x.flatten(1).amax(1)
+    scale = ((high - low) / 255).view(2, *[1] * (dims + 1))
+    zero = (-low.view_as(scale) / scale).round()
+    rounded = ((x / scale + zero).round().clamp(0, 255) - zero) * scale
+    torch.testing.assert_close(q(x), q.get_submodule("0").to_float()(rounded), rtol=1e-4, atol=1e-2)
+    assert fxquant.sqnr_db(model(rounded), q(x)) > 40

@@ -126,3 +126,20 @@ def test_a_swapped_copy_lists_experts_as_float():
     with pytest.warns(fxquant.swap.LeftFloatWarning, match="up"):
         copy = fxquant.swap_modules(model, qmodel)
     assert set(copy.fxquant_left_float) >= {"up", "down"}
+
+
+@pytest.mark.parametrize(
+    ("observer", "how"),
+    [("minmax", "static 8-bit activations, simulated"),
+     ("dynamic", "dynamic 8-bit activations, integers")],
+)  # fmt: skip
+def test_inputs_of_experts_are_rounded_and_the_record_says_how(observer, how):
+    model = Dense().eval()
+    plain, _ = fxquant.quantize(model, DATA, method="rtn", **OPTIONS)
+    q, info = fxquant.quantize(
+        model, DATA, method="rtn", activation_bits=8, observer=observer, **OPTIONS
+    )
+    reasons = {d.module: d.reason for d in info.decisions if d.bits}
+    assert {"up", "down"} <= set(reasons)
+    assert all(reason.endswith(how) for reason in reasons.values())
+    assert 20 < fxquant.sqnr_db(plain(DATA[0]), q(DATA[0])) < 60

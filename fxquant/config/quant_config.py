@@ -102,11 +102,12 @@ class QuantConfig:
             without.
         observer: the observer of activations, a name that `create_observer` knows, or
             `"dynamic"`: with `activation_bits=8`, ranges are found while the model runs, one for
-            each token and group.
+            each token and group; for convolutions over several places one for each sample.
         activation_bits: 8 quantizes the inputs of quantized layers: by quantize/dequantize nodes
-            in the graph (a range for each channel, within the one that the observer gives the
-            value), or inside the layers if `observer="dynamic"` or without data. None leaves them
-            float.
+            in the graph (for linear layers a range for each channel, within the one that the
+            observer gives the value; for others that one), or inside the layers if
+            `observer="dynamic"` or without data. The decisions say which arithmetic runs. None
+            leaves them float.
         layer_types: quantize only these classes.
         modules_to_not_convert: names that stay float, on top of the skip rules.
         skip_layer_types: replaces `DEFAULT_INT4_SKIP.skip_types`.

@@ -172,6 +172,13 @@ def op_of(node: Node) -> Op:
     return OPS.get(name) or replace(_UNKNOWN, name=name)
 
 
+def is_inquiry(node: Node) -> bool:
+    """Whether the op asks for the shape, dtype or device of its first argument, not its values."""
+    if op_name(node) == "getattr":
+        return node.args[1] in ("shape", "ndim", "dtype", "device")
+    return op_of(node).scale == "inquiry"
+
+
 def is_view(node: Node) -> bool:
     """Whether the op's result mostly lies in the memory of its first argument."""
     return op_of(node).view

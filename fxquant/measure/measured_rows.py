@@ -1,13 +1,15 @@
 """The table of what each quantized layer cost, from one paired run."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.graph.calls import Call
 from fxquant.graph.layers import sites
-from fxquant.measure.paired_run import LayerErrors, PairedRun, run_paired
+from fxquant.measure.paired_run import LayerErrors, PairedRun, output_sqnr, run_paired
+from fxquant.measure.quantization_info import QuantizationInfo
+from fxquant.measure.row_parts import leading_rows
 from fxquant.measure.sensitivity_row import SensitivityRow
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.weight_forms import form_of, matrix_of
@@ -46,6 +48,37 @@ def measure_rows(
         for d in decisions
         if d.module in quantized
     ], run
+
+
+def add_figures(
+    info: QuantizationInfo,
+    float_gm: GraphModule,
+    quantized_gm: GraphModule,
+    fitted: Sequence[Call],
+    held_out: Sequence[Call],
+    observers: Mapping[str, Observer],
+    original: GraphModule,
+) -> None:
+    """Write what the layers and the output cost into a record that has its decisions.
+
+    Args:
+        info: the record; it is changed.
+        float_gm: the float graph that was rewritten.
+        quantized_gm: its rewritten form.
+        fitted: the batches that chose the integers.
+        held_out: those that chose none; all is measured on them, where there are any.
+        observers: the calibrated observer of each layer's input.
+        original: the graph before norms were folded into it. They are rounded to the dtype of
+            parameters there, so that the output is compared with this one.
+    """
+    calls = held_out or fitted
+    info.rows, run = measure_rows(float_gm, quantized_gm, info.decisions, calls, observers)
+    is_same = original is float_gm
+    output = run.output if is_same else output_sqnr(original, quantized_gm, calls)
+    info.sqnr_db = info.fitted_sqnr_db = output.db_or_none
+    if held_out:
+        as_many = leading_rows(fitted, info.heldout_samples)
+        info.fitted_sqnr_db = output_sqnr(original, quantized_gm, as_many).db_or_none
 
 
 def _row(

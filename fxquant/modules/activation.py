@@ -1,11 +1,13 @@
-"""Static activation quantization: two functions that a graph calls.
+"""Activation quantization: two functions that a graph calls with ranges that are known before.
 
 before: `fc = self.fc(x)`
 after:  `q = quantize_activation(x, self.x_scale, self.x_zero_point)`
         `fc = self.fc(dequantize_activation(q, self.x_scale, self.x_zero_point, x))`
 
-Each channel has a scale and a zero point of its own. In many transformers a few channels are much
-larger than the others; with one scale for the whole tensor, the others would use a few levels only.
+The input of a linear layer has a scale and a zero point for each channel. In many transformers a
+few channels are much larger than the others; with one scale for the whole tensor, the others would
+use a few levels only. Other layers have one for all channels, as the integer kernels of other
+runtimes need it. `rounded_samples` is for ranges that are found while a model runs.
 """
 
 import torch
@@ -23,7 +25,7 @@ def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Round `x` to uint8 with given scales: x ≈ scale · (q − zero_point).
 
     Args:
-        x: [..., channels].
+        x: any shape, for scales of channels [..., channels].
         scale: float32, [channels] or a scalar.
         zero_point: whole numbers in 0..255 as float32, the same shape.
     """
@@ -42,6 +44,30 @@ def dequantize_activation(q: Tensor, scale: Tensor, zero_point: Tensor, like: Te
     low, high = (scale * (end - zero_point) for end in (UINT8.quant_min, UINT8.quant_max))
     passed = like * ((like >= low) & (like <= high))
     return passed + (values - passed).detach()
+
+
+def rounded_samples(x: Tensor, dims: int) -> Tensor:
+    """Round `x` to uint8 on the fly, with one scale and zero point for each sample of a batch.
+
+    Zero stays zero, so it does not matter whether padding comes before or after. A sample with NaN
+    or Inf has NaN there. A gradient passes as if nothing was rounded.
+
+    Args:
+        x: [batch, *sample], or one sample.
+        dims: how many dimensions a sample has.
+
+    Returns:
+        The rounded values in the dtype of `x`, the shape of `x`.
+    """
+    values = x.detach().float()
+    axes = tuple(range(-dims, 0))
+    low, high = values.amin(axes, keepdim=True), values.amax(axes, keepdim=True)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = safe_scale((high - low) / (UINT8.levels - 1))
+    zero_point = (-low / scale).round()
+    q = quantize_affine(values, scale, zero_point, UINT8)
+    rounded = dequantize_affine(q, scale, zero_point).to(x.dtype)
+    return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
 def channel_qparams(

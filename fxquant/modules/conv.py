@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.errors import OptionError
+from fxquant.modules.activation import rounded_samples
 from fxquant.modules.layer import LayerAround
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_of import linear_of
@@ -31,7 +32,9 @@ class QuantizedConv(LayerAround):
     """`nn.Conv1d` to `nn.ConvTranspose3d` on a packed weight.
 
     A convolution of one place (kernel 1, no groups, no padding) runs as the linear layer it is, on
-    the packed weight; of others the weight is dequantized for the call.
+    the packed weight; of others the weight is dequantized for the call. Where `matrix` has the
+    activation `"int8"`, the one rounds its input as a linear layer does, and the others round
+    it in floats, with one grid for each sample of the batch.
 
     Args:
         dims: 1, 2 or 3 dimensions of space.
@@ -138,6 +141,8 @@ class QuantizedConv(LayerAround):
         bias = None if self.bias is None else self.bias.to(input.dtype)
         if self._is_product:
             return self._product(input, bias)
+        if self.matrix.activation == "int8":
+            input = rounded_samples(input, self.dims + 1)
         weight = self.dequantize().to(input.dtype)
         if self.is_transposed:
             output_padding = self._output_padding(input, output_size)
@@ -151,6 +156,12 @@ class QuantizedConv(LayerAround):
         return _RUN[self.dims - 1](
             input, weight, bias, self.stride, padding, self.dilation, self.groups
         )
+
+    @property
+    def activation_arithmetic(self) -> str | None:
+        """See `QuantizedLayer`."""
+        is_float = self._is_product or self.matrix.activation == "float"
+        return self.matrix.activation_arithmetic if is_float else "simulated"
 
     @property
     def _is_product(self) -> bool:

@@ -53,6 +53,11 @@ class QuantizedEmbedding(LayerAround):
         return cls(entries, dim, embedding.padding_idx, table)
 
     @property
+    def activation_arithmetic(self) -> str | None:
+        """None: rows are looked up."""
+        return None
+
+    @property
     def inner(self) -> QuantizedLinear:
         """The table of rows."""
         return self.table

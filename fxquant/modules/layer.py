@@ -47,6 +47,14 @@ class QuantizedLayer(nn.Module):
         """The values of the weight, float32, in the shape of the float layer's."""
         return self.quantized_weight.dequantize().view(self.weight_shape)
 
+    @property
+    def activation_arithmetic(self) -> str | None:
+        """How the layer multiplies by an input that it rounds to 8 bits while it runs.
+
+        `"integers"`, or `"simulated"`: the rounded values as floats; None where it rounds none.
+        """
+        return None
+
     def weight_parts(self) -> Iterator[Tensor]:
         """The rows of the form's float32 matrix in order, some at a time: memory stays small."""
         yield from self.quantized_weight.parts()
@@ -77,6 +85,11 @@ class LayerAround(QuantizedLayer):
     def quantized_weight(self) -> QuantizedWeight:
         """The integers with their scales and zero points, as the matrix of the layer's form."""
         return self.inner.quantized_weight
+
+    @property
+    def activation_arithmetic(self) -> str | None:
+        """See `QuantizedLayer`."""
+        return self.inner.activation_arithmetic
 
 
 def has_quantized_layer(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from fxquant.kernels.choose import choose_backend, explain_backend
 from fxquant.kernels.functions import FUNCTIONS
 from fxquant.kernels.interface import LinearSpec
 from fxquant.kernels.native import NATIVE
+from fxquant.kernels.reference import REFERENCE
 from fxquant.modules.linear import (
     FLOAT_DTYPES,
     QuantizedLinear,
@@ -106,6 +107,13 @@ class QuantizedLinearIntN(QuantizedLinear):
     def backend(self) -> str:
         """The name of the kernel this layer uses."""
         return self._backend.name
+
+    @property
+    def activation_arithmetic(self) -> str | None:
+        """See `QuantizedLayer`."""
+        if self.activation == "float":
+            return None
+        return "simulated" if self.backend == REFERENCE.name else "integers"
 
     def explain_backend(self) -> dict[str, str]:
         """For each backend, in order of preference, why this layer uses it or does not.

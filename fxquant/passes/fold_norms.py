@@ -5,9 +5,10 @@ after:  `z = self.conv(x)`, with the outputs of the convolution multiplied by wh
         multiplies by, in its weight, and what the norm adds in its bias
 
 A norm is folded where it has running statistics and reads a layer that will be quantized and whose
-output nothing else reads, where no other code reads the tensors of either of them, and where each
-call of the one goes with a call of the other. What it takes to undo this in a copy of the user's
-class is in `FoldedNorm`. A norm that the caller names among what is not to be converted stays.
+output nothing else reads (to ask for its shape or dtype is no reading), where no other code reads
+the tensors of either of them, and where each call of the one goes with a call of the other. What it
+takes to undo this in a copy of the user's class is in `FoldedNorm`. A norm that the caller names
+among what is not to be converted stays.
 """
 
 from collections import defaultdict
@@ -21,6 +22,7 @@ from torch.fx import GraphModule, Node
 from fxquant.graph.batch_norms import BatchNormCall, batch_norm_call
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.layers import Site, finish, has_hooks, sites, tensor_attribute
+from fxquant.graph.ops import is_inquiry
 from fxquant.graph.parameters import memory_of
 from fxquant.modules.weight_forms import LayerForm, form_of
 from fxquant.passes.decide import Decision, add_notes
@@ -157,10 +159,11 @@ def _find(gm: GraphModule, decisions: Iterable[Decision]) -> list[_Fold]:
 
 
 def _norm_behind(site: Site) -> BatchNormCall | None:
-    """The norm that is all that reads the output of a layer."""
-    if site.is_inside or len(site.node.users) != 1:
+    """The norm that is all that reads the values of a layer's output."""
+    readers = [user for user in site.node.users if not is_inquiry(user)]
+    if site.is_inside or len(readers) != 1:
         return None
-    call = batch_norm_call(site.gm, next(iter(site.node.users)))
+    call = batch_norm_call(site.gm, readers[0])
     is_once = call is not None and call.node.all_input_nodes.count(site.node) == 1
     return call if call is not None and is_once and call.source is site.node else None
 

@@ -62,7 +62,8 @@ class InputWatcher:
         has_statistics: whether to collect statistics channel by channel.
 
     Attributes:
-        observers: by the name of a linear layer. Layers that read one value share the object.
+        observers: by the name of a layer that multiplies its input. Linear layers that read one
+            value share the object.
         statistics: by the names of blocks of rows (see `block_names`), shared in the same way.
             Those of several blocks keep no sample of tokens. Layers that look rows up have none.
         leaders: of each value that is read, the first layer that reads it, by name.
@@ -195,7 +196,7 @@ class InputWatcher:
         """What is known of a value before data."""
         site, blocks = self._sites[name], self._blocks[name]
         ranges, statistics = None, list[InputStatistics]()
-        if self._observer is not None and is_plain_linear(site.module):
+        if self._observer is not None:
             ranges = _observer_at(site, self._observer)
         if self._has_statistics:  # of several blocks without a sample of tokens
             size = SAMPLE if blocks.count == 1 else 0

@@ -21,6 +21,7 @@ from fxquant.modules.activation import (
     finer_by,
     quantize_activation,
 )
+from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.observers import Observer
 from fxquant.observers.input_statistics import InputStatistics
@@ -31,14 +32,14 @@ def quantize_activations(
     observers: Mapping[str, Observer],
     statistics: Mapping[str, InputStatistics] | None = None,
 ) -> GraphModule:
-    """Quantize the input of every quantized linear layer, statically.
+    """Quantize the input of every quantized layer that multiplies it, statically.
 
     Args:
         gm: a rewritten graph; it is not changed.
         observers: the calibrated observer of each layer's input, by the layer's name. Its range
             says what is clipped.
-        statistics: of the layers' inputs, by name: each channel gets a grid of its own. Without
-            them, all channels share the observer's.
+        statistics: of the layers' inputs, by name: each channel of a linear layer's input gets a
+            grid of its own. Without them, and of other layers, all channels share the observer's.
 
     Returns:
         A new graph; a value that feeds several layers is quantized once. Layers whose input is
@@ -54,10 +55,10 @@ def quantize_activations(
     written = writes_before(rewritten)
     for site in list(sites(rewritten)):
         source = site.input
-        if not isinstance(site.module, QuantizedLinear):
+        if not isinstance(site.module, QuantizedLayer):
             continue
         if site.is_inside:  # no node to put the quantization in front of
-            site.module.activation = "int8"
+            quantize_activations_dynamically(site.module)
             continue
         if source is None:
             continue
@@ -65,8 +66,9 @@ def quantize_activations(
             continue
         place = source, written[site.node]
         if place not in made:
+            by_channel = statistics if isinstance(site.module, QuantizedLinear) else None
             made[place] = _insert(
-                site, source, observers[site.name], (statistics or {}).get(site.name)
+                site, source, observers[site.name], (by_channel or {}).get(site.name)
             )
         site.node.replace_input_with(source, made[place])
     finish(rewritten)
@@ -74,10 +76,48 @@ def quantize_activations(
 
 
 def quantize_activations_dynamically(model: nn.Module) -> None:
-    """Let every quantized Linear layer round its input to INT8 itself while it runs, in place."""
+    """Let every quantized layer that multiplies its input round it itself, in place."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.activation = "int8"
+
+
+def with_activations(
+    gm: GraphModule,
+    observers: Mapping[str, Observer],
+    statistics: Mapping[str, InputStatistics],
+    is_dynamic: bool,
+) -> tuple[GraphModule, dict[str, str]]:
+    """Quantize the inputs of all quantized layers that multiply them.
+
+    Args:
+        gm: a rewritten graph. With dynamic ranges its layers are changed in place.
+        observers: as in `quantize_activations`, like `statistics`.
+        statistics: see there.
+        is_dynamic: whether ranges are found while the model runs.
+
+    Returns:
+        The graph, and how each layer's input is rounded, by the layer's name.
+    """
+    if is_dynamic:
+        quantize_activations_dynamically(gm)
+    else:
+        gm = quantize_activations(gm, observers, statistics)
+    return gm, _notes(gm)
+
+
+def _notes(gm: GraphModule) -> dict[str, str]:
+    """How each quantized layer's input is rounded, by the layer's name, for the decisions."""
+    found = {}
+    for site in sites(gm):
+        if not isinstance(site.module, QuantizedLayer):
+            continue
+        arithmetic = site.module.activation_arithmetic
+        if site.input is not None and site.input.target is dequantize_activation:
+            found[site.name] = "static 8-bit activations, simulated"
+        elif arithmetic is not None:
+            found[site.name] = f"dynamic 8-bit activations, {arithmetic}"
+    return found
 
 
 def _insert(
