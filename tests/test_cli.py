@@ -224,7 +224,10 @@ def test_a_model_may_be_a_folder_with_a_checkpoint_and_data_a_text(checkpoint, t
     assert record["calibration_samples_used"] == 31 * 200 // 256
     assert sum(d["action"] == "int4" for d in record["decisions"]) == 7
     planned = json.loads(run("plan", *command[1:], "--memory", "1MB", "--json").stdout)
-    assert [d["action"] for d in planned["decisions"]] == [d["action"] for d in record["decisions"]]
+    chosen = [
+        {d["module"] for d in r["decisions"] if d["action"] == "int4"} for r in (planned, record)
+    ]
+    assert chosen[0] == chosen[1]
     assert planned["forecast"]["spilled_bytes"] > 0
     assert "on this machine: tracing" in run("quantize", *command[1:], "--dry-run").stdout
     text.write_text("")
