@@ -67,6 +67,9 @@ class Forecast:
             *(f"        not predicted: {text}" for text in self.unknown),
         ]
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {**asdict(self), "seconds": self.seconds}

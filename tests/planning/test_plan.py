@@ -78,7 +78,7 @@ def test_a_plan_shows_its_forecast_in_every_view(tmp_path):
     assert steps == [
         "tracing", "running batches", "summing moments", "fitting layers", "measuring",
     ]  # fmt: skip
-    for text in (str(plan), plan._repr_html_()):
+    for text in (str(plan), str(plan.forecast), plan._repr_html_()):
         assert "MB beside the model and the data" in text
         assert "on this machine: tracing" in text
     assert " MB and " in repr(plan)
