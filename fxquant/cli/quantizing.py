@@ -126,7 +126,7 @@ def print_plan(
     """Print the decisions and the forecast of a run; a folder becomes a folder, or `output`."""
     becomes_folder = _is_folder_to_folder(model, output or Path(model))
     source, batches = model if becomes_folder else load_source(model), load_data(data, model)
-    info = plan(source, None, config, data=batches, memory=memory)
+    info = plan(source, batches, config, memory=memory)
     out.text(info)
     out.result(info.to_dict())
 

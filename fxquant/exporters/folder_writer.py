@@ -12,7 +12,7 @@ from fxquant.config.quant_config import QuantConfig
 from fxquant.exporters.checkpoint import Scheme
 from fxquant.exporters.compressed_tensors import CompressedTensors
 from fxquant.exporters.folder_reader import ShardReader
-from fxquant.exporters.integer_layer import integer_layer
+from fxquant.exporters.integer_layer import integer_layer, integer_weight
 from fxquant.exporters.model_weights import ModelWeights
 from fxquant.exporters.source import Source
 from fxquant.exporters.unfinished import UnfinishedFolder
@@ -20,7 +20,11 @@ from fxquant.exporters.verify import verify_weights
 from fxquant.graph.layers import is_plain_linear
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.numerics.integers import INT8
-from fxquant.numerics.quantized_weight import is_per_channel, resolved_group_size
+from fxquant.numerics.quantized_weight import (
+    QuantizedWeight,
+    is_per_channel,
+    resolved_group_size,
+)
 from fxquant.passes.decide import Decision
 from fxquant.passes.rounded_layers import RoundedLayers
 
@@ -76,14 +80,19 @@ class FolderWriter:
         """
         if folder.notes(number) is not None:
             return
-        made = dict(layers or {})
+        made: dict[str, QuantizedLinear | QuantizedWeight] = dict(layers or {})
         tensors: dict[str, Tensor] = {}
         for full_name in names:
             name, _, part = full_name.rpartition(".")
             if part == "weight" and name in self.bits:
                 if name not in made:
                     made[name] = self._rounded(name)
-                integers = integer_layer(made[name])
+                layer = made[name]
+                integers = (
+                    integer_weight(layer)
+                    if isinstance(layer, QuantizedWeight)
+                    else integer_layer(layer)
+                )
                 assert integers is not None  # all that are made here are known
                 for key, tensor in self.format.layer_tensors(integers, self.source).items():
                     tensors[f"{name}.{key}"] = tensor.contiguous()
@@ -131,12 +140,12 @@ class FolderWriter:
             return self.weights.read(full_name)
         return bias.detach().to(self.base.dtype(full_name)).contiguous()
 
-    def _rounded(self, name: str) -> QuantizedLinear:
+    def _rounded(self, name: str) -> QuantizedWeight:
+        """A weight rounded alone; in no layer, which would rearrange it for a kernel."""
         weight = self.weights.read(f"{name}.weight")
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        made = RoundedLayers(self.config, self.rounding).quantize(name, linear, self.bits[name])
-        assert isinstance(made, QuantizedLinear)  # it was made of one
+        (made,) = RoundedLayers(self.config, self.rounding).weights(name, linear, self.bits[name])
         return made
 
 

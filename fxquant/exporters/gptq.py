@@ -84,9 +84,9 @@ class Gptq(CheckpointFormat):
                 needed="the columns of a group side by side",
                 remedy="Use a checkpoint that was made with desc_act=False.",
             )
-        zero_points = read_words(folder.tensor(f"{name}.qzeros"), bits)  # [groups, out]
-        zero_points = zero_points + (config.get("checkpoint_format", V1) == V1)
-        return StoredLayer(q, scales.float().T, zero_points.float().T, size, bits)
+        zero_points = read_words(folder.tensor(f"{name}.qzeros"), bits).float()  # [groups, out]
+        zero_points += config.get("checkpoint_format", V1) == V1
+        return StoredLayer(q, scales.float().T, zero_points.T, size, bits)
 
     def quantization_config(
         self, schemes: dict[str, Scheme], float_linears: list[str]

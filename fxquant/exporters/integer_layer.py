@@ -7,6 +7,7 @@ from torch import Tensor
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
 from fxquant.modules.linear_intn import QuantizedLinearIntN
+from fxquant.numerics.quantized_weight import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,18 @@ def integer_layer(layer: QuantizedLinear) -> IntegerLayer | None:
     """The integers of `layer`, on the CPU; None for a class of layer that no format knows."""
     if not isinstance(layer, QuantizedLinearInt8 | QuantizedLinearIntN):
         return None
-    bias = None if layer.bias is None else layer.bias.detach().cpu()
-    weight = layer.quantized_weight
+    return integer_weight(layer.quantized_weight, layer.bias)
+
+
+def integer_weight(weight: QuantizedWeight, bias: Tensor | None = None) -> IntegerLayer:
+    """The integers of a weight that is in no layer, on the CPU.
+
+    Args:
+        weight: [out, in].
+        bias: [out] or None.
+    """
+    own = None if bias is None else bias.detach().cpu()
     q, scales = weight.integers().cpu(), weight.scales.cpu()
     return IntegerLayer(
-        q, scales, weight.zero_points.cpu(), weight.group_size, weight.bits, weight.symmetric, bias
+        q, scales, weight.zero_points.cpu(), weight.group_size, weight.bits, weight.symmetric, own
     )

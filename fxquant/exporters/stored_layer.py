@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -10,7 +12,7 @@ class StoredLayer:
     """A weight x ≈ scale · (q − zero_point), taken out of packed words.
 
     Attributes:
-        q: whole numbers [out, in].
+        q: uint8 [out, in].
         scales: float32 [out, groups].
         zero_points: float32 [out, groups].
         group_size: columns a group.
@@ -26,8 +28,6 @@ class StoredLayer:
     def weight(self) -> Tensor:
         """The float32 weight [out, in]."""
         columns = self.q.shape[1]
-        scales, zero_points = (
-            values.repeat_interleave(self.group_size, dim=1)[:, :columns]
-            for values in (self.scales, self.zero_points)
-        )
-        return scales * (self.q - zero_points)
+        q = F.pad(self.q, (0, -columns % self.group_size)).unflatten(1, (-1, self.group_size))
+        weight = torch.sub(q, self.zero_points[..., None]).mul_(self.scales[..., None])
+        return weight.flatten(1)[:, :columns]

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from fxquant.errors import SaveError
 from fxquant.modules.linear import QuantizedLinear
+from fxquant.numerics.quantized_weight import QuantizedWeight
 
 
 def verify_weights(
-    layers: Iterable[tuple[str, QuantizedLinear]], read: Callable[[str], Tensor]
+    layers: Iterable[tuple[str, QuantizedLinear | QuantizedWeight]], read: Callable[[str], Tensor]
 ) -> None:
     """Compare each layer's weight with the one that `read` finds in the new files.
 
     Args:
-        layers: the layers by name.
+        layers: the layers by name, or their weights.
         read: gives the float32 weight [out, in] of a name.
 
     Raises:
@@ -37,14 +38,16 @@ def verify_weights(
 
 
 def read_words(words: Tensor, bits: int, nibbles: Iterable[int] | None = None) -> Tensor:
-    """The unsigned integers in `words` int32 [rows, n], as int64 [rows, n · 32 / bits].
+    """The unsigned integers in `words` int32 [rows, n], as uint8 [rows, n · 32 / bits].
 
     Args:
         words: the packed integers.
-        bits: of one of them.
+        bits: of one of them, at most 8.
         nibbles: where in a word each of its columns is; by default in order.
     """
     places = list(nibbles) if nibbles is not None else range(32 // bits)
     mask = 2**bits - 1
-    columns = [(words.to(torch.int64) >> (place * bits)) & mask for place in places]
-    return torch.stack(columns, dim=-1).flatten(1)
+    columns = torch.empty(*words.shape, len(places), dtype=torch.uint8)
+    for number, place in enumerate(places):
+        columns[..., number] = (words >> (place * bits)).bitwise_and_(mask)
+    return columns.flatten(1)

@@ -24,8 +24,8 @@ def pack_rows(q: Tensor, bits: int, order: Sequence[int] | None = None) -> Tenso
     ['0x7654321']
     """
     count = WORD // bits
-    q = F.pad(q.to(torch.int64), (0, -q.shape[1] % count)).unflatten(1, (-1, count))
-    if order is not None:
-        q = q[..., list(order)]
-    words = (q << (torch.arange(count) * bits)).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    q = F.pad(q, (0, -q.shape[1] % count)).unflatten(1, (-1, count))
+    words = torch.zeros(q.shape[:2], dtype=torch.int32)
+    for place, column in enumerate(range(count) if order is None else order):
+        words |= q[..., column].to(torch.int32) << (place * bits)  # the last reaches the sign
+    return words

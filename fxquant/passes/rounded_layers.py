@@ -63,6 +63,20 @@ class RoundedLayers:
         why = "one group a row, where hqq is known to fail: rounded to nearest"
         return add_notes(decisions, dict.fromkeys(self.without_groups, why) | self._tied.notes)
 
+    def weights(self, name: str, layer: nn.Module, bits: int) -> list[QuantizedWeight]:
+        """The rounded blocks of a layer that is not tied to another one.
+
+        Args:
+            name: of the layer.
+            layer: a float layer that has a form.
+            bits: of an integer.
+
+        Raises:
+            WeightError: a weight cannot be quantized; the layer is named.
+        """
+        with naming(name):
+            return self._weights(name, Blocks(layer), bits)
+
     def share(self, layers: Sequence[tuple[str, nn.Module, int]], processes: Processes) -> None:
         """Round the weights of layers beforehand, each in one of several processes.
 
@@ -74,13 +88,8 @@ class RoundedLayers:
             WeightError: a weight cannot be quantized; the layer is named.
         """
         own = [layer for layer in layers if layer[0] not in tied_readers(layers)]
-
-        def rounded(name: str, layer: nn.Module, bits: int) -> list[QuantizedWeight]:
-            with naming(name):
-                return self._weights(name, Blocks(layer), bits)
-
         costs = [layer.get_parameter("weight").numel() for _, layer, _ in own]
-        weights = processes.share(costs, [partial(rounded, *layer) for layer in own])
+        weights = processes.share(costs, [partial(self.weights, *layer) for layer in own])
         self._ready |= {
             (layer[0], layer[2]): made for layer, made in zip(own, weights, strict=True)
         }

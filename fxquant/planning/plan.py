@@ -76,10 +76,10 @@ class Plan(QuantizationInfo):
 
 def plan(
     model: nn.Module | str | os.PathLike[str],
-    example_inputs: object = None,
+    data: Iterable[object] | None = None,
     config: QuantConfig | Mapping[str, Any] | str | Path | None = None,
     *,
-    data: Iterable[object] | None = None,
+    example_inputs: object = None,
     memory: int | str | None = None,
     **options: Unpack[QuantOptions],
 ) -> Plan:
@@ -100,11 +100,11 @@ def plan(
     Args:
         model: any module, a graph from `trace`, or the path of a folder, for which the plan is that
             of `quantize_checkpoint`: no weight is read.
-        example_inputs: one call's arguments, for models that need `torch.export`; by default the
-            first item of `data`.
-        config: as in `quantize`.
         data: what the run would be given; of a generator the items are used up. Without it, the
             forecast is that of a run without data, and says what is missing.
+        config: as in `quantize`.
+        example_inputs: one call's arguments, for models that need `torch.export`; by default the
+            first item of `data`.
         memory: what the run would be given.
         **options: the fields of `QuantConfig`.
 
