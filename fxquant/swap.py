@@ -214,7 +214,10 @@ def _tensor_of(model: nn.Module, name: str) -> Tensor | None:
         part = model.get_submodule(owner)
     except AttributeError:
         return None
-    return part._parameters.get(key, part._buffers.get(key))
+    for tensors in (part._parameters, part._buffers):
+        if key in tensors:  # of a scripted module these are no dicts, and lack `get`
+            return tensors[key]
+    return None
 
 
 def may_become(original: nn.Module, quantized: QuantizedLayer) -> bool:

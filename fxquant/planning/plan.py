@@ -115,9 +115,9 @@ def plan(
         FxquantError: an option, the model or the data is not usable.
     """
     made = as_config(config, options)
-    if isinstance(model, nn.Module):
-        return _plan_model(model, example_inputs, made, data, memory)
-    return _plan_folder(model, made, data, memory)
+    if isinstance(model, str | os.PathLike):
+        return _plan_folder(model, made, data, memory)
+    return _plan_model(model, example_inputs, made, data, memory)
 
 
 def _plan_model(

@@ -92,7 +92,9 @@ def test_a_plan_shows_its_forecast_in_every_view(tmp_path):
 def test_what_cannot_be_predicted_is_said():
     plain = fxquant.plan(Attention())
     assert "pass data or example_inputs" in str(plain)
-    assert "pass data" in " ".join(fxquant.plan(Attention(), example_inputs=torch.randn(1, 4, 64)).lines())
+    assert "pass data" in " ".join(
+        fxquant.plan(Attention(), example_inputs=torch.randn(1, 4, 64)).lines()
+    )
     assert plain.forecast.output_bytes > 0
     scaled = fxquant.plan(Attention(), data=[torch.randn(4, 16, 64)], method="awq")
     assert scaled.forecast.unknown == ["the search of channel scales"]
