@@ -13,15 +13,13 @@ columns behind them, text that calibration did not resemble (see `sources.py`). 
 `quantizer_peers.py`; those that take data are given the same.
 """
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from quantizer_peers import installed_peers, missing_peers
-from subjects import SUBJECTS, Subject
+from subjects import SUBJECTS, Subject, subject_parser
 from timing import report
 from torch import nn
 
@@ -125,11 +123,8 @@ def candidates(subject: Subject) -> Iterator[tuple[str, Callable[[], nn.Module]]
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", nargs="*", choices=SUBJECTS, default=list(SUBJECTS))
+    parser = subject_parser(__doc__)
     parser.add_argument("--method", nargs="*", help="rows of the table; all of them by default")
-    parser.add_argument("--pieces", type=int, default=128, help="of each source to measure on")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     table: list[dict[str, Any]] = []

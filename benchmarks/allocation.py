@@ -9,14 +9,12 @@ then the model is quantized by `best` with the widths that `allocate` chose. The
 model its perplexity on other parts of the book.
 """
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 from accuracy import static
 from sources import book_held_out
-from subjects import SUBJECTS, Subject
+from subjects import SUBJECTS, Subject, subject_parser
 from timing import report
 from torch import nn
 
@@ -74,11 +72,8 @@ def rows_of(name: str, averages: list[int], pieces: int) -> list[dict[str, Any]]
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", nargs="*", choices=SUBJECTS, default=list(SUBJECTS))
+    parser = subject_parser(__doc__)
     parser.add_argument("--average", nargs="*", type=int, default=[4, 3])
-    parser.add_argument("--pieces", type=int, default=128, help="of each source to measure on")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     table: list[dict[str, Any]] = []
     for name in arguments.model:

@@ -8,13 +8,11 @@ ships, and docstrings of Python's library. Figures and columns are those of `acc
 book` and the five sources that calibration did not take.
 """
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 from sources import book_for_calibration, built_in_text, library
-from subjects import SUBJECTS, Subject, token_count
+from subjects import SUBJECTS, Subject, subject_parser, token_count
 from timing import report
 
 import fxquant
@@ -36,12 +34,9 @@ def mixture(subject: Subject, tokens: int) -> list[Any]:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", nargs="*", choices=SUBJECTS, default=list(SUBJECTS))
+    parser = subject_parser(__doc__)
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
-    parser.add_argument("--pieces", type=int, default=128, help="of each source to measure on")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     table: list[dict[str, Any]] = []

@@ -4,6 +4,7 @@ Calibration is text of one book. Each figure is measured on other parts of that 
 source alone, and of those the worst and the mean are printed.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -155,3 +156,12 @@ def minilm(pieces: int) -> Subject:
 
 
 SUBJECTS = {"language model": language_model, "minilm": minilm}
+
+
+def subject_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks of these models have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", nargs="*", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--pieces", type=int, default=128, help="of each source to measure on")
+    parser.add_argument("--json", type=Path)
+    return parser

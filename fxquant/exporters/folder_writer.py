@@ -12,7 +12,7 @@ from fxquant.config.quant_config import QuantConfig
 from fxquant.exporters.checkpoint import Scheme
 from fxquant.exporters.compressed_tensors import CompressedTensors
 from fxquant.exporters.folder_reader import ShardReader
-from fxquant.exporters.integer_layer import integer_layer, integer_weight
+from fxquant.exporters.integer_layer import integer_weight
 from fxquant.exporters.model_weights import ModelWeights
 from fxquant.exporters.source import Source
 from fxquant.exporters.unfinished import UnfinishedFolder
@@ -80,20 +80,14 @@ class FolderWriter:
         """
         if folder.notes(number) is not None:
             return
-        made: dict[str, QuantizedLinear | QuantizedWeight] = dict(layers or {})
+        made = {name: layer.quantized_weight for name, layer in (layers or {}).items()}
         tensors: dict[str, Tensor] = {}
         for full_name in names:
             name, _, part = full_name.rpartition(".")
             if part == "weight" and name in self.bits:
                 if name not in made:
                     made[name] = self._rounded(name)
-                layer = made[name]
-                integers = (
-                    integer_weight(layer)
-                    if isinstance(layer, QuantizedWeight)
-                    else integer_layer(layer)
-                )
-                assert integers is not None  # all that are made here are known
+                integers = integer_weight(made[name])
                 for key, tensor in self.format.layer_tensors(integers, self.source).items():
                     tensors[f"{name}.{key}"] = tensor.contiguous()
             else:

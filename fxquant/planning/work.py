@@ -16,6 +16,7 @@ from fxquant.graph.parameters import memory_of
 from fxquant.measure.heldout import hold_out
 from fxquant.modules.weight_forms import chosen_form, form_of, matrix_of
 from fxquant.passes.decide import Decision
+from fxquant.passes.token_noise import COPIED
 from fxquant.planning.rehearsal import Reading, Rehearsal
 
 
@@ -92,7 +93,8 @@ class Batches:
 
         parts = [[rehearsed(call) for call in part] for part in hold_out(calls)]
         fitted, held_out = ([r for r in part if r is not None] for part in parts)
-        fitted *= 1 + has_copies
+        if has_copies:
+            fitted += fitted[::COPIED]
         return None if None in known.values() else cls(fitted, held_out)
 
     @property
