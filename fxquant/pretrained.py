@@ -9,6 +9,7 @@ them: it opens a context in which the library's own method is right.
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -44,7 +45,10 @@ def guard_saving(model: nn.Module, options: Mapping[str, Any]) -> None:
         if hasattr(type(part), GUARDED[0]) and has_quantized_layer(part):
             for name in GUARDED:
                 if hasattr(type(part), name):
-                    vars(part)[name] = functools.partial(_save, part, name, dict(options))
+                    guarded = functools.partial(_save, part, name, dict(options))
+                    # Libraries pass what they read in the signature, of which this is a part.
+                    guarded.__wrapped__ = MethodType(getattr(type(part), name), part)  # type: ignore[attr-defined]
+                    vars(part)[name] = guarded
 
 
 def _save(part: nn.Module, method: str, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -58,6 +62,7 @@ def _save(part: nn.Module, method: str, options: dict[str, Any], *args: Any, **k
         found="quantized layers, which the library would fill with random weights when it loads",
         needed="a folder that loads again",
         remedy="For models of transformers and sentence-transformers, import "
-        "fxquant.integrations.transformers first. Others: save the quantized graph with "
-        "fxquant.save_model, and load it into the class with fxquant.load_into(model, path).",
+        "fxquant.integrations.transformers first, and fxquant.integrations.diffusers for those of "
+        "diffusers. Others: save the quantized graph with fxquant.save_model, and load it into the "
+        "class with fxquant.load_into(model, path).",
     )

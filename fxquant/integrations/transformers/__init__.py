@@ -4,15 +4,16 @@
 |---|---|
 | `config.py` | `FxquantConfig`: what config.json says of the quantization |
 | `quantizer.py` | `FxquantQuantizer`: what transformers calls while it loads and saves |
-| `empty_layer.py` | the place of a quantized layer while its tensors are loaded |
-| `saved_layers.py` | the layers of a folder that `save_pretrained` wrote |
-| `rounded_layers.py` | layers quantized while a float folder is loaded |
+| `round_op.py` | the step of loading that quantizes a weight |
 | `saving.py` | `save_pretrained` of swapped models, also inside sentence-transformers |
+
+What it shares with the integration of diffusers is in `integrations/huggingface`.
 """
 
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 
-from fxquant.integrations.transformers.config import METHOD, FxquantConfig
+from fxquant.integrations.huggingface.folder_config import METHOD
+from fxquant.integrations.transformers.config import FxquantConfig
 from fxquant.integrations.transformers.quantizer import FxquantQuantizer
 from fxquant.integrations.transformers.saving import savable_model
 from fxquant.pretrained import savable

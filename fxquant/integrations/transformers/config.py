@@ -1,23 +1,12 @@
-"""What the config.json of a folder says of fxquant's layers."""
-
-import copy
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+"""The config of fxquant's layers in a folder of transformers."""
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fxquant.config.quant_config import QuantConfig, as_config
-from fxquant.errors import LoadError
-from fxquant.serialization.schema import check_layers
-
-METHOD = "fxquant"
-CONFIG_VERSION = 1  # of the description in config.json
-_KEYS = {"quant_method", "format", "options", "layers"}
+from fxquant.integrations.huggingface.folder_config import FolderConfig
 
 
-class FxquantConfig(QuantizationConfigMixin):
-    """Quantize a float model while `from_pretrained` loads it, without data.
+class FxquantConfig(FolderConfig, QuantizationConfigMixin):
+    """Quantize a float model while transformers' `from_pretrained` loads it, without data.
 
     Args:
         config: a `QuantConfig`, the name of a preset, the path of a recipe (.toml), or plain data.
@@ -33,65 +22,3 @@ class FxquantConfig(QuantizationConfigMixin):
     >>> FxquantConfig("w4a16", group_size=32).options["group_size"]
     32
     """
-
-    def __init__(
-        self, config: QuantConfig | Mapping[str, Any] | str | Path | None = None, **options: Any
-    ) -> None:
-        self.quant_method = METHOD
-        self.options = as_config(config, options).to_dict()
-        self.layers: dict[str, Any] | None = None
-
-    @property
-    def config(self) -> QuantConfig:
-        """The options as a value."""
-        return QuantConfig.from_dict(self.options)
-
-    @classmethod
-    def of_layers(cls, options: Mapping[str, Any], layers: dict[str, Any]) -> "FxquantConfig":
-        """The config of a model that has quantized layers."""
-        made = cls(options)
-        made.layers = layers
-        return made
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for config.json."""
-        data: dict[str, Any] = {
-            "quant_method": METHOD,
-            "format": CONFIG_VERSION,
-            "options": self.options,
-        }
-        if self.layers is not None:
-            data["layers"] = self.layers
-        return copy.deepcopy(data)
-
-    @classmethod
-    def from_dict(
-        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
-        """Read what config.json says; transformers calls this, and `**kwargs` are its own.
-
-        Raises:
-            LoadError: it is of another version, or damaged.
-            OptionError: an option in it is not usable.
-        """
-        version = config_dict.get("format", CONFIG_VERSION)
-        if version != CONFIG_VERSION:
-            raise LoadError(
-                "quantization_config",
-                found=f"format {version!r:.40} of fxquant's layers",
-                needed=f"format {CONFIG_VERSION}",
-                remedy="Load the folder with the version of fxquant that wrote it.",
-            )
-        unknown = sorted(set(config_dict) - _KEYS)
-        if unknown or not isinstance(config_dict.get("options", {}), dict):
-            raise LoadError(
-                "quantization_config",
-                found=f"entries {unknown!r:.80}" if unknown else "options that are no mapping",
-                needed=f"entries {sorted(_KEYS)}",
-                remedy="Write QuantConfig's fields below 'options'.",
-            )
-        made = cls(config_dict.get("options"))
-        if config_dict.get("layers") is not None:
-            check_layers(config_dict["layers"])
-            made.layers = config_dict["layers"]
-        return (made, kwargs) if return_unused_kwargs else made

@@ -1,17 +1,35 @@
 """What transformers calls while it loads a model with fxquant's layers, and saves it."""
 
+import functools
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 
-from fxquant.errors import LoadError
+from fxquant.integrations.huggingface.loading import layers_to_load
+from fxquant.integrations.huggingface.rounded_layers import RoundedOnLoading
+from fxquant.integrations.huggingface.saved_layers import (
+    WEIGHT,
+    SavedLayers,
+    has_layer,
+    missing_layer,
+)
+from fxquant.integrations.huggingface.saving import described_state
 from fxquant.integrations.transformers.config import FxquantConfig
-from fxquant.integrations.transformers.rounded_layers import RoundedOnLoading, RoundOp
-from fxquant.integrations.transformers.saved_layers import SavedLayers, refusing_weights
+from fxquant.integrations.transformers.round_op import RoundOp
 from fxquant.pretrained import guard_saving
-from fxquant.serialization.model_layers import describe_layers, quantized_layers
+
+
+def refusing_weights(layers: Iterable[str]) -> dict[str, Tensor]:
+    """What a folder has under the names of the float weights that the layers do not have.
+
+    A process that does not know fxquant's layers would fill float ones with random weights, and
+    only warn. It refuses a weight of another shape, though: that of a matrix is never [1].
+    """
+    return {name + WEIGHT: torch.zeros(1, dtype=torch.uint8) for name in layers}
 
 
 class FxquantQuantizer(HfQuantizer):
@@ -30,19 +48,9 @@ class FxquantQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: FxquantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._layers: SavedLayers | RoundedOnLoading | None = None
-        if not self.pre_quantized:
-            self._layers = RoundedOnLoading(quantization_config.config)
-        elif quantization_config.layers is not None:
-            self._layers = SavedLayers(quantization_config.layers)
-        else:
-            raise LoadError(
-                "quantization_config",
-                found="no description of layers",
-                needed="what save_pretrained of a model with fxquant's layers writes",
-                remedy="For a float folder, remove it from config.json and pass it to "
-                "from_pretrained.",
-            )
+        self._layers: SavedLayers | RoundedOnLoading | None = layers_to_load(
+            quantization_config, self.pre_quantized
+        )
 
     @classmethod
     def for_saving(cls, config: FxquantConfig) -> "FxquantQuantizer":
@@ -56,7 +64,10 @@ class FxquantQuantizer(HfQuantizer):
         self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
         if isinstance(self._layers, SavedLayers):
-            self._layers.prepare(model, dtype or model.dtype)
+            place_of = functools.partial(_place, model)
+            self._layers.prepare(model, place_of, _dtypes(model, dtype or model.dtype))
+            for place in self._layers.places:
+                model._keys_to_ignore_on_load_unexpected.add(f"^{re.escape(place + WEIGHT)}$")
         elif self._layers is not None:
             self._layers.prepare(model)
 
@@ -93,13 +104,11 @@ class FxquantQuantizer(HfQuantizer):
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # adapters alone are saved
-        layers, tensors = describe_layers(model)
+        layers, state = described_state(model)
         model.config.quantization_config = FxquantConfig.of_layers(
             self.quantization_config.options, layers
         )
-        inside = tuple(f"{name}." for name, _ in quantized_layers(model))
-        floats = {k: v for k, v in model.state_dict().items() if not k.startswith(inside)}
-        return {**floats, **tensors, **refusing_weights(layers["layers"])}, {}
+        return {**state, **refusing_weights(layers["layers"])}, {}
 
     def is_serializable(self) -> bool:
         """Folders can be saved."""
@@ -109,3 +118,35 @@ class FxquantQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Gradients pass through the layers, to adapters for example."""
         return True
+
+
+def _dtypes(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """What transformers gives each parameter: `dtype`, but for those that a class excepts."""
+    exceptions = model._get_dtype_plan(dtype)
+
+    def dtype_of(name: str) -> torch.dtype:
+        found = dtype
+        for pattern, other in exceptions.items():
+            if re.search(pattern.replace("*", ".*"), name):
+                found = other
+        return found
+
+    return dtype_of
+
+
+def _place(model: Any, name: str) -> str | None:
+    """Where the layer of a saved model is in a model that may have a head more or less.
+
+    None: `model` is of another class, and has no such layer outside the base model.
+
+    Raises:
+        LoadError: the model should have it.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for path in (name, name.removeprefix(prefix), prefix + name):
+        if has_layer(model, path):
+            return path
+    is_same_class = type(model).__name__ in (model.config.architectures or ())
+    if is_same_class or name.startswith(prefix):
+        raise missing_layer(model, name)
+    return None

@@ -1,4 +1,4 @@
-"""The place of a quantized layer while transformers loads tensors into it."""
+"""The place of a quantized layer while a library loads tensors into it."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fxquant.graph.layers import replace_layer
 from fxquant.modules.layer import QuantizedLayer
 
-INITIALIZED = "_is_hf_initialized"  # transformers' mark on a tensor that was loaded
+INITIALIZED = "_is_hf_initialized"  # the mark on a tensor that was loaded, as transformers sets it
 _FOR_INITIALIZERS = ("weight", "bias")
 
 
@@ -62,9 +62,18 @@ def become(place: nn.Module, layer: QuantizedLayer) -> None:
     place.training = mode
 
 
-def untie(model: Any, paths: list[str]) -> None:
-    """Let transformers not tie parameters of layers that have none any more."""
-    layers = set(paths)
-    for target, source in list(model.all_tied_weights_keys.items()):
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """The parameters that the library will tie, each with the one that it becomes.
+
+    Models of diffusers tie none when they are loaded.
+    """
+    found: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return found
+
+
+def untie(model: nn.Module, paths: list[str]) -> None:
+    """Let the library not tie parameters of layers that have none any more."""
+    layers, tied = set(paths), tied_weights(model)
+    for target, source in list(tied.items()):
         if {name.rpartition(".")[0] for name in (target, source)} & layers:
-            del model.all_tied_weights_keys[target]
+            del tied[target]

@@ -1,19 +1,18 @@
-"""The layers of a folder that `save_pretrained` wrote: read by transformers, rebuilt here.
+"""The layers of a folder that `save_pretrained` wrote: read by a library, rebuilt here.
 
-transformers loads each tensor of the folder under its name, wherever that is placed; every layer
-is then rebuilt from its description with the checks of `load_model`.
+The library loads each tensor of the folder under its name, wherever that is placed; every layer is
+then rebuilt from its description with the checks of `load_model`.
 """
 
 import copy
-import re
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxquant.errors import LoadError
-from fxquant.integrations.transformers.empty_layer import (
+from fxquant.integrations.huggingface.empty_layer import (
     INITIALIZED,
     EmptyLayer,
     become,
@@ -29,15 +28,6 @@ WEIGHT = ".weight"
 _REMEDY = "The folder is damaged or was made of another model: save the model again."
 
 
-def refusing_weights(layers: Iterable[str]) -> dict[str, Tensor]:
-    """What a folder has under the names of the float weights that the layers do not have.
-
-    A process that does not know fxquant's layers would fill float ones with random weights, and
-    only warn. It refuses a weight of another shape, though: that of a matrix is never [1].
-    """
-    return {name + WEIGHT: torch.zeros(1, dtype=torch.uint8) for name in layers}
-
-
 class SavedLayers:
     """Puts the layers of a checked description into a model that is being loaded.
 
@@ -51,19 +41,25 @@ class SavedLayers:
         self._places: dict[str, str] = {}
         self._floats: dict[str, nn.Module] = {}
 
-    def prepare(self, model: Any, dtype: torch.dtype) -> None:
+    def prepare(
+        self,
+        model: nn.Module,
+        place_of: Callable[[str], str | None],
+        dtype_of: Callable[[str], torch.dtype],
+    ) -> None:
         """Make room in `model`, which has no weights yet, for the tensors of the layers.
 
         Args:
             model: of the class that was saved, or of one with the same base model.
-            dtype: that the model is loaded in.
+            place_of: where a layer of the saved model is in this one; None if it is not in it.
+            dtype_of: that the library gives a parameter of this model, by its name.
 
         Raises:
             LoadError: the model lacks a layer that is in the description.
         """
-        self._dtype, self._exceptions = dtype, model._get_dtype_plan(dtype)
+        self._dtype_of = dtype_of
         for name in self.description["layers"]:
-            place = _place(model, name)
+            place = place_of(name)
             if place is not None:
                 self._places[name] = place
                 self._floats[name] = copy.copy(model.get_submodule(place))
@@ -75,10 +71,15 @@ class SavedLayers:
             owner = _owner(name, self.description["layers"])
             if owner in self._places:
                 self._paths[name] = self._places[owner] + name[len(owner) :]
-                model.get_submodule(self._places[owner]).hold(name[len(owner) + 1 :], tensor)
+                emptied = model.get_submodule(self._places[owner])
+                assert isinstance(emptied, EmptyLayer)
+                emptied.hold(name[len(owner) + 1 :], tensor)
         untie(model, list(self._places.values()))
-        for place in self._places.values():
-            model._keys_to_ignore_on_load_unexpected.add(f"^{re.escape(place + WEIGHT)}$")
+
+    @property
+    def places(self) -> set[str]:
+        """The layers, as they are called in the model."""
+        return set(self._places.values())
 
     @property
     def loaded_names(self) -> set[str]:
@@ -128,39 +129,27 @@ class SavedLayers:
         return tensors
 
     def _cast(self, name: str, layer: QuantizedLayer) -> QuantizedLayer:
-        """The layer for inputs of the dtype that transformers gives a weight of that name."""
-        dtype = self._dtype
-        for pattern, other in self._exceptions.items():
-            if re.search(pattern.replace("*", ".*"), f"{self._places[name]}.weight"):
-                dtype = other
+        """The layer for inputs of the dtype that the library gives a weight of that name."""
+        dtype = self._dtype_of(self._places[name] + WEIGHT)
         return layer if layer.weight.dtype == dtype else layer.to(dtype)
 
 
-def _place(model: Any, name: str) -> str | None:
-    """Where the layer of a saved model is in a model that may have a head more or less.
-
-    None: `model` is of another class, and has no such layer outside the base model.
-    """
-    prefix = f"{model.base_model_prefix}."
-    for path in (name, name.removeprefix(prefix), prefix + name):
-        if isinstance(getattr(_at(model, path), "weight", None), Tensor):
-            return path
-    is_same_class = type(model).__name__ in (model.config.architectures or ())
-    if is_same_class or name.startswith(prefix):
-        raise LoadError(
-            "quantization_config",
-            found=f"a quantized layer {name!r:.200}, which a {type(model).__name__} does not have",
-            needed="layers of the model",
-            remedy=_REMEDY,
-        )
-    return None
-
-
-def _at(model: nn.Module, path: str) -> nn.Module | None:
+def has_layer(model: nn.Module, path: str) -> bool:
+    """Whether `model` has something with a weight at `path`."""
     try:
-        return model.get_submodule(path)
+        return isinstance(getattr(model.get_submodule(path), "weight", None), Tensor)
     except AttributeError:
-        return None
+        return False
+
+
+def missing_layer(model: nn.Module, name: str) -> LoadError:
+    """The error for a layer of the description that `model` does not have."""
+    return LoadError(
+        "quantization_config",
+        found=f"a quantized layer {name!r:.200}, which a {type(model).__name__} does not have",
+        needed="layers of the model",
+        remedy=_REMEDY,
+    )
 
 
 def _owner(tensor: str, layers: dict[str, Any]) -> str:

@@ -1,20 +1,23 @@
-"""Layers quantized while transformers loads a float folder, weight by weight.
+"""Layers quantized while a library loads a float folder, weight by weight.
 
 As soon as a weight is read it is rounded, and forgotten: the float model is never in memory as a
 whole. Weights are rounded alone, as in `quantize_checkpoint`: nothing is known of their inputs.
 """
 
 import copy
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
 
 from fxquant.config.method import parse_method
 from fxquant.config.quant_config import QuantConfig
 from fxquant.errors import FxquantError, OptionError
-from fxquant.integrations.transformers.empty_layer import INITIALIZED, become, empty, untie
+from fxquant.integrations.huggingface.empty_layer import (
+    INITIALIZED,
+    become,
+    empty,
+    tied_weights,
+    untie,
+)
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.passes.decide import decide
 from fxquant.passes.layer_maker import naming
@@ -44,7 +47,7 @@ class RoundedOnLoading:
         self._made: dict[str, QuantizedLayer] = {}
         self._failed: FxquantError | None = None
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: nn.Module) -> None:
         """Decide about the layers of `model`, which has no weights yet.
 
         Raises:
@@ -87,7 +90,7 @@ class RoundedOnLoading:
         for member in (m for m in together if m in self._bits):
             try:
                 self._round(model, member, shared, layers)
-            except FxquantError as error:  # transformers would make another one of it
+            except FxquantError as error:  # the library might make another one of it
                 self._failed = self._failed or error
         return {m + WEIGHT: weight for m in together if m not in self._bits}
 
@@ -110,7 +113,7 @@ class RoundedOnLoading:
     def finish(self, model: nn.Module) -> None:
         """Put the quantized layers into the model.
 
-        Layers whose weight the folder lacks stay float, as transformers has initialized them.
+        Layers whose weight the folder lacks stay float, as the library has initialized them.
 
         Raises:
             FxquantError: a weight could not be quantized.
@@ -133,40 +136,17 @@ class RoundedOnLoading:
             quantize_activations_dynamically(model)
 
 
-class RoundOp(ConversionOps):
-    """What transformers runs on a loaded weight that is to be quantized."""
-
-    def __init__(self, layers: RoundedOnLoading) -> None:
-        self.layers = layers
-
-    @torch.no_grad()
-    def convert(
-        self, input_dict: dict[str, Any], *, model: Any, missing_keys: Any = None, **_: Any
-    ) -> dict[str, Tensor]:
-        """Quantize the weights among the loaded tensors; the others are given back."""
-        kept: dict[str, Tensor] = {}
-        for name, value in input_dict.items():
-            tensor = value[0] if isinstance(value, list) else value
-            if self.layers.wants(name):
-                kept |= self.layers.round(model, name, tensor)
-                if missing_keys is not None:
-                    missing_keys.difference_update(self.layers.tied_to(name))
-            else:
-                kept[name] = tensor
-        return kept
-
-
-def _tie(model: Any) -> None:
+def _tie(model: nn.Module) -> None:
     """Tie the parameters that will be tied when the model is loaded."""
-    for target, source in model.all_tied_weights_keys.items():
+    for target, source in tied_weights(model).items():
         owner, _, name = target.rpartition(".")
         setattr(model.get_submodule(owner), name, model.get_parameter(source))
 
 
-def _tied_layers(model: Any) -> dict[str, list[str]]:
+def _tied_layers(model: nn.Module) -> dict[str, list[str]]:
     """For each layer whose weight is tied, all that have the same one."""
     groups: dict[str, list[str]] = {}
-    for target, source in model.all_tied_weights_keys.items():
+    for target, source in tied_weights(model).items():
         if target.endswith(WEIGHT) and source.endswith(WEIGHT):
             names = (source.removesuffix(WEIGHT), target.removesuffix(WEIGHT))
             group = groups.setdefault(names[0], [names[0]])
