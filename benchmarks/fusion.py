@@ -13,14 +13,13 @@ jobs of the machine disturb less.
 import argparse
 import copy
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import median_seconds, report
+from timing import fair_clock, median_seconds, report
 from torch import Tensor, nn
 from transformers import AutoModel
 
@@ -115,8 +114,7 @@ def table(
         runs: dict[str, Callable[[], Any]] = {
             name: lambda run=run, call=given[name]: run(**call) for name, run, _ in made
         }
-        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-        seconds = median_seconds(runs, rounds, clock=clock)
+        seconds = median_seconds(runs, rounds, clock=fair_clock())
         plain_seconds = {id(run): seconds[name] for name, run, _ in made}
         for name, run, plain in made:
             row: dict[str, Any] = {

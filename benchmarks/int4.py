@@ -2,6 +2,7 @@
 
     OMP_WAIT_POLICY=passive python benchmarks/int4.py --json int4.json
     OMP_WAIT_POLICY=passive python benchmarks/int4.py products --shape 4096x4096 --group 32
+    OMP_WAIT_POLICY=passive python benchmarks/int4.py products --bits 2 3 5 6 8 --rows 1 256
 
 Three tables: single products, the overhead of a call, and whole models. All candidates take turns
 in one process. For products, several layers of a shape rotate, so that weights come from memory;
@@ -10,9 +11,9 @@ onnxruntime and onnx, openvino, bitsandbytes.
 """
 
 import argparse
+import itertools
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from int4_models import language_model_rows, minilm_rows
 from kernel_peers import installed_peers
-from timing import median_seconds, report
+from timing import fair_clock, median_seconds, report
 from torch import Tensor, nn
 
 import fxquant
@@ -36,6 +37,7 @@ LAYERS = 128  # at most
 CALLS = 1000
 TABLES = ("products", "overhead", "models")
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OURS = {("aten", "float"): "aten", ("native", "float"): "fxquant", ("native", "int8"): "fxquant"}
 
 Run = Callable[[Tensor], Any]
 
@@ -52,12 +54,12 @@ def float_layers(dtype: torch.dtype, weights: list[Tensor]) -> Run:
     return run
 
 
-def int4_layers(name: str, activation: str, weights: list[Tensor], group_size: int) -> Run:
+def quantized_layers(name: str, spec: LinearSpec, weights: list[Tensor]) -> Run:
     """A backend of fxquant."""
-    backend, (rows, columns) = BACKENDS[name], weights[0].shape
-    spec = LinearSpec(rows, columns, group_size, True, activation)
+    backend, bits = BACKENDS[name], spec.bits
     packed = [
-        backend.pack(round_to_nearest(weight, group_size=group_size), spec) for weight in weights
+        backend.pack(round_to_nearest(weight, bits=bits, group_size=spec.group_size), spec)
+        for weight in weights
     ]
 
     def run(x: Tensor) -> None:
@@ -67,7 +69,9 @@ def int4_layers(name: str, activation: str, weights: list[Tensor], group_size: i
     return run
 
 
-def candidates(shape: tuple[int, int], group_size: int) -> dict[str, tuple[Run, int]]:
+def candidates(
+    shape: tuple[int, int], group_size: int, widths: list[int]
+) -> dict[str, tuple[Run, int]]:
     """By name: what runs its layers, and how many they are."""
     runs: dict[str, tuple[Run, int]] = {}
 
@@ -81,14 +85,11 @@ def candidates(shape: tuple[int, int], group_size: int) -> dict[str, tuple[Run, 
         add(name, dtype.itemsize, lambda weights, dtype=dtype: float_layers(dtype, weights))
     for name, make in installed_peers().items():
         add(name, 0.5, lambda weights, make=make: make(weights, group_size))
-    for name, activation, label in (
-        ("aten", "float", "aten W4A16"),
-        ("native", "float", "fxquant W4A16"),
-        ("native", "int8", "fxquant W4A8"),
-    ):
-        spec = LinearSpec(*shape, group_size, True, activation)
+    for bits, (name, activation) in itertools.product(widths, OURS):
+        spec = LinearSpec(*shape, group_size, True, activation, bits)
+        label = f"{OURS[name, activation]} W{bits}A{8 if activation == 'int8' else 16}"
         if BACKENDS[name].unsupported(spec, torch.device("cpu")) is None:
-            add(label, 0.5, lambda w, n=name, a=activation: int4_layers(n, a, w, group_size))
+            add(label, bits / 8, lambda w, n=name, s=spec: quantized_layers(n, s, w))
     return runs
 
 
@@ -97,17 +98,18 @@ def milliseconds(
 ) -> dict[str, float]:
     """Of one layer, by candidate; they take turns."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
+    clock = fair_clock()
     for number in range(rounds + 2):
         for name, (run, count) in runs.items():
-            began = time.perf_counter()
+            began = clock()
             run(x)
             if number >= 2:  # the first rounds warm up
-                samples[name].append(1e3 * (time.perf_counter() - began) / count)
+                samples[name].append(1e3 * (clock() - began) / count)
     return {name: statistic(values) for name, values in samples.items()}
 
 
 def ratios(times: dict[str, float]) -> dict[str, float]:
-    """Time of both products of fxquant against others."""
+    """Time of the products of fxquant against others."""
     ours = {name: value for name, value in times.items() if name.startswith("fxquant")}
     peers = [times[name] for name in installed_peers() if name in times]
     result = {}
@@ -126,7 +128,7 @@ def product_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for text in arguments.shape:
         out_features, in_features = map(int, text.split("x"))
         with torch.inference_mode():
-            runs = candidates((out_features, in_features), arguments.group)
+            runs = candidates((out_features, in_features), arguments.group, arguments.bits)
             for rows in arguments.rows:
                 x = torch.randn(rows, in_features)
                 times = milliseconds(runs, x, arguments.rounds, statistic)
@@ -166,6 +168,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="*", default=SHAPES, help="out x in, as 4096x4096")
     parser.add_argument("--rows", nargs="*", type=int, default=ROWS)
     parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--bits", nargs="*", type=int, default=[4], help="of fxquant's weights")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--minimum", action="store_true", help="instead of medians: a busy machine")
     parser.add_argument("--json", type=Path)

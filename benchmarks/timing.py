@@ -7,7 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
+
+
+def fair_clock() -> Callable[[], float]:
+    """On one thread, the time of the processor, which other jobs of the machine disturb less."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def median_seconds(
@@ -16,10 +22,7 @@ def median_seconds(
     warm_up: int = 2,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median seconds of each run; in each round every run has its turn.
-
-    On a busy machine, runs on one thread are fairer by `clock=time.process_time`.
-    """
+    """Median seconds of each run by `clock` (see `fair_clock`); every run has a turn each round."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + warm_up):
         for name, run in runs.items():

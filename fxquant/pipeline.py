@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from fxquant.analysis.allocation import allocate
 from fxquant.analysis.sensitivity import measured_sensitivity
 from fxquant.config.method import UNSCALED
-from fxquant.config.option_checks import TypeRule
+from fxquant.config.option_checks import TypeRule, check_not_fused
 from fxquant.config.quant_config import QuantConfig, QuantOptions, as_config
 from fxquant.distributed.processes import Processes
 from fxquant.errors import OptionError, check_choice
@@ -48,6 +48,7 @@ def static_quantize(
     skip_param_threshold: int | None = None,
     num_calibration_samples: int = 150,
     token_noise: float = 0.0,
+    fuse: bool = False,
     accuracy_warning: str = "warn",
     sqnr_warning_threshold: float = 20.0,
     sqnr_error_threshold: float = 10.0,
@@ -75,6 +76,7 @@ def static_quantize(
         skip_param_threshold: see there.
         num_calibration_samples: see there.
         token_noise: see there.
+        fuse: see there.
         accuracy_warning: see there.
         sqnr_warning_threshold: see there.
         sqnr_error_threshold: see there.
@@ -102,6 +104,7 @@ def static_quantize(
         skip_param_threshold=skip_param_threshold,
         num_calibration_samples=num_calibration_samples,
         token_noise=token_noise,
+        fuse=fuse,
         accuracy_warning=accuracy_warning,
         sqnr_warning_threshold=sqnr_warning_threshold,
         sqnr_error_threshold=sqnr_error_threshold,
@@ -217,6 +220,8 @@ def _quantize(
             needed="the model itself",
             remedy="Pass the model, or call swap_modules(model, graph) afterwards.",
         )
+    if into == "model":
+        check_not_fused(made.fuse, "into='model', a copy of the model's own class")
     example = None if example_inputs is None else Call.of(example_inputs)
     drawn = None if data is None else _given(data)
     graph = model

@@ -1,4 +1,7 @@
-"""The stages of a quantization: trace, decide, fold, calibrate, make layers, rewrite, measure."""
+"""The stages of a quantization.
+
+Trace, decide, fold, calibrate, make layers, rewrite, fuse, measure.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +14,8 @@ from fxquant.config.memory import memory_bytes
 from fxquant.config.method import Recipe, parse_method
 from fxquant.config.quant_config import DYNAMIC, QuantConfig
 from fxquant.distributed.processes import ALONE, Processes
+from fxquant.fusion.fuse import fuse
+from fxquant.fusion.fused import fused_counts
 from fxquant.graph.calls import Call
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
 from fxquant.measure.measured_rows import add_figures
@@ -108,7 +113,7 @@ def _quantize_without_data(
     watcher = InputWatcher(gm, ())
     calibrated = Calibrated(gm, decisions, [], [], [], watcher, (), processes, norms, traced)
     made = _with_activations(_round(calibrated, config, recipe), calibrated, config)
-    return made.gm, _measured(calibrated, made, config)
+    return _measured(calibrated, made, config)
 
 
 def _quantize_with_data(
@@ -127,7 +132,7 @@ def _quantize_with_data(
     calibrated = calibrated_on(gm, decisions, drawn, config, recipe, processes)
     calibrated = replace(calibrated, norms=norms, original=traced if norms else None)
     made = make_layers(calibrated, config, recipe, most_bytes)
-    return made.gm, _measured(calibrated, made, config)
+    return _measured(calibrated, made, config)
 
 
 def _decided(
@@ -262,8 +267,14 @@ def _with_activations(made: Rewritten, calibrated: Calibrated, config: QuantConf
     return replace(made, gm=gm, decisions=add_notes(made.decisions, notes))
 
 
-def _measured(calibrated: Calibrated, made: Rewritten, config: QuantConfig) -> QuantizationInfo:
-    """The record: measured on what was held out and, of the output, on what was fitted to."""
+def _measured(
+    calibrated: Calibrated, made: Rewritten, config: QuantConfig
+) -> tuple[GraphModule, QuantizationInfo]:
+    """The graph, fused if that is wanted, and the record.
+
+    It is measured on what was held out and, of the output, on what was fitted to.
+    """
+    result = fuse(made.gm, share_memory=True) if config.fuse else made.gm
     gm, held_out, fitted = calibrated.gm, calibrated.held_out, calibrated.fitted
     original = calibrated.original or gm
     info = QuantizationInfo(
@@ -275,10 +286,11 @@ def _measured(calibrated: Calibrated, made: Rewritten, config: QuantConfig) -> Q
         folded_scales=list(calibrated.folded),
         folded_norms=list(calibrated.norms),
         original_size_mb=model_bytes(original) / MEGABYTE,
-        quantized_size_mb=model_bytes(made.gm) / MEGABYTE,
+        fused=fused_counts(result),
+        quantized_size_mb=model_bytes(result) / MEGABYTE,
         trace=trace_report(gm).to_dict(),
     )
     if info.selected_layers:
         observers = calibrated.watcher.observers
-        add_figures(info, gm, made.gm, fitted, held_out, observers, original)
-    return info
+        add_figures(info, gm, made.gm, fitted, held_out, observers, original, result)
+    return result, info

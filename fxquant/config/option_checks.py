@@ -91,6 +91,25 @@ def check_flag(name: str, value: Any) -> None:
         )
 
 
+def check_not_fused(fuse: bool, result: str) -> None:
+    """Refuse to fuse what is no graph.
+
+    Args:
+        fuse: the option.
+        result: what the caller wants, for the text of the error.
+
+    Raises:
+        OptionError: `fuse` is True.
+    """
+    if fuse:
+        raise OptionError(
+            "fuse",
+            found=f"True for {result}",
+            needed="False: what is fused are the steps of a graph",
+            remedy="Leave fuse out, or quantize into a graph.",
+        )
+
+
 def check_activation_bits(value: Any) -> None:
     """Refuse what is neither 8 nor None.
 

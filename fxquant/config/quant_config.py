@@ -15,6 +15,7 @@ from fxquant.config.option_checks import (
     check_bits,
     check_embeddings,
     check_flag,
+    check_not_fused,
     check_parameter_threshold,
     check_share,
     checked_names,
@@ -72,6 +73,7 @@ class QuantOptions(TypedDict, total=False):
     skip_param_threshold: int | None
     num_calibration_samples: int
     token_noise: float
+    fuse: bool
     accuracy_warning: OnFailure
     sqnr_warning_threshold: float
     sqnr_error_threshold: float
@@ -117,6 +119,10 @@ class QuantConfig:
         token_noise: from 0 to 1; above 0, layers are fitted to a copy of every fourth batch, too,
             in which this share of the tokens is drawn at random from the vocabulary. What is fitted
             to one kind of text then holds better on others; calibration takes a quarter longer.
+        fuse: whether the graph is fused in the end (see `fxquant.fuse`): it computes the same in
+            fewer and larger steps, within the rounding of its dtype. What needs the graph as the
+            model has it, bit for bit (`swap_modules`, `into="model"`, other formats), then refuses
+            it; therefore False, unless you ask for it.
         accuracy_warning: `"warn"`, `"error"` or `"ignore"`.
         sqnr_warning_threshold: SQNR below it, in dB, is reported as low.
         sqnr_error_threshold: SQNR below it, in dB, is reported as critical.
@@ -146,6 +152,7 @@ class QuantConfig:
     skip_param_threshold: int | None = None
     num_calibration_samples: int = 150
     token_noise: float = 0.0
+    fuse: bool = False
     accuracy_warning: str = "warn"
     sqnr_warning_threshold: float = 20.0
     sqnr_error_threshold: float = 10.0
@@ -163,6 +170,7 @@ class QuantConfig:
         check_positive_int("num_calibration_samples", self.num_calibration_samples)
         check_share("token_noise", self.token_noise)
         check_flag("symmetric", self.symmetric)
+        check_flag("fuse", self.fuse)
         check_choice("zero_points", self.zero_points, ZERO_POINTS)
         parse_method(self.method, has_data=True)
         check_choice("observer", self.observer, OBSERVER_NAMES)
@@ -192,6 +200,7 @@ class QuantConfig:
 
     def _keep_to(self, target: Target) -> None:
         """Refuse what a format cannot hold at all, and take whole zero points."""
+        check_not_fused(self.fuse, f"the target {target.name!r}")
         widths = self.bits.values() if isinstance(self.bits, Mapping) else [self.bits]
         unknown = sorted(set(widths) - {*target.widths, FLOAT_BITS})
         if unknown:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from fxquant.config.memory import memory_bytes
 from fxquant.config.method import Recipe, parse_method
+from fxquant.config.option_checks import check_not_fused
 from fxquant.config.quant_config import QuantConfig, as_config
 from fxquant.distributed.processes import Processes
 from fxquant.errors import OptionError
@@ -187,6 +188,7 @@ def _opened(
 def for_folder(config: QuantConfig) -> QuantConfig:
     """The config, kept to what the format of the new folder can hold."""
     name = CompressedTensors.target.name
+    check_not_fused(config.fuse, "a folder, which has the layers of the model")
     if config.target not in (None, name):
         raise OptionError(
             "target",

@@ -1,24 +1,33 @@
 """What of a graph was fused, and the refusal of those who need the plain one."""
 
-from torch.fx import GraphModule
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch.fx import GraphModule, Node
 
 from fxquant.errors import OptionError
 from fxquant.kernels.attention import attention
 from fxquant.kernels.norm import add_and_norm, norm
 from fxquant.modules.fused_linear import FusedLinear
 
-FUSED_FUNCTIONS = (attention, norm, add_and_norm)
-MODULES = (FusedLinear,)
+# By the name of the row in `patterns.py` that made them.
+_FUNCTIONS: dict[Callable[..., Any], str] = {
+    attention: "attention",
+    norm: "norm",
+    add_and_norm: "norm",
+}
 
 
 def fused_nodes(gm: GraphModule) -> list[str]:
     """The names of nodes that stand for several operations."""
-    return [
-        node.name
-        for node in gm.graph.nodes
-        if node.target in FUSED_FUNCTIONS
-        or (node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), MODULES))
-    ]
+    return [node.name for node in gm.graph.nodes if _pattern(gm, node) is not None]
+
+
+def fused_counts(gm: GraphModule) -> dict[str, int]:
+    """How many nodes stand for several operations, by the name of the pattern."""
+    names = [_pattern(gm, node) for node in gm.graph.nodes]
+    return dict(Counter(name for name in names if name is not None))
 
 
 def refuse_fused(where: str, gm: GraphModule) -> None:
@@ -29,5 +38,16 @@ def refuse_fused(where: str, gm: GraphModule) -> None:
             where,
             found=f"a fused graph ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})",
             needed="the graph as it was quantized",
-            remedy="Pass the graph that fuse was given: its layers are those of the model.",
+            remedy="Pass the graph that fuse was given: its layers are those of the model. "
+            "quantize returns it with fuse=False.",
         )
+
+
+def _pattern(gm: GraphModule, node: Node) -> str | None:
+    """The name of the pattern that a node stands for, or None."""
+    if node.op == "call_function":
+        return _FUNCTIONS.get(node.target) if callable(node.target) else None
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if not isinstance(module, FusedLinear):
+        return None
+    return "function" if len(module.sizes) == 1 else "shared input"

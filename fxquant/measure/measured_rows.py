@@ -58,6 +58,7 @@ def add_figures(
     held_out: Sequence[Call],
     observers: Mapping[str, Observer],
     original: GraphModule,
+    result: GraphModule,
 ) -> None:
     """Write what the layers and the output cost into a record that has its decisions.
 
@@ -70,15 +71,16 @@ def add_figures(
         observers: the calibrated observer of each layer's input.
         original: the graph before norms were folded into it. They are rounded to the dtype of
             parameters there, so that the output is compared with this one.
+        result: the graph that the caller gets: the rewritten form, or that fused.
     """
     calls = held_out or fitted
     info.rows, run = measure_rows(float_gm, quantized_gm, info.decisions, calls, observers)
-    is_same = original is float_gm
-    output = run.output if is_same else output_sqnr(original, quantized_gm, calls)
+    is_same = original is float_gm and result is quantized_gm
+    output = run.output if is_same else output_sqnr(original, result, calls)
     info.sqnr_db = info.fitted_sqnr_db = output.db_or_none
     if held_out:
         as_many = leading_rows(fitted, info.heldout_samples)
-        info.fitted_sqnr_db = output_sqnr(original, quantized_gm, as_many).db_or_none
+        info.fitted_sqnr_db = output_sqnr(original, result, as_many).db_or_none
 
 
 def _row(

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from fxquant.config.quant_config import QuantConfig
 from fxquant.errors import AccuracyError, OptionError, check_choice, check_type
+from fxquant.fusion.fused import fused_counts
 from fxquant.measure.sensitivity_row import SensitivityRow, as_number
 from fxquant.passes.decide import DEFAULT_RULE, Decision
 from fxquant.passes.fold_norms import FoldedNorm
@@ -52,6 +53,8 @@ class QuantizationInfo(View):
         method: the algorithm that chose the integers.
         folded_scales: channel scales that were folded into the graph's parameters.
         folded_norms: each BatchNorm that was folded into the layer before it.
+        fused: how many nodes of the graph stand for several, by the name of the pattern (see
+            `fuse`); empty for a graph that is not fused.
         trace: what tracing did, as plain data.
         warnings: what `check_accuracy_warnings` found.
     """
@@ -68,6 +71,7 @@ class QuantizationInfo(View):
     method: str = "rtn"
     folded_scales: list[FoldedScale] = field(default_factory=list)
     folded_norms: list[FoldedNorm] = field(default_factory=list)
+    fused: dict[str, int] = field(default_factory=dict)
     trace: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     warning_threshold: float = 20.0
@@ -122,8 +126,9 @@ class QuantizationInfo(View):
         return self.headline()
 
     def __str__(self) -> str:
+        fused = "".join(f"\nfused: {name}, {count}" for name, count in self.fused.items())
         warnings = "".join(f"\nwarning: {text}" for text in self.warnings)
-        return f"{super().__str__()}{warnings}"
+        return f"{super().__str__()}{fused}{warnings}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -168,7 +173,7 @@ def info(model: GraphModule) -> QuantizationInfo:
             remedy="Pass the graph that quantize, static_quantize or load_model returned. A copy "
             "of your own class (swap_modules) carries no record: keep the graph beside it.",
         )
-    return QuantizationInfo.from_dict(record)
+    return replace(QuantizationInfo.from_dict(record), fused=fused_counts(model))
 
 
 def _finite(config: Mapping[str, Any]) -> dict[str, Any]:

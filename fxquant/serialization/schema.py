@@ -223,7 +223,8 @@ _config = record(
         "activation_bits": optional(whole), "layer_types": _texts,
         "modules_to_not_convert": _texts, "skip_layer_types": _texts, "skip_layer_names": _texts,
         "skip_param_threshold": whole, "num_calibration_samples": whole, "token_noise": number,
-        "accuracy_warning": text, "sqnr_warning_threshold": number, "sqnr_error_threshold": number,
+        "fuse": flag, "accuracy_warning": text, "sqnr_warning_threshold": number,
+        "sqnr_error_threshold": number,
     },
 )  # fmt: skip
 _folded = record(
@@ -234,7 +235,7 @@ _info = record(
     {"decisions": list_of(_decision)},
     {
         "rows": list_of(_row), "folded_scales": list_of(_folded),
-        "folded_norms": list_of(_folded_norm), "warnings": _texts,
+        "folded_norms": list_of(_folded_norm), "fused": map_of(whole), "warnings": _texts,
         "trace": _info_trace, "config": _config, "method": text, "sqnr_db": number,
         # instead of "config", in files that were written before it was there
         "bits": _bits, "group_size": whole, "symmetric": flag, "observer": text,

@@ -88,9 +88,12 @@ def test_every_instruction_set_computes_what_float64_computes(
 @every_set
 @both_grids
 @both_activations
-def test_a_row_does_not_depend_on_its_batch_or_on_threads(instructions, symmetric, activation):
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 128), (3, 32), (8, 256)])
+def test_a_row_does_not_depend_on_its_batch_or_on_threads(
+    instructions, symmetric, activation, bits, group_size
+):
     native._native.use(instructions)
-    spec, _, tensors = layer(1280, 1024, 128, symmetric, activation)
+    spec, _, tensors = layer(1280, 1024, group_size, symmetric, activation, bits)
     x = torch.randn(60, 1024)
     together = NATIVE.matmul(x, tensors, spec)
     assert torch.equal(together, NATIVE.matmul(x, tensors, spec))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from fxquant.config.option_checks import check_not_fused
 from fxquant.config.quant_config import QuantConfig, as_config
 from fxquant.errors import LoadError
 from fxquant.serialization.schema import check_layers
@@ -33,7 +34,9 @@ class FolderConfig:
         self, config: QuantConfig | Mapping[str, Any] | str | Path | None = None, **options: Any
     ) -> None:
         self.quant_method: str = METHOD
-        self.options = as_config(config, options).to_dict()
+        made = as_config(config, options)
+        check_not_fused(made.fuse, "a model of the library's own class")
+        self.options = made.to_dict()
         self.layers: dict[str, Any] | None = None
 
     def __repr__(self) -> str:

@@ -185,10 +185,11 @@ struct Int8Mode : GroupByGroup<Int8Mode> {
   }
 };
 
-// float32 throughout: these CPUs have no bfloat16 products.
+// float32 throughout: these CPUs have no bfloat16 products. Many rows are multiplied by weights made
+// float32 once for all of them, in the same order and so to the same bits.
 struct FloatMode : GroupByGroup<FloatMode> {
   using Value = float;
-  static constexpr int MR = 6, speed = 60;
+  static constexpr int MR = 6, speed = 60, float_tiles = 3, float_columns = 8 * kVectors;
   static constexpr bool sums_may_cancel = true;
 
   static void prepare_group(const float* x, int size, float* to, int stride, float*, float* sum) {
@@ -201,9 +202,7 @@ struct FloatMode : GroupByGroup<FloatMode> {
     constexpr int kWide = vectors_for(R);
     for (int column = 0; column < NR; column += 8 * kWide) {
       __m256 sums[R][kWide];
-      unrolled<R>([&](auto r) {
-        unrolled<kWide>([&](auto v) { sums[r][v] = _mm256_setzero_ps(); });
-      });
+      clear(sums);
       const auto* x = reinterpret_cast<const float*>(tile.values);
       const uint8_t* codes = group.codes + 4 * column;
       for (int step = 0; step < span.steps; ++step, x += KR * R) {
@@ -212,53 +211,127 @@ struct FloatMode : GroupByGroup<FloatMode> {
           prefetch<kWide>(codes + span.ahead);
         }
       }
-      unrolled<kWide>([&](auto v) {
-        const __m256 scales = scales_at(group, column + 8 * v);
-        __m256 offset = _mm256_setzero_ps();
-        if (group.zero_points) offset = offset_at(group, column + 8 * v);
-        unrolled<R>([&](auto r) {
-          __m256 product = sums[r][v];
-          if (group.zero_points) {
-            product = _mm256_fmadd_ps(offset, _mm256_set1_ps(tile.sums[r]), product);
-          }
-          float* at = outputs + NR * r + column + 8 * v;
-          _mm256_store_ps(at, _mm256_fmadd_ps(product, scales, _mm256_load_ps(at)));
+      add_sums(group, tile, column, sums, outputs);
+    }
+  }
+
+  // A slice of a block whose codes are what `unpack_floats` made.
+  template <int R>
+  static void multiply_floats(const Span& span, float* outputs) {
+    for (int i = 0; i < span.groups; ++i) {
+      const Group group = span.group(i);
+      const TileGroup tile = span.tile(i);
+      __m256 sums[R][kVectors];
+      clear(sums);
+      const auto* x = reinterpret_cast<const float*>(tile.values);
+      const auto* weights = reinterpret_cast<const float*>(group.codes);
+      for (int step = 0; step < span.steps; ++step, x += KR * R, weights += KR * float_columns) {
+        unrolled<KR>([&](auto k) {
+          const auto weights_at = [&](auto v) {
+            return _mm256_load_ps(weights + k * float_columns + 8 * v);
+          };
+          add_input<R, kVectors>(weights_at, x + k, sums);
         });
+      }
+      add_sums(group, tile, 0, sums, outputs);
+    }
+  }
+
+  // q − middle of a group as float32 [inputs][float_columns] of each slice; `stride` is from slice to
+  // slice.
+  template <bool Bytes>
+  static void unpack_floats(const Group& group, int steps, float* to, int64_t stride) {
+    for (int column = 0; column < NR; column += float_columns, to += stride) {
+      const uint8_t* codes = group.codes + 4 * column;
+      float* at = to;
+      for (int step = 0; step < steps; ++step, at += KR * float_columns) {
+        unrolled<KR>([&](auto k) {
+          unrolled<kVectors>([&](auto v) {
+            const __m256 weights = weights_of<Bytes>(codes, group.middle, k, v);
+            _mm256_store_ps(at + k * float_columns + 8 * v, weights);
+          });
+        });
+        for (int word = 0; word < (Bytes ? 2 : 1); ++word, codes += kWord) {
+          __builtin_prefetch(codes + kAhead);
+        }
+      }
+    }
+  }
+
+  template <int R, int Wide>
+  FXQUANT_INLINE static void clear(__m256 (&sums)[R][Wide]) {
+    unrolled<R>([&](auto r) {
+      unrolled<Wide>([&](auto v) { sums[r][v] = _mm256_setzero_ps(); });
+    });
+  }
+
+  // Adds the sums of a group to the outputs from `column` on.
+  template <int R, int Wide>
+  FXQUANT_INLINE static void add_sums(const Group& group, const TileGroup& tile, int column,
+                                      const __m256 (&sums)[R][Wide], float* outputs) {
+    unrolled<Wide>([&](auto v) {
+      const __m256 scales = scales_at(group, column + 8 * v);
+      __m256 offset = _mm256_setzero_ps();
+      if (group.zero_points) offset = offset_at(group, column + 8 * v);
+      unrolled<R>([&](auto r) {
+        __m256 product = sums[r][v];
+        if (group.zero_points) {
+          product = _mm256_fmadd_ps(offset, _mm256_set1_ps(tile.sums[r]), product);
+        }
+        float* at = outputs + NR * r + column + 8 * v;
+        _mm256_store_ps(at, _mm256_fmadd_ps(product, scales, _mm256_load_ps(at)));
+      });
+    });
+  }
+
+  // q − middle of the input `k` of a step, of eight outputs. In two's complement q − 8 is a nibble
+  // with its top bit flipped.
+  template <bool Bytes, class K, class V>
+  FXQUANT_INLINE static __m256 weights_of(const uint8_t* codes, int middle, K k, V v) {
+    constexpr int kWidth = Bytes ? 8 : 4;
+    constexpr int kShift = 8 * (K::value % kFour) + (Bytes ? 0 : 4 * (K::value / kFour));
+    const uint8_t* word = codes + (Bytes ? k / kFour * kWord : 0);
+    const __m256i lanes = load(word + 32 * v);
+    const __m256i q =
+        Bytes ? _mm256_sub_epi8(lanes, _mm256_set1_epi8(static_cast<char>(middle)))
+              : _mm256_xor_si256(lanes, _mm256_set1_epi32(static_cast<int>(0x88888888)));
+    const __m256i top = _mm256_slli_epi32(q, 32 - kWidth - kShift);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 32 - kWidth));
+  }
+
+  // Adds Σ (q − middle) x of eight inputs.
+  template <int R, int Wide, bool Bytes>
+  FXQUANT_INLINE static void add_step(const uint8_t* codes, int middle, const float* x,
+                                      __m256 (&sums)[R][Wide]) {
+    unrolled<KR>([&](auto k) {
+      const auto weights_at = [&](auto v) { return weights_of<Bytes>(codes, middle, k, v); };
+      add_input<R, Wide>(weights_at, x + k, sums);
+    });
+  }
+
+  // Adds the products of one input.
+  template <int R, int Wide, class WeightsAt>
+  FXQUANT_INLINE static void add_input(const WeightsAt& weights_at, const float* x,
+                                       __m256 (&sums)[R][Wide]) {
+    if constexpr (R == 1) {  // the sums leave no registers for as many weights
+      const __m256 value = _mm256_broadcast_ss(x);
+      unrolled<Wide>([&](auto v) {
+        sums[0][v] = _mm256_fmadd_ps(weights_at(v), value, sums[0][v]);
+      });
+    } else {  // each x is loaded once for all outputs
+      __m256 w[Wide];
+      unrolled<Wide>([&](auto v) { w[v] = weights_at(v); });
+      unrolled<R>([&](auto r) {
+        const __m256 value = _mm256_broadcast_ss(x + KR * r);
+        unrolled<Wide>([&](auto v) { sums[r][v] = multiply_add(w[v], value, sums[r][v]); });
       });
     }
   }
 
-  // Adds Σ (q − middle) x of eight inputs. In two's complement q − 8 is a nibble with its top bit
-  // flipped.
-  template <int R, int Wide, bool Bytes>
-  static void add_step(const uint8_t* codes, int middle, const float* x,
-                       __m256 (&sums)[R][Wide]) {
-    const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x88888888));
-    const __m256i middles = _mm256_set1_epi8(static_cast<char>(middle));
-    constexpr int kWidth = Bytes ? 8 : 4;
-    unrolled<KR>([&](auto k) {
-      constexpr int shift = 8 * (k % kFour) + (Bytes ? 0 : 4 * (k / kFour));
-      const uint8_t* word = codes + (Bytes ? k / kFour * kWord : 0);
-      const auto weights_at = [&](auto v) {
-        const __m256i lanes = load(word + 32 * v);
-        const __m256i q = Bytes ? _mm256_sub_epi8(lanes, middles) : _mm256_xor_si256(lanes, sign);
-        const __m256i top = _mm256_slli_epi32(q, 32 - kWidth - shift);
-        return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 32 - kWidth));
-      };
-      if constexpr (R == 1) {  // the sums leave no registers for as many weights
-        const __m256 value = _mm256_broadcast_ss(x + k);
-        unrolled<Wide>([&](auto v) {
-          sums[0][v] = _mm256_fmadd_ps(weights_at(v), value, sums[0][v]);
-        });
-      } else {  // each x is loaded once for all outputs
-        __m256 w[Wide];
-        unrolled<Wide>([&](auto v) { w[v] = weights_at(v); });
-        unrolled<R>([&](auto r) {
-          const __m256 value = _mm256_broadcast_ss(x + KR * r + k);
-          unrolled<Wide>([&](auto v) { sums[r][v] = _mm256_fmadd_ps(w[v], value, sums[r][v]); });
-        });
-      }
-    });
+  // Inline assembly, because GCC 12 spills accumulators that it manages itself.
+  static __m256 multiply_add(__m256 w, __m256 x, __m256 sum) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
+    return sum;
   }
 };
 

@@ -23,7 +23,7 @@ inline __m512 dot_bf16(__m512 sum, __m512i codes, __m512i x) {
 
 struct FloatMode {
   using Value = uint16_t;  // bfloat16
-  static constexpr int MR = 6, speed = 230, code_bytes = 2;
+  static constexpr int MR = 6, speed = 230, code_bytes = 2, float_tiles = 0;
   static constexpr bool sums_may_cancel = true;
 
   static void prepare_group(const float* x, int size, uint16_t* to, int stride, float*,

@@ -11,6 +11,11 @@
 //   multiply<R, Bytes>(...)    adds the products of a span of groups to the outputs of a tile of R
 //                              rows; codes are nibbles, or else bytes (or what `unpacking` made of
 //                              them)
+//   float_tiles                for so many tiles or more, a span is made float32 once for all of them;
+//                              0 where it never is. If not 0:
+//   float_columns              outputs of a slice of such a span, which stays in the nearest cache
+//   unpack_floats<Bytes>(...)  makes the slices of a group
+//   multiply_floats<R>(...)    as `multiply`, for a slice, in the same order
 // Each output is summed in the same order whatever the number of rows and threads, so a row's
 // result does not depend on what else is in its batch.
 #pragma once
@@ -124,7 +129,7 @@ void prepare(const Call& call, const Panel& panel, int64_t first, int64_t last) 
 
 // For modes that multiply nibbles and bytes, to which other widths are unpacked.
 struct ByteCodes {
-  static constexpr int code_bytes = 1;
+  static constexpr int code_bytes = 1, float_tiles = 0;
 
   static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
 };
@@ -149,10 +154,31 @@ Multiply multiply_by_rows(int rows) {
   return nullptr;
 }
 
-template <class Mode>
-Multiply multiply_of(const Weight& weight, int rows) {
-  return weight.bits == 4 ? multiply_by_rows<Mode, false>(rows) : multiply_by_rows<Mode, true>(rows);
+template <class Mode, int R = Mode::MR>
+Multiply multiply_floats_by_rows(int rows) {
+  if (rows == R) return Mode::template multiply_floats<R>;
+  if constexpr (R > 1) return multiply_floats_by_rows<Mode, R - 1>(rows);
+  return nullptr;
 }
+
+// What multiplies the tiles of a panel: of its tallest height, and those one row lower.
+struct ByHeight {
+  int tallest;
+  Multiply tall, low;
+
+  template <class Mode>
+  static ByHeight of(const Weight& weight, int tallest) {
+    const auto of_rows =
+        weight.bits == 4 ? multiply_by_rows<Mode, false> : multiply_by_rows<Mode, true>;
+    return {tallest, of_rows(tallest), of_rows(tallest - 1)};
+  }
+
+  template <class Mode>
+  static ByHeight of_floats(int tallest) {
+    return {tallest, multiply_floats_by_rows<Mode>(tallest),
+            multiply_floats_by_rows<Mode>(tallest - 1)};
+  }
+};
 
 // Some groups of a block, unpacked into `buffer` where the mode wants that.
 template <class Mode>
@@ -173,17 +199,59 @@ Span span_of(const Weight& weight, int64_t block, int64_t group, int groups, uin
   return span;
 }
 
+// Tiles begin .. end - 1 of a panel, and where their outputs are: float32 [row][64].
+struct Tiles {
+  const Panel& panel;
+  int begin, end;
+  float* outputs;
+};
+
+// Adds the products of a span that starts with the group numbered `group`, from output `column` of a
+// block on.
+template <class Mode>
+void multiply_tiles(const Tiles& tiles, const ByHeight& multiply, Span span, int64_t group,
+                    int column) {
+  const int64_t value_bytes = span.steps * KR * sizeof(typename Mode::Value);
+  const int first_row = tiles.panel.tile_start(tiles.begin);
+  for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+    const int height = tiles.panel.height(tile);
+    const int64_t at = tiles.panel.index(tile, group);
+    span.first = {tiles.panel.values + at * value_bytes, tiles.panel.scales + at,
+                  tiles.panel.sums + at};
+    span.value_stride = height * value_bytes, span.row_stride = height;
+    float* to = tiles.outputs + (tiles.panel.tile_start(tile) - first_row) * NR + column;
+    (height == multiply.tallest ? multiply.tall : multiply.low)(span, to);
+  }
+}
+
+// The same by way of float32 weights; `floats` has room for those of a span.
+template <class Mode>
+void multiply_slices(const Tiles& tiles, const ByHeight& multiply, const Weight& weight,
+                     const Span& span, int64_t group, float* floats) {
+  const auto unpack = weight.bits == 4 ? Mode::template unpack_floats<false>
+                                       : Mode::template unpack_floats<true>;
+  const int64_t group_floats = static_cast<int64_t>(weight.group_size) * Mode::float_columns;
+  const int64_t slice_floats = span.groups * group_floats;
+  for (int i = 0; i < span.groups; ++i) {
+    unpack(span.group(i), span.steps, floats + i * group_floats, slice_floats);
+  }
+  Span slice = span;
+  slice.code_stride = group_floats * sizeof(float);
+  for (int column = 0; column < NR; column += Mode::float_columns, floats += slice_floats) {
+    slice.grid = span.grid + column * sizeof(uint16_t);
+    slice.codes = reinterpret_cast<const uint8_t*>(floats);
+    multiply_tiles<Mode>(tiles, multiply, slice, group, column);
+  }
+}
+
 template <class Mode>
 void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last) {
   alignas(64) float outputs[MC * NR];
   const Weight& weight = call.weight;
-  const int64_t value_bytes = weight.group_size * sizeof(typename Mode::Value);
   alignas(64) uint8_t unpacked[kWideSpanInputs * NR * Mode::code_bytes];
-  const int span_inputs = weight.bits == 4 ? kSpanInputs : kWideSpanInputs;
-  const int span_groups = weight.group_size < span_inputs ? span_inputs / weight.group_size : 1;
-  const int tallest = (panel.rows + panel.tiles - 1) / panel.tiles;  // others are one row lower
-  const Multiply tall = multiply_of<Mode>(weight, tallest);
-  const Multiply low = multiply_of<Mode>(weight, tallest - 1);
+  alignas(64) float floats[Mode::float_tiles ? kWideSpanInputs * NR : 1];
+  const int tallest = (panel.rows + panel.tiles - 1) / panel.tiles;
+  const ByHeight by_codes = ByHeight::of<Mode>(weight, tallest);
   while (first < last) {
     const int64_t block = first / panel.tiles;
     const int begin = static_cast<int>(first % panel.tiles);
@@ -200,18 +268,22 @@ void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last)
       memcpy(outputs + row * NR, bias, sizeof(bias));
     }
 
+    const Tiles tiles{panel, begin, end, outputs};
+    const bool as_floats = Mode::float_tiles > 0 && end - begin >= Mode::float_tiles;
+    const int inputs = weight.bits == 4 && !as_floats ? kSpanInputs : kWideSpanInputs;
+    const int span_groups = weight.group_size < inputs ? inputs / weight.group_size : 1;
     for (int64_t g = 0; g < weight.groups(); g += span_groups) {
       const int64_t left = weight.groups() - g;
       const int groups = left < span_groups ? static_cast<int>(left) : span_groups;
-      Span span = span_of<Mode>(weight, block, g, groups, unpacked);
-      for (int tile = begin; tile < end; ++tile) {
-        const int height = panel.height(tile);
-        const int64_t at = panel.index(tile, g);
-        span.first = {panel.values + at * value_bytes, panel.scales + at, panel.sums + at};
-        span.value_stride = height * value_bytes, span.row_stride = height;
-        float* to = outputs + (panel.tile_start(tile) - first_row) * NR;
-        (height == tallest ? tall : low)(span, to);
+      const Span span = span_of<Mode>(weight, block, g, groups, unpacked);
+      if constexpr (Mode::float_tiles > 0) {
+        if (as_floats) {
+          const ByHeight by_floats = ByHeight::of_floats<Mode>(tallest);
+          multiply_slices<Mode>(tiles, by_floats, weight, span, g, floats);
+          continue;
+        }
       }
+      multiply_tiles<Mode>(tiles, by_codes, span, g, 0);
     }
     for (int row = first_row; row < last_row; ++row) {
       const int64_t offset = (panel.first_row + row) * weight.out_features + column;
