@@ -23,8 +23,10 @@ from fxquant.graph.left_alone import process_left_alone, structure_left_alone
 from fxquant.measure.quantization_info import INFO_KEY
 from fxquant.modules.layer import QuantizedLayer, has_quantized_layer
 from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.packed_parameter import FloatParameter, PackedParameter, hand_over
 from fxquant.modules.weight_forms import form_of
 from fxquant.passes.fold_norms import FoldedNorm
+from fxquant.passes.pack_parameters import packed_parameters
 from fxquant.passes.rewrite import share_tables
 from fxquant.pretrained import guard_saving
 from fxquant.serialization.files import load_model
@@ -49,11 +51,13 @@ def swap_modules(model: M, qmodel: GraphModule, *, share_memory: bool = False) -
         share_memory: let what stays float lie in the memory of `model`, instead of copying it.
 
     Returns:
-        A copy of the same class, whose outputs are those of the graph. Layers that are no module of
-        their own, such as the packed input projection of `nn.MultiheadAttention`, or whose class
-        does more than a linear layer, stay float: they are listed in the copy's
-        `fxquant_left_float` and in a `LeftFloatWarning`. A BatchNorm that is folded into a layer
-        does nothing in evaluation mode.
+        A copy of the same class, whose outputs are those of the graph. A parameter that the model's
+        own code multiplies with, such as the matrices of a mixture's experts, becomes a
+        `PackedParameter`; outputs then agree with the graph's up to the order of sums, since that
+        code may multiply in another order. Layers that are neither, such as the packed input
+        projection of `nn.MultiheadAttention`, or whose class does more than a linear layer, stay
+        float: they are listed in the copy's `fxquant_left_float` and in a `LeftFloatWarning`. A
+        BatchNorm that is folded into a layer does nothing in evaluation mode.
 
     Raises:
         OptionError: `qmodel` was made from another model, is fused, or has a channel scale folded
@@ -110,6 +114,7 @@ class _Plan:
 
     Attributes:
         modules: quantized layers by the names of those that they replace.
+        parameters: what takes the place of parameters, by their names.
         tensors: parameters and buffers that are taken over, by name.
         neutral: one value for all elements of each tensor of a norm that is folded, by name.
         left_float: names of layers that have no module of their own.
@@ -117,6 +122,7 @@ class _Plan:
     """
 
     modules: dict[str, QuantizedLayer] = field(default_factory=dict)
+    parameters: dict[str, PackedParameter] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     neutral: dict[str, float] = field(default_factory=dict)
     left_float: list[str] = field(default_factory=list)
@@ -139,14 +145,20 @@ def _plan(model: nn.Module, qmodel: GraphModule, *, with_tensors: bool) -> _Plan
     unmatched: list[str] = []
     report = qmodel.meta.get(REPORT_KEY)
     read_only = set(report.read_only) if isinstance(report, TraceReport) else set()
+    packed = packed_parameters(model, qmodel)
+    parameter_of = {layer: name for name, (_, layers) in packed.items() for layer in layers}
     for site in sites(qmodel):
         original = own.get(site.name)
         if isinstance(site.module, QuantizedLayer):
-            if original is None or site.name in read_only or not may_become(original, site.module):
+            is_own = site.name not in read_only
+            if original is not None and is_own and may_become(original, site.module):
+                plan.modules["" if original is model else site.name] = site.module
+            elif site.name in parameter_of:
+                parameter = parameter_of[site.name]
+                plan.parameters[parameter] = packed[parameter][0]
+            else:
                 plan.left_float.append(site.name)
                 unmatched.append(site.name)
-            else:
-                plan.modules["" if original is model else site.name] = site.module
         elif original is not None and type(original) is type(site.module):
             for name, tensor in (*site.module.named_parameters(), *site.module.named_buffers()):
                 _note_tensor(plan, model, f"{site.name}.{name}", tensor)
@@ -224,6 +236,10 @@ def may_become(original: nn.Module, quantized: QuantizedLayer) -> bool:
     """Whether the quantized layer computes what `original` does, up to the values of the weight."""
     if isinstance(quantized, QuantizedLinear):
         return is_product_only(original) and _fits(original, quantized)
+    if isinstance(quantized, PackedParameter):
+        return isinstance(original, FloatParameter) and (
+            quantized.weight_shape == original.weight.shape
+        )
     form = form_of(original)
     if form is None or not isinstance(original, type(quantized).replaces):
         return False
@@ -263,6 +279,8 @@ def _apply(model: nn.Module, plan: _Plan) -> nn.Module:
         mode = layer.training
         replace_layer(layer, copy.deepcopy(quantized, memo))
         layer.training = mode
+    for name, packed in plan.parameters.items():
+        replace_layer(hand_over(model, name), copy.deepcopy(packed, memo))
     share_tables(model)
     finish_quantized(model, plan.options)
     setattr(model, LEFT_FLOAT, plan.left_float)

@@ -120,12 +120,60 @@ def test_an_expert_with_nan_is_named():
         fxquant.quantize(model, DATA, **OPTIONS)
 
 
-def test_a_swapped_copy_lists_experts_as_float():
-    model = Numbers().eval()
+class OneByOne(Experts):
+    """Each expert's own product, with the matrices stored the other way round."""
+
+    def __init__(self):
+        super().__init__()
+        self.up.data = self.up.data.mT.contiguous()
+
+    def multiply(self, rows, numbers):
+        made = torch.zeros(len(rows), W)
+        for i in range(E):
+            chosen = (numbers == i)[:, None]
+            h = torch.relu(rows @ self.up[i])
+            made = torch.where(chosen, F.linear(h, self.down[i]), made)
+        return made
+
+
+@pytest.mark.parametrize("kind", [*KINDS, OneByOne])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_swapped_copy_has_packed_experts(kind, method, tmp_path):
+    model = kind().eval()
+    qmodel, info = fxquant.quantize(model, DATA, method=method, **OPTIONS)
+    copy = fxquant.swap_modules(model, qmodel)
+    assert copy.fxquant_left_float == []
+    assert isinstance(copy, kind)
+    assert not {"up", "down"} & {name for name, _ in copy.named_parameters()}
+    assert copy.up.shape == model.up.shape
+    assert torch.equal(copy(DATA[0]), qmodel(DATA[0]))
+    fxquant.save_model(qmodel, tmp_path / "m.safetensors", info)
+    other = fxquant.load_into(kind().eval(), tmp_path / "m.safetensors")
+    assert torch.equal(other(DATA[0]), qmodel(DATA[0]))
+    assert torch.equal(fxquant.trace(copy, (DATA[0],))(DATA[1]), copy(DATA[1]))
+
+
+class ReadTwice(Numbers):
+    def forward(self, x):
+        return super().forward(x) + self.up.mean()
+
+
+class Half(OneByOne):
+    """Of one parameter only some matrices are multiplied with."""
+
+    def multiply(self, rows, numbers):
+        return F.linear(torch.relu(rows @ self.up[1]), self.down[2]) + numbers[:, None]
+
+
+@pytest.mark.filterwarnings("ignore::fxquant.swap.LeftFloatWarning")
+@pytest.mark.parametrize(("kind", "float_in"), [(ReadTwice, {"up"}), (Half, {"up", "down"})])
+def test_a_parameter_that_is_not_all_weight_stays_float_in_a_swapped_copy(kind, float_in):
+    model = kind().eval()
     qmodel, _ = fxquant.quantize(model, DATA, **OPTIONS)
-    with pytest.warns(fxquant.swap.LeftFloatWarning, match="up"):
-        copy = fxquant.swap_modules(model, qmodel)
-    assert set(copy.fxquant_left_float) >= {"up", "down"}
+    copy = fxquant.swap_modules(model, qmodel)
+    kept = {name: p for name, p in copy.named_parameters() if name in ("up", "down")}
+    assert kept.keys() == float_in
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in kept.items())
 
 
 @pytest.mark.parametrize(

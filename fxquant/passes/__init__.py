@@ -23,5 +23,6 @@ Each leaves a legal graph and never changes its input.
 | `held_values.py` | what waits between turns: in memory up to a bound, else in a file |
 | `collect_moments.py`, `opaque_layers.py` | the moments of layers at a turn |
 | `rewrite.py` | quantized layers in the place of float ones, and back |
+| `pack_parameters.py` | which parameters of a user's model the layers of a graph can hold |
 | `quantize_activations.py` | quantize and dequantize nodes around layers |
 """

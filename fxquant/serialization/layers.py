@@ -19,6 +19,7 @@ from fxquant.modules.embedding_bag import QuantizedEmbeddingBag
 from fxquant.modules.fused_linear import FusedLinear
 from fxquant.modules.grouped_linear import GroupedLinear, QuantizedGroupedLinear
 from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.packed_parameter import PackedParameter
 from fxquant.observers import OBSERVERS
 from fxquant.serialization.layer_table import (
     RECURRENT,
@@ -64,7 +65,7 @@ _OWN: dict[str, type[nn.Module]] = {
     for cls in (
         *HOLDERS, *_STACKS, TraceableMultiheadAttention, TraceableTransformerEncoderLayer,
         QuantizedEmbedding, QuantizedEmbeddingBag, GroupedLinear, QuantizedGroupedLinear,
-        QuantizedConv, FusedLinear,
+        QuantizedConv, FusedLinear, PackedParameter,
     )
 } | _OBSERVERS  # fmt: skip
 

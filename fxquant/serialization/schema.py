@@ -178,6 +178,9 @@ _trace = record(
     {
         "read_only": _texts, "left_out": _texts, "refused": _texts, "coverage": number,
         "product_elements": map_of(whole), "traced_elements": map_of(whole),
+        "bare": map_of(
+            record({"name": text, "is_transposed": flag, "index": optional(whole)})
+        ),
     },
 )  # fmt: skip
 

@@ -19,6 +19,7 @@
 | `assemble.py` | from a recorded graph to a `GraphModule` |
 | `canonical.py`, `constants.py` | products with a weight become layers by name |
 | `einsum.py`, `grouped.py` | products that are layers in another form: an einsum, experts |
+| `bare_parameters.py` | which layers have a parameter of the user's as their whole weight |
 | `oracle.py`, `variations.py` | the user's own model on the example and on other sizes |
 | `results.py` | what is kept of a result, and how two differ |
 | `needed.py`, `guards.py` | which sizes a graph has to refuse, and the checks that do it |

@@ -20,6 +20,7 @@ from fxquant.graph.shapes import MODULE_PATH
 from fxquant.modules.float_linear import linear_around
 from fxquant.modules.grouped_linear import GroupedLinear
 from fxquant.tracing.assemble import make_graph_module
+from fxquant.tracing.bare_parameters import whole_parameter
 from fxquant.tracing.constants import Constant, Constants
 from fxquant.tracing.einsum import linear_form
 from fxquant.tracing.export import innermost_module
@@ -27,6 +28,7 @@ from fxquant.tracing.grouped import call_grouped, grouped_product
 
 aten = torch.ops.aten
 READ_ONLY = "fxquant_read_only"  # gm.meta: layers made of weights that other code multiplies with
+BARE = "fxquant_bare"  # gm.meta: of these, the ones whose weight is a parameter as it is
 
 # Ops of exported graphs that are the whole forward of a torch.nn module, and the position of their
 # weight. Only modules of exactly these classes are put back: their forward is this op.
@@ -188,6 +190,7 @@ def _make_grouped(gm: GraphModule, names: "_Names", constants: Constants, node: 
     path = node.meta.get(MODULE_PATH)
     target = names.of(product.weight, product.matrices, None, path)
     _mark_read_only(gm, names, target, product.weight)
+    _mark_bare(gm, names, target, product.weight, product.matrices)
     names.made.setdefault(target, GroupedLinear.on(product.matrices))
     call = call_grouped(gm, node, target, product)
     call.meta = {key: value for key, value in node.meta.items() if key == MODULE_PATH}
@@ -198,6 +201,20 @@ def _mark_read_only(gm: GraphModule, names: "_Names", target: str, weight: Const
     """Note a layer whose weight is read by other code than its own."""
     owners = [user_name(gm, str(n.target)).rpartition(".")[0] for n in weight.sources]
     gm.meta.setdefault(READ_ONLY, []).extend((names.names.get(target, target), *owners))
+
+
+def _mark_bare(
+    gm: GraphModule, names: "_Names", target: str, weight: Constant, matrices: Tensor
+) -> None:
+    """Note a layer whose weight is a parameter, or one of its matrices, as it lies in memory."""
+    if len(weight.sources) != 1:
+        return
+    source = str(weight.sources[0].target)
+    found = whole_parameter(
+        user_name(gm, source), tensor_attribute(gm, weight.sources[0]), matrices
+    )
+    if found is not None:
+        gm.meta.setdefault(BARE, {})[names.names.get(target, target)] = found
 
 
 def _make_linear_of_einsum(
@@ -256,6 +273,8 @@ def _call_linear(
     target = names.of(weight, matrix, bias, path)
     if names.names.get(target, target) != (path or ROOT):
         _mark_read_only(gm, names, target, weight)
+    if bias is None:
+        _mark_bare(gm, names, target, weight, matrix)
     names.made.setdefault(target, linear_around(matrix, bias))
     return _replace_by_call(gm.graph, last, target, source)
 

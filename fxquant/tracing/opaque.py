@@ -4,6 +4,7 @@ Nothing in an opaque module is replaced but, later, its linear layers, each in i
 whatever its code does with its children works as before.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -54,12 +55,16 @@ def graph_around(module: nn.Module, inputs: Call | None) -> GraphModule:
     return make_graph_module({WRAPPED: wrapped}, graph, type(module).__name__, {NAMES_KEY: names})
 
 
-def graph_of_layers(model: nn.Module) -> GraphModule:
+def graph_of_layers(model: nn.Module, more: Mapping[str, nn.Module] | None = None) -> GraphModule:
     """A graph that calls each layer of a model, for decisions about them; it cannot be run.
 
     For models whose weights are not there yet, so that nothing can be traced.
+
+    Args:
+        model: has the layers.
+        more: layers on parameters that code of the model's own multiplies with, by name.
     """
-    layers = dict(inner_layers(model, lambda part: form_of(part) is not None))
+    layers = dict(inner_layers(model, lambda part: form_of(part) is not None)) | dict(more or {})
     for name, part in model.named_modules():
         if form_of(part) is None and any(True for _ in part.parameters(recurse=False)):
             layers.setdefault(name, part)

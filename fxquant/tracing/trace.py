@@ -36,7 +36,7 @@ from fxquant.graph.left_alone import (
 from fxquant.graph.parameters import IDLE
 from fxquant.graph.shapes import record_shapes
 from fxquant.tracing.assemble import assemble
-from fxquant.tracing.canonical import READ_ONLY, canonicalize
+from fxquant.tracing.canonical import BARE, READ_ONLY, canonicalize
 from fxquant.tracing.capture import Capture
 from fxquant.tracing.coverage import weigh
 from fxquant.tracing.export import capture_export
@@ -96,6 +96,7 @@ def trace(model: nn.Module, example_inputs: object = None) -> GraphModule:
             refused=[f"{r.label}: {r.reason}" for r in chosen.verdict.refused],
             unreached=weight.unreached,
             read_only=sorted(set(gm.meta.pop(READ_ONLY, []))),
+            bare=gm.meta.pop(BARE, {}),
             product_elements=weight.product_elements,
             traced_elements=weight.traced_elements,
         )

@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 from fxquant.errors import OptionError
 from fxquant.graph.graph_module import check_graph
 from fxquant.report.view import View
+from fxquant.tracing.bare_parameters import BareParameter
 
 REPORT_KEY = "fxquant_trace_report"
 
@@ -42,6 +43,7 @@ class TraceReport(View):
         opaque: each opaque module with the reason.
         unreached: linear layers of the model that the graph does not call.
         read_only: layers whose weight other code than their own multiplies with.
+        bare: those of them whose weight is one parameter as it is, by the layer's name.
         left_out: outputs that a graph cannot hold.
         refused: sizes that the model takes and the graph refuses, with the reason.
         product_elements: elements of all parameters that are factors of a product, by kind; tied
@@ -55,6 +57,7 @@ class TraceReport(View):
     opaque: list[OpaqueModule] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
     read_only: list[str] = field(default_factory=list)
+    bare: dict[str, BareParameter] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     product_elements: dict[str, int] = field(default_factory=dict)
@@ -78,7 +81,8 @@ class TraceReport(View):
             OpaqueModule(**{**entry, "classes": tuple(entry.get("classes", ()))})
             for entry in values.pop("opaque")
         ]
-        return cls(**values, opaque=opaque)
+        bare = {name: BareParameter(**entry) for name, entry in values.pop("bare", {}).items()}
+        return cls(**values, opaque=opaque, bare=bare)
 
     def headline(self) -> str:
         """The way, whether it was verified, and how much of the weight the graph can see."""

@@ -5,6 +5,9 @@ whole. Weights are rounded alone, as in `quantize_checkpoint`: nothing is known 
 """
 
 import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -18,7 +21,9 @@ from fxquant.integrations.huggingface.empty_layer import (
     tied_weights,
     untie,
 )
+from fxquant.modules.grouped_linear import GroupedLinear
 from fxquant.modules.layer import QuantizedLayer
+from fxquant.modules.packed_parameter import PackedParameter, child_name, hand_over
 from fxquant.passes.decide import decide
 from fxquant.passes.layer_maker import naming
 from fxquant.passes.quantize_activations import quantize_activations_dynamically
@@ -27,6 +32,23 @@ from fxquant.passes.rounded_layers import RoundedLayers
 from fxquant.tracing.opaque import graph_of_layers
 
 WEIGHT = ".weight"
+
+
+@dataclass(frozen=True)
+class ExpertsParameter:
+    """A parameter [experts, out, in], or [experts, in, out].
+
+    Attributes:
+        name: of the layer that multiplies by it, as in a traced graph.
+        is_transposed: whether it is [experts, in, out].
+    """
+
+    name: str
+    is_transposed: bool
+
+    def layer_on(self, value: Tensor) -> GroupedLinear:
+        """The float layer on values of the parameter."""
+        return GroupedLinear.on(value.mT if self.is_transposed else value)
 
 
 class RoundedOnLoading:
@@ -43,20 +65,30 @@ class RoundedOnLoading:
         self.config = config
         self.rounding = parse_method(config.method, has_data=False).rounding
         self._bits: dict[str, int] = {}
+        self._experts: dict[str, ExpertsParameter] = {}
         self._tied: dict[str, list[str]] = {}
         self._made: dict[str, QuantizedLayer] = {}
         self._failed: FxquantError | None = None
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(
+        self, model: nn.Module, experts: Mapping[str, ExpertsParameter] | None = None
+    ) -> None:
         """Decide about the layers of `model`, which has no weights yet.
+
+        Args:
+            model: of the library.
+            experts: parameters that are the matrices of experts, by name, as far as it says so.
 
         Raises:
             RuleError: a rule of the config selects nothing.
             OptionError: the config leaves every layer float.
         """
         _tie(model)
-        decisions = decide(graph_of_layers(model), self.config)
+        experts = experts or {}
+        more = {e.name: e.layer_on(model.get_parameter(p)) for p, e in experts.items()}
+        decisions = decide(graph_of_layers(model, more), self.config)
         self._bits = {d.module: d.bits for d in decisions if d.bits is not None}
+        self._experts = {p: e for p, e in experts.items() if e.name in self._bits}
         if not self._bits:
             raise OptionError(
                 "FxquantConfig",
@@ -65,15 +97,23 @@ class RoundedOnLoading:
                 remedy="Skip fewer layers, or load the model without a quantization_config.",
             )
         self._tied = _tied_layers(model)
-        looked_up = [n for n in self._bits if isinstance(model.get_submodule(n), nn.Embedding)]
+        looked_up = [n for n in self._layers() if isinstance(model.get_submodule(n), nn.Embedding)]
         untie(model, looked_up)
+
+    def _layers(self) -> list[str]:
+        """The chosen layers that are modules."""
+        experts = {e.name for e in self._experts.values()}
+        return [name for name in self._bits if name not in experts]
 
     def wants(self, parameter: str) -> bool:
         """Whether a parameter of that name is the weight of a chosen layer."""
-        return parameter.endswith(WEIGHT) and parameter.removesuffix(WEIGHT) in self._bits
+        is_weight = parameter.endswith(WEIGHT) and parameter.removesuffix(WEIGHT) in self._bits
+        return is_weight or parameter in self._experts
 
     def tied_to(self, parameter: str) -> list[str]:
         """The weights that are one with the weight of a chosen layer, itself among them."""
+        if parameter in self._experts:
+            return [parameter]
         name = parameter.removesuffix(WEIGHT)
         return [member + WEIGHT for member in self._tied.get(name, [name])]
 
@@ -83,16 +123,36 @@ class RoundedOnLoading:
         Returns:
             What stays float, by name: the weight of a tied layer that was not chosen.
         """
+        layers = RoundedLayers(self.config, self.rounding)
+        if parameter in self._experts:
+            with self._keeping_errors():
+                self._round_experts(model, parameter, weight, layers)
+            return {}
         name = parameter.removesuffix(WEIGHT)
         together = self._tied.get(name, [name])
-        layers = RoundedLayers(self.config, self.rounding)
         shared = nn.Parameter(weight, requires_grad=False)
         for member in (m for m in together if m in self._bits):
-            try:
+            with self._keeping_errors():
                 self._round(model, member, shared, layers)
-            except FxquantError as error:  # the library might make another one of it
-                self._failed = self._failed or error
         return {m + WEIGHT: weight for m in together if m not in self._bits}
+
+    @contextmanager
+    def _keeping_errors(self) -> Iterator[None]:
+        """Keep an error for the end: the library might make another one of it."""
+        try:
+            yield
+        except FxquantError as error:
+            self._failed = self._failed or error
+
+    def _round_experts(
+        self, model: nn.Module, parameter: str, weight: Tensor, layers: RoundedLayers
+    ) -> None:
+        experts = self._experts[parameter]
+        with naming(experts.name):
+            made = layers.quantize(experts.name, experts.layer_on(weight), self._bits[experts.name])
+        place = hand_over(model, parameter)
+        self._made[child_name(parameter)] = PackedParameter.of(made, experts.is_transposed)
+        empty(place)
 
     def _round(
         self, model: nn.Module, name: str, weight: nn.Parameter, layers: RoundedLayers
@@ -118,11 +178,11 @@ class RoundedOnLoading:
         Raises:
             FxquantError: a weight could not be quantized.
         """
-        for name in self._bits:
-            weight = model.get_submodule(name)._parameters.get("weight")
-            if name not in self._made and getattr(weight, INITIALIZED, False):
-                assert weight is not None
-                self.round(model, name + WEIGHT, weight.detach())
+        for parameter in (*(n + WEIGHT for n in self._layers()), *self._experts):
+            owner, _, key = parameter.rpartition(".")
+            weight = model.get_submodule(owner)._parameters.get(key)
+            if weight is not None and getattr(weight, INITIALIZED, False):
+                self.round(model, parameter, weight.detach())
         if self._failed is not None:
             raise self._failed
         for name, layer in self._made.items():

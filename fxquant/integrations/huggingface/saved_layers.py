@@ -20,6 +20,7 @@ from fxquant.integrations.huggingface.empty_layer import (
     untie,
 )
 from fxquant.modules.layer import QuantizedLayer
+from fxquant.modules.packed_parameter import hand_over, parameter_name
 from fxquant.passes.rewrite import share_tables
 from fxquant.serialization.model_layers import LayerRebuilder, empty_tensors
 from fxquant.swap import may_become
@@ -61,6 +62,9 @@ class SavedLayers:
         for name in self.description["layers"]:
             place = place_of(name)
             if place is not None:
+                unpacked = _unpacked(model, place)
+                if unpacked is not None:
+                    hand_over(model, unpacked)
                 self._places[name] = place
                 self._floats[name] = copy.copy(model.get_submodule(place))
         for place in self._places.values():
@@ -135,11 +139,22 @@ class SavedLayers:
 
 
 def has_layer(model: nn.Module, path: str) -> bool:
-    """Whether `model` has something with a weight at `path`."""
+    """Whether `model` has something with a weight at `path`, or the parameter that is packed there."""
+    if _unpacked(model, path) is not None:
+        return True
     try:
         return isinstance(getattr(model.get_submodule(path), "weight", None), Tensor)
     except AttributeError:
         return False
+
+
+def _unpacked(model: nn.Module, path: str) -> str | None:
+    """The name of the float parameter of `model` that is packed at `path`; None if there is none."""
+    name = parameter_name(path)
+    try:
+        return None if name is None or model.get_parameter(name) is None else name
+    except AttributeError:
+        return None
 
 
 def missing_layer(model: nn.Module, name: str) -> LoadError:

@@ -19,7 +19,9 @@ from fxquant.integrations.huggingface.saved_layers import (
 )
 from fxquant.integrations.huggingface.saving import described_state
 from fxquant.integrations.transformers.config import FxquantConfig
+from fxquant.integrations.transformers.experts import experts_parameters
 from fxquant.integrations.transformers.round_op import RoundOp
+from fxquant.modules.packed_parameter import parameter_name
 from fxquant.pretrained import guard_saving
 
 
@@ -29,7 +31,8 @@ def refusing_weights(layers: Iterable[str]) -> dict[str, Tensor]:
     A process that does not know fxquant's layers would fill float ones with random weights, and
     only warn. It refuses a weight of another shape, though: that of a matrix is never [1].
     """
-    return {name + WEIGHT: torch.zeros(1, dtype=torch.uint8) for name in layers}
+    modules = [name for name in layers if parameter_name(name) is None]  # the library converts others
+    return {name + WEIGHT: torch.zeros(1, dtype=torch.uint8) for name in modules}
 
 
 class FxquantQuantizer(HfQuantizer):
@@ -69,7 +72,7 @@ class FxquantQuantizer(HfQuantizer):
             for place in self._layers.places:
                 model._keys_to_ignore_on_load_unexpected.add(f"^{re.escape(place + WEIGHT)}$")
         elif self._layers is not None:
-            self._layers.prepare(model)
+            self._layers.prepare(model, experts_parameters(model))
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a loaded parameter is the weight of a layer that is to be quantized."""

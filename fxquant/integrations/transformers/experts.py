@@ -1,0 +1,26 @@
+"""Which parameters of a model of transformers are the matrices of a mixture's experts.
+
+A traced graph shows what a parameter is multiplied with. Here there are no weights yet, and no
+graph: the library's own marks say it. Its experts' classes tell whether matrices are stored
+[experts, out, in] or [experts, in, out]; classes that hold one parameter `weight` store the first.
+"""
+
+from torch import nn
+
+from fxquant.integrations.huggingface.rounded_layers import ExpertsParameter
+
+COUNT, ORDER = "num_experts", "is_transposed"
+WEIGHT = "weight"
+
+
+def experts_parameters(model: nn.Module) -> dict[str, ExpertsParameter]:
+    """The parameters of experts in `model`, by their names."""
+    found = {}
+    for path, part in model.named_modules():
+        for key, parameter in part.named_parameters(recurse=False):
+            order = getattr(part, ORDER, False if key == WEIGHT else None)
+            is_of_experts = parameter.ndim == 3 and len(parameter) == getattr(part, COUNT, None)
+            if is_of_experts and isinstance(order, bool):
+                name = path if key == WEIGHT else f"{path}.{key}"
+                found[f"{path}.{key}"] = ExpertsParameter(name, order)
+    return found

@@ -1,0 +1,177 @@
+"""A weight that other code multiplies with: its products run on the packed integers.
+
+The code of a mixture's experts picks matrices out of a parameter and multiplies by them in its own
+way: expert by expert, all that were chosen at once, or sorted by expert. A `PackedTensor` goes
+along with that as long as it can. Whatever else is done with it is done with its float values.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxquant.modules.grouped_linear import QuantizedGroupedLinear
+from fxquant.modules.layer import QuantizedLayer
+from fxquant.modules.lazy_weight import LazyWeight
+
+Shortcut = Callable[..., Any]  # gives NotImplemented where the float values are needed
+
+
+class PackedTensor(LazyWeight):
+    """The weight of a quantized layer, [out, in] or [experts, out, in], or that with both swapped.
+
+    Attributes:
+        layer: multiplies by it.
+        is_transposed: whether the last two dimensions are those of the layer's weight, swapped.
+        numbers: int64 [n], which experts it consists of; None: all of them in order.
+    """
+
+    layer: QuantizedLayer
+    is_transposed: bool
+    numbers: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls, layer: QuantizedLayer, is_transposed: bool = False, numbers: Tensor | None = None
+    ) -> "PackedTensor":
+        """A weight without memory of its own."""
+        *leading, rows, columns = layer.weight_shape
+        if numbers is not None:
+            leading = [len(numbers)]
+        last = (columns, rows) if is_transposed else (rows, columns)
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, (*leading, *last), dtype=layer._weight_dtype, device=next(layer.buffers()).device,
+            requires_grad=False,
+        )  # fmt: skip
+        made.layer, made.is_transposed, made.numbers = layer, is_transposed, numbers
+        return made
+
+    def materialize(self) -> Tensor:
+        """The values as a plain tensor; of experts only those that it consists of."""
+        if self.numbers is None:
+            values = self.layer.dequantize()
+        else:
+            assert isinstance(self.layer, QuantizedGroupedLinear)
+            layers, kinds = self.layer.layers, self.numbers.unique(return_inverse=True)
+            values = torch.stack([layers[i].dequantize() for i in kinds[0].tolist()])[kinds[1]]
+        values = values.transpose(-2, -1) if self.is_transposed else values
+        return values.to(self.dtype)
+
+    @classmethod
+    def __torch_function__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function on the integers where there is a way, else on the values."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            shortcut = None if kwargs and func not in _TAKE_KEYWORDS else SHORTCUTS.get(func)
+            result = NotImplemented if shortcut is None else shortcut(*args, **kwargs)
+            return func(*args, **kwargs) if result is NotImplemented else result
+
+
+def _pick(weight: Any, key: Any) -> Any:
+    """`weight[key]` of experts: one of them, or those of some numbers."""
+    if not isinstance(weight, PackedTensor) or weight.numbers is not None:
+        return NotImplemented
+    layer = weight.layer
+    if not isinstance(layer, QuantizedGroupedLinear) or isinstance(key, bool):
+        return NotImplemented
+    if isinstance(key, Tensor) and key.dtype in (torch.int32, torch.int64):
+        if key.ndim == 1:
+            numbers = torch.where(key < 0, key + layer.experts, key)  # counted from the end
+            if ((numbers < 0) | (numbers >= layer.experts)).any():
+                raise IndexError(f"an expert outside of 0 to {layer.experts - 1} is picked")
+            return PackedTensor(layer, weight.is_transposed, numbers)
+        key = key.item() if key.ndim == 0 else key
+    if not isinstance(key, int):
+        return NotImplemented
+    return PackedTensor(layer.layers[key], weight.is_transposed)
+
+
+def _each(weight: Any, dim: int = 0) -> Any:
+    """The matrices of all experts."""
+    if dim != 0 or weight.numbers is not None or weight.ndim != 3:
+        return NotImplemented
+    return tuple(_pick(weight, i) for i in range(len(weight)))
+
+
+def _iterate(weight: Any) -> Any:
+    found = _each(weight)
+    return found if found is NotImplemented else iter(found)
+
+
+def _swap(weight: Any, *dims: Any) -> Any:
+    """The weight with its last two dimensions swapped."""
+    last = {weight.ndim - 2, weight.ndim - 1}
+    if dims and {d % weight.ndim for d in dims if isinstance(d, int)} != last:
+        return NotImplemented
+    return PackedTensor(weight.layer, not weight.is_transposed, weight.numbers)
+
+
+def _turn(weight: Any) -> Any:
+    """`weight.T` and `weight.t()` of a matrix."""
+    return _swap(weight) if weight.ndim == 2 else NotImplemented
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    """`input · weightᵀ + bias` of a matrix."""
+    if not isinstance(weight, PackedTensor) or weight.ndim != 2 or isinstance(input, PackedTensor):
+        return NotImplemented
+    if weight.is_transposed:
+        return NotImplemented
+    product = weight.layer(input)
+    return product if bias is None else product + bias
+
+
+def _matmul(left: Any, right: Any) -> Any:
+    """`left · right`, of which one is the weight: its inputs must be what is summed over."""
+    if isinstance(right, PackedTensor):
+        return _times(left, right)
+    turned = right.transpose(-2, -1) if right.ndim > 1 else right
+    product = _times(turned, _swap(left))
+    return product if product is NotImplemented else product.transpose(-2, -1)
+
+
+def _times(rows: Any, weight: PackedTensor) -> Any:
+    """`rows` [..., in] times the weight [.., in, out]."""
+    if isinstance(rows, PackedTensor) or rows.ndim < 2 or not weight.is_transposed:
+        return NotImplemented
+    if weight.numbers is None:
+        return weight.layer(rows)
+    if rows.ndim != 3 or len(rows) != len(weight.numbers):
+        return NotImplemented
+    return weight.layer(rows, None, weight.numbers)
+
+
+def _grouped(mat_a: Any, mat_b: Any, offs: Any = None, bias: Any = None, **rest: Any) -> Any:
+    """Rows that are sorted by expert, each times the matrix [in, out] of its expert."""
+    is_whole = isinstance(mat_b, PackedTensor) and mat_b.numbers is None and mat_b.ndim == 3
+    if not is_whole or not mat_b.is_transposed or mat_a.ndim != 2 or offs is None:
+        return NotImplemented
+    if bias is not None or any(value is not None for value in rest.values()):
+        return NotImplemented
+    return mat_b.layer(mat_a, offs)
+
+
+_T, _MT = (vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT"))
+SHORTCUTS: dict[Any, Shortcut] = {
+    Tensor.__getitem__: _pick,
+    Tensor.__iter__: _iterate,
+    **dict.fromkeys((Tensor.unbind, torch.unbind), _each),
+    **dict.fromkeys(
+        (Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes, Tensor.swapdims,
+         torch.swapdims, _MT), _swap
+    ),
+    **dict.fromkeys((Tensor.t, torch.t, _T), _turn),
+    F.linear: _linear,
+    **dict.fromkeys(
+        (torch.matmul, Tensor.matmul, Tensor.__matmul__, operator.matmul, torch.mm, Tensor.mm,
+         torch.bmm, Tensor.bmm), _matmul
+    ),
+    Tensor.__rmatmul__: lambda weight, left: _matmul(left, weight),
+    torch._grouped_mm: _grouped,  # what F.grouped_mm calls
+}  # fmt: skip
+_TAKE_KEYWORDS = (F.linear, torch._grouped_mm)  # by the names of their shortcuts

@@ -1,0 +1,49 @@
+"""Layers whose weight is a parameter that code of the user's multiplies with itself.
+
+Their weight is the parameter as it lies in memory, or one of its matrices: so a swapped copy can
+hold the parameter as packed integers. What is computed of a parameter, or a part of it, is not.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BareParameter:
+    """A parameter that is the weight of a layer.
+
+    Attributes:
+        name: of the parameter.
+        is_transposed: whether the layer has its last two dimensions swapped.
+        index: which matrix of the parameter [matrices, .., ..] it is; None: all of it.
+    """
+
+    name: str
+    is_transposed: bool
+    index: int | None = None
+
+
+def whole_parameter(name: str, parameter: Tensor, weight: Tensor) -> BareParameter | None:
+    """How `weight`, made of a parameter, lies in its memory; None where it is only a part of it.
+
+    Args:
+        name: of the parameter.
+        parameter: of two or three dimensions, else the answer is None.
+        weight: of a layer.
+    """
+    if parameter.ndim not in (2, 3) or not parameter.numel():
+        return None
+    index, seen = None, parameter
+    if weight.ndim == 2 and parameter.ndim == 3:
+        step = parameter.stride(0) * parameter.element_size()
+        index = (weight.data_ptr() - parameter.data_ptr()) // step if step else 0
+        if not 0 <= index < len(parameter):
+            return None
+        seen = parameter[index]
+    for is_transposed, side in enumerate((seen, seen.mT)):
+        if (side.data_ptr(), side.shape, side.stride()) == (
+            weight.data_ptr(), weight.shape, weight.stride()
+        ):  # fmt: skip
+            return BareParameter(name, bool(is_transposed), index)
+    return None
