@@ -65,7 +65,10 @@ def graph_of_layers(model: nn.Module, more: Mapping[str, nn.Module] | None = Non
         more: layers on parameters that code of the model's own multiplies with, by name.
     """
     layers = dict(inner_layers(model, lambda part: form_of(part) is not None)) | dict(more or {})
+    owners = {name.rpartition(".")[0] for name in more or {}}
     for name, part in model.named_modules():
+        if name in owners:
+            continue
         if form_of(part) is None and any(True for _ in part.parameters(recurse=False)):
             layers.setdefault(name, part)
     graph = Graph()

@@ -10,7 +10,7 @@ from torch import nn
 from fxquant.integrations.huggingface.rounded_layers import ExpertsParameter
 
 COUNT, ORDER = "num_experts", "is_transposed"
-WEIGHT = "weight"
+ONLY = "weight"  # a parameter of this name has no other one beside it
 
 
 def experts_parameters(model: nn.Module) -> dict[str, ExpertsParameter]:
@@ -18,9 +18,9 @@ def experts_parameters(model: nn.Module) -> dict[str, ExpertsParameter]:
     found = {}
     for path, part in model.named_modules():
         for key, parameter in part.named_parameters(recurse=False):
-            order = getattr(part, ORDER, False if key == WEIGHT else None)
+            order = getattr(part, ORDER, False if key == ONLY else None)
             is_of_experts = parameter.ndim == 3 and len(parameter) == getattr(part, COUNT, None)
             if is_of_experts and isinstance(order, bool):
-                name = path if key == WEIGHT else f"{path}.{key}"
+                name = path if key == ONLY else f"{path}.{key}"
                 found[f"{path}.{key}"] = ExpertsParameter(name, order)
     return found
