@@ -139,7 +139,7 @@ class SavedLayers:
 
 
 def has_layer(model: nn.Module, path: str) -> bool:
-    """Whether `model` has something with a weight at `path`, or the parameter that is packed there."""
+    """Whether `model` has something with a weight at `path`, or what is packed there."""
     if _unpacked(model, path) is not None:
         return True
     try:
@@ -149,7 +149,7 @@ def has_layer(model: nn.Module, path: str) -> bool:
 
 
 def _unpacked(model: nn.Module, path: str) -> str | None:
-    """The name of the float parameter of `model` that is packed at `path`; None if there is none."""
+    """The name of the float parameter of `model` that becomes packed at `path`, or None."""
     name = parameter_name(path)
     try:
         return None if name is None or model.get_parameter(name) is None else name
