@@ -1,24 +1,15 @@
 """The example for lm-evaluation-harness: its figures are those of the model's own outputs."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 import fxquant
+from tests.examples import example
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "evaluate_language_model.py"
 TEXTS = ["A first text, of some words.", "A second one."]
-
-
-def example():
-    spec = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @torch.no_grad()
@@ -46,7 +37,7 @@ def test_the_harness_takes_a_swapped_model_as_it_is():
         model, example_inputs={"input_ids": torch.zeros(1, 8).long()}, bits=2, into="model",
         accuracy_warning="ignore",
     )  # fmt: skip
-    evaluate = example().evaluate
+    evaluate = example("evaluate_language_model").evaluate
     found = evaluate(swapped, tokenizer, TEXTS)["bits_per_byte"]
     assert found == pytest.approx(bits_per_byte(swapped, tokenizer), rel=1e-6)
     assert found != pytest.approx(bits_per_byte(model, tokenizer), rel=1e-6)
