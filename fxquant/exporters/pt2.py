@@ -113,7 +113,8 @@ def _exported(flat: FlatModule, call: Call, dynamic: bool) -> ExportedProgram:
             made = torch.export.export(flat, tuple(call.clone().tensors()), dynamic_shapes=sizes)
     except Exception as error:  # of many kinds
         raise not_exportable("pt2", error) from error
-    made.example_inputs = None  # the user's data would be part of the file
+    # The user's data would be part of the file, and AOTInductor reads the shapes.
+    made.example_inputs = tuple(torch.zeros_like(t) for t in call.tensors()), {}
     return made
 
 

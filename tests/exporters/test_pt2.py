@@ -117,6 +117,8 @@ def test_the_example_is_no_part_of_the_file(tmp_path):
     path = tmp_path / "model.pt2"
     fxquant.export(quantized(), path, format="pt2", example_inputs=secret)
     assert secret[0, 0, :4].numpy().tobytes() not in path.read_bytes()
+    (stored,), _ = torch.export.load(path).example_inputs  # AOTInductor asks for its shape
+    assert torch.equal(stored, torch.zeros(2, 5, 64))
 
 
 def test_what_torch_cannot_export_is_said_and_nothing_is_left(tmp_path):
