@@ -162,7 +162,9 @@ def main() -> None:
     arguments = parser.parse_args()
     model, heldout = embedded_llama(), demo.heldout_tokens()[0]
     batches = [{"input_ids": rows} for rows in demo.calibration_tokens()[::6].split(16)]
-    graph, _ = fxquant.quantize(model, batches, target="gguf", method=arguments.method)
+    graph, _ = fxquant.quantize(
+        model, batches, target="gguf", group_size=32, method=arguments.method
+    )
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         base, path = Path(folder) / "float.gguf", Path(folder) / "int4.gguf"
         write_gguf(model, base)
