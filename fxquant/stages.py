@@ -31,6 +31,7 @@ from fxquant.passes.fitted_layers import FittedLayers
 from fxquant.passes.fitted_widths import FittedWidths
 from fxquant.passes.fold_norms import FoldedNorm, fold_norms
 from fxquant.passes.observe_inputs import InputWatcher
+from fxquant.passes.pack_parameters import bare_layers
 from fxquant.passes.quantize_activations import with_activations
 from fxquant.passes.quantize_sequentially import quantize_sequentially
 from fxquant.passes.rewrite import chosen_layers, rewrite
@@ -231,7 +232,7 @@ def _fit(
     decisions = calibrated.decisions
     if recipe.rounding != "gptq" or not selected(decisions):
         return _round(calibrated, config, recipe)
-    layers = FittedLayers(config, refined=recipe.refined)
+    layers = FittedLayers(config, refined=recipe.refined, bare=bare_layers(calibrated.gm))
     fitter = FittedWidths(layers, also)
     gm = quantize_sequentially(
         calibrated.gm,
@@ -250,7 +251,8 @@ def _fit(
 def _round(calibrated: Calibrated, config: QuantConfig, recipe: Recipe) -> Rewritten:
     """The rewritten graph, with each layer rounded on its own."""
     rounding = "rtn" if recipe.rounding == "gptq" else recipe.rounding
-    layers = RoundedLayers(config, rounding, calibrated.inputs)
+    bare = bare_layers(calibrated.gm)
+    layers = RoundedLayers(config, rounding, calibrated.inputs, bare=bare)
     if calibrated.processes.count > 1:
         chosen = chosen_layers(calibrated.gm, calibrated.decisions).items()
         layers.share([(name, m, bits) for m, (name, bits) in chosen], calibrated.processes)

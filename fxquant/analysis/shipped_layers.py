@@ -16,6 +16,7 @@ from fxquant.measure.heldout import hold_out
 from fxquant.measure.row_parts import takes
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.passes.decide import Decision
+from fxquant.passes.pack_parameters import bare_layers
 from fxquant.passes.rewrite import QuantizeLayer
 from fxquant.passes.rounded_layers import RoundedLayers
 from fxquant.stages import make_layers
@@ -83,7 +84,7 @@ def shipped_layers(
             made = {(name, m.bits): m for name, m in found if isinstance(m, QuantizedLayer)}
             made |= shipped.others
     plain = "hqq" if recipe.rounding == "hqq" else "rtn"
-    rounded = RoundedLayers(config, plain, calibrated.inputs)
+    rounded = RoundedLayers(config, plain, calibrated.inputs, bare=bare_layers(gm))
 
     def quantize(name: str, layer: nn.Module, bits: int) -> QuantizedLayer:
         own = made.get((name, bits))

@@ -35,16 +35,20 @@ class PackedTensor(LazyWeight):
 
     @staticmethod
     def __new__(
-        cls, layer: QuantizedLayer, is_transposed: bool = False, numbers: Tensor | None = None
+        cls,
+        layer: QuantizedLayer,
+        is_transposed: bool = False,
+        numbers: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> "PackedTensor":
-        """A weight without memory of its own."""
+        """A weight without memory of its own; `dtype` is by default that of the layer's weight."""
         *leading, rows, columns = layer.weight_shape
         if numbers is not None:
             leading = [len(numbers)]
         last = (columns, rows) if is_transposed else (rows, columns)
         made = torch.Tensor._make_wrapper_subclass(
-            cls, (*leading, *last), dtype=layer._weight_dtype, device=next(layer.buffers()).device,
-            requires_grad=False,
+            cls, (*leading, *last), dtype=dtype or layer._weight_dtype,
+            device=next(layer.buffers()).device, requires_grad=False,
         )  # fmt: skip
         made.layer, made.is_transposed, made.numbers = layer, is_transposed, numbers
         return made
@@ -84,11 +88,11 @@ def _pick(weight: Any, key: Any) -> Any:
             numbers = torch.where(key < 0, key + layer.experts, key)  # counted from the end
             if ((numbers < 0) | (numbers >= layer.experts)).any():
                 raise IndexError(f"an expert outside of 0 to {layer.experts - 1} is picked")
-            return PackedTensor(layer, weight.is_transposed, numbers)
+            return PackedTensor(layer, weight.is_transposed, numbers, weight.dtype)
         key = key.item() if key.ndim == 0 else key
     if not isinstance(key, int):
         return NotImplemented
-    return PackedTensor(layer.layers[key], weight.is_transposed)
+    return PackedTensor(layer.layers[key], weight.is_transposed, dtype=weight.dtype)
 
 
 def _each(weight: Any, dim: int = 0) -> Any:
@@ -108,12 +112,35 @@ def _swap(weight: Any, *dims: Any) -> Any:
     last = {weight.ndim - 2, weight.ndim - 1}
     if dims and {d % weight.ndim for d in dims if isinstance(d, int)} != last:
         return NotImplemented
-    return PackedTensor(weight.layer, not weight.is_transposed, weight.numbers)
+    return PackedTensor(weight.layer, not weight.is_transposed, weight.numbers, weight.dtype)
 
 
 def _turn(weight: Any) -> Any:
     """`weight.T` and `weight.t()` of a matrix."""
     return _swap(weight) if weight.ndim == 2 else NotImplemented
+
+
+def _cast(weight: Any, to: Any, *rest: Any) -> Any:
+    """`weight.to(dtype)`, and `weight.to(other)` and `weight.type_as(other)` on the same device."""
+    if not isinstance(weight, PackedTensor) or any(rest):
+        return NotImplemented
+    if isinstance(to, Tensor):
+        if to.device != weight.device:
+            return NotImplemented
+        to = to.dtype
+    if not isinstance(to, torch.dtype) or not to.is_floating_point:
+        return NotImplemented
+    return PackedTensor(weight.layer, weight.is_transposed, weight.numbers, to)
+
+
+def _cast_to(dtype: torch.dtype) -> Shortcut:
+    return lambda weight: _cast(weight, dtype)
+
+
+def _same(weight: Any, *shape: Any) -> Any:
+    """The weight itself: made contiguous, detached, or viewed in the shape that it has."""
+    sizes = shape[0] if shape and isinstance(shape[0], tuple | list) else shape
+    return weight if not sizes or tuple(sizes) == tuple(weight.shape) else NotImplemented
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
@@ -166,6 +193,12 @@ SHORTCUTS: dict[Any, Shortcut] = {
          torch.swapdims, _MT), _swap
     ),
     **dict.fromkeys((Tensor.t, torch.t, _T), _turn),
+    **dict.fromkeys((Tensor.to, Tensor.type_as), _cast),
+    Tensor.float: _cast_to(torch.float32), Tensor.double: _cast_to(torch.float64),
+    Tensor.half: _cast_to(torch.float16), Tensor.bfloat16: _cast_to(torch.bfloat16),
+    **dict.fromkeys(
+        (Tensor.contiguous, Tensor.detach, torch.detach, Tensor.view, Tensor.reshape), _same
+    ),
     F.linear: _linear,
     **dict.fromkeys(
         (torch.matmul, Tensor.matmul, Tensor.__matmul__, operator.matmul, torch.mm, Tensor.mm,

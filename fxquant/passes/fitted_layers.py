@@ -1,7 +1,7 @@
 """Layers fitted to the inputs they see: GPTQ toward the float output, with corrected biases."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,14 +49,17 @@ class FittedLayers:
     Args:
         config: how layers are quantized.
         refined: whether integers and scales are then refined in turns.
+        bare: names of layers that take no new bias: see `bias_in_target`.
     """
 
-    def __init__(self, config: QuantConfig, *, refined: bool = False) -> None:
-        self.config, self.refined = config, refined
+    def __init__(
+        self, config: QuantConfig, *, refined: bool = False, bare: Collection[str] = ()
+    ) -> None:
+        self.config, self.refined, self.bare = config, refined, bare
         self.unreached: Counter[str] = Counter()  # blocks, by the layer's name
         self.rounded: Counter[str] = Counter()
         self.scarce: Counter[str] = Counter()
-        self._plain = RoundedLayers(config)
+        self._plain = RoundedLayers(config, bare=bare)
         self._blocks: dict[str, tuple[int, str]] = {}  # how many a layer has, and their word
         self._tokens: dict[str, str] = {}
 
@@ -78,11 +81,11 @@ class FittedLayers:
         if is_per_channel(bits, self.config.group_size, blocks.inputs):
             weight = int8_in_target(matrix, self.config)
             corrected = corrected_bias(matrix, weight.dequantize(), bias, moments)
-            made = bias_in_target(corrected, bias, self.config)
+            made = self._kept_bias(name, corrected, bias)
             return FittedBlock(weight, made, is_reached=bool(moments.tokens))
         # In float32 even where the caller's autocast is on.
         with torch.autocast(matrix.device.type, enabled=False):
-            return self._fit_block(matrix, bias, bits, moments)
+            return self._fit_block(name, matrix, bias, bits, moments)
 
     def make(
         self, name: str, layer: nn.Module, bits: int, fitted: Sequence[FittedBlock]
@@ -107,15 +110,18 @@ class FittedLayers:
             return self._plain.quantize(name, layer, bits)
         return blocks.finish(weights, [block.bias for block in fitted])
 
+    def _kept_bias(self, name: str, corrected: Tensor | None, own: Tensor | None) -> Tensor | None:
+        return bias_in_target(corrected, own, self.config, takes_new=name not in self.bare)
+
     def _fit_block(
-        self, matrix: Tensor, bias: Tensor | None, bits: int, moments: LayerMoments
+        self, name: str, matrix: Tensor, bias: Tensor | None, bits: int, moments: LayerMoments
     ) -> FittedBlock:
         weight = exact_in_target(self._fitted(matrix, bits, moments), matrix, self.config)
         corrected = corrected_bias(matrix, weight.dequantize(), bias, moments)
-        fitted = weight, bias_in_target(corrected, bias, self.config)
+        fitted = weight, self._kept_bias(name, corrected, bias)
         if not moments.held_tokens or not moments.tokens:
             return FittedBlock(*fitted, is_reached=bool(moments.tokens))
-        plain = self._rounded(matrix, bias, bits, moments)
+        plain = self._rounded(name, matrix, bias, bits, moments)
         worse = _held_error(matrix, bias, *fitted, moments)
         if _held_error(matrix, bias, *plain, moments) < worse:
             return FittedBlock(*plain, is_rounded=True)
@@ -148,7 +154,7 @@ class FittedLayers:
         return made
 
     def _rounded(
-        self, matrix: Tensor, bias: Tensor | None, bits: int, moments: LayerMoments
+        self, name: str, matrix: Tensor, bias: Tensor | None, bits: int, moments: LayerMoments
     ) -> tuple[QuantizedWeight, Any]:
         """The block as `rtn` makes it, which learns less from the data."""
         weight = round_to_nearest(
@@ -157,7 +163,7 @@ class FittedLayers:
         weight = exact_in_target(weight, matrix, self.config)
         lost = (matrix.double() - weight.dequantize().double()) @ (moments.total / moments.tokens)
         base = 0 if bias is None else bias.double()
-        return weight, bias_in_target((base + lost).to(matrix.dtype), bias, self.config)
+        return weight, self._kept_bias(name, (base + lost).to(matrix.dtype), bias)
 
     def explain(self, decisions: Iterable[Decision]) -> list[Decision]:
         """The decisions, with a word on layers that were rounded in another way than was asked."""

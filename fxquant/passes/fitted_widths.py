@@ -27,7 +27,8 @@ class FittedWidths:
         self.others: dict[tuple[str, int], QuantizedLayer] = {}
         self._layers = layers
         self._by_width = {
-            bits: FittedLayers(layers.config, refined=layers.refined) for bits in also
+            bits: FittedLayers(layers.config, refined=layers.refined, bare=layers.bare)
+            for bits in also
         }
 
     def fit(

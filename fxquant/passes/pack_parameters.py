@@ -19,6 +19,15 @@ from fxquant.tracing.bare_parameters import BareParameter
 from fxquant.tracing.trace_report import REPORT_KEY, TraceReport
 
 
+def bare_layers(gm: GraphModule) -> frozenset[str]:
+    """The layers of a graph whose weight is a parameter that the user's own code multiplies with.
+
+    That code adds no bias, so neither may the layer: a swapped copy would lose it.
+    """
+    report = gm.meta.get(REPORT_KEY)
+    return frozenset(report.bare) if isinstance(report, TraceReport) else frozenset()
+
+
 def packed_parameters(
     model: nn.Module, qmodel: GraphModule
 ) -> dict[str, tuple[PackedParameter, list[str]]]:

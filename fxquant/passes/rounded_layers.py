@@ -1,6 +1,6 @@
 """Layers quantized without looking at other layers, made once and kept."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -33,6 +33,7 @@ class RoundedLayers:
         statistics: of what each block of rows multiplies, by its name (see `block_names`), where
             that is known: the mean square weighs errors in the clip search, and the mean corrects
             the bias.
+        bare: names of layers that take no new bias: see `bias_in_target`.
     """
 
     def __init__(
@@ -40,9 +41,11 @@ class RoundedLayers:
         config: QuantConfig,
         rounding: str = "rtn",
         statistics: Mapping[str, InputStatistics] | None = None,
+        *,
+        bare: Collection[str] = (),
     ) -> None:
         self.config, self.rounding = config, rounding
-        self.statistics = statistics or {}
+        self.statistics, self.bare = statistics or {}, bare
         self.without_groups: set[str] = set()
         self._tied = TiedTables()
         self._made: dict[tuple[str, int], QuantizedLayer] = {}
@@ -106,7 +109,7 @@ class RoundedLayers:
             weights = self._weights(name, blocks, bits)
         names = block_names(name, blocks.count)
         work = zip(names, blocks.matrices, weights, blocks.biases, strict=True)
-        biases = [self._corrected_bias(part, *block) for part, *block in work]
+        biases = [self._corrected_bias(name, part, *block) for part, *block in work]
         made = blocks.finish(weights, biases, table)
         self._tied.add(name, layer, bits, made)
         return made
@@ -133,11 +136,11 @@ class RoundedLayers:
         return self.rounding == "hqq" and self.config.group_size in (ONE_GROUP, blocks.inputs)
 
     def _corrected_bias(
-        self, part: str, matrix: Tensor, weight: QuantizedWeight, bias: Tensor | None
+        self, name: str, part: str, matrix: Tensor, weight: QuantizedWeight, bias: Tensor | None
     ) -> Tensor | None:
         """The bias of a block of rows that the target can hold."""
         corrected = _corrected(matrix, weight, bias, self.statistics.get(part))
-        return bias_in_target(corrected, bias, self.config)
+        return bias_in_target(corrected, bias, self.config, takes_new=name not in self.bare)
 
 
 def _corrected(

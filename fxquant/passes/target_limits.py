@@ -21,10 +21,19 @@ def int8_in_target(matrix: Tensor, config: QuantConfig) -> QuantizedWeight:
     return exact_in_target(quantize_weight_int8(matrix), matrix, config)
 
 
-def bias_in_target(bias: Tensor | None, own: Tensor | None, config: QuantConfig) -> Tensor | None:
-    """The corrected `bias`, unless the layer has no `own` one and the format needs it.
+def bias_in_target(
+    bias: Tensor | None, own: Tensor | None, config: QuantConfig, *, takes_new: bool = True
+) -> Tensor | None:
+    """The corrected `bias`, unless the layer has no `own` one and nothing could hold it.
 
-    Without a target, a graph and a swapped model hold every bias.
+    Args:
+        bias: [out], or None.
+        own: that of the float layer.
+        config: its target may have no place for a new bias; without one, a graph and a quantized
+            layer hold any.
+        takes_new: whether the layer does; one on a bare parameter, which the user's own code
+            multiplies with, does not.
     """
-    is_new = own is None and config.target is not None
-    return None if is_new and not TARGETS[str(config.target)].adds_biases else bias
+    if config.target is not None:
+        takes_new = takes_new and TARGETS[config.target].adds_biases
+    return bias if takes_new or own is not None else None

@@ -13,7 +13,15 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxquant.graph.effects import remove_unused
-from fxquant.graph.layers import NAMES_KEY, ROOT, has_hooks, target_of, tensor_attribute, user_name
+from fxquant.graph.layers import (
+    NAMES_KEY,
+    ROOT,
+    has_hooks,
+    is_plain_linear,
+    target_of,
+    tensor_attribute,
+    user_name,
+)
 from fxquant.graph.linear_operands import LinearOperands, linear_operands
 from fxquant.graph.ops import is_addition, op_name
 from fxquant.graph.shapes import MODULE_PATH
@@ -209,10 +217,13 @@ def _mark_bare(
     """Note a layer whose weight is a parameter, or one of its matrices, as it lies in memory."""
     if len(weight.sources) != 1:
         return
-    source = str(weight.sources[0].target)
-    found = whole_parameter(
-        user_name(gm, source), tensor_attribute(gm, weight.sources[0]), matrices
-    )
+    source = weight.sources[0]
+    name = user_name(gm, str(source.target))
+    owner = name.rpartition(".")[0]
+    is_linear = is_plain_linear(names.module.get_submodule(owner))
+    if is_linear and owner not in gm.meta.get(READ_ONLY, ()):
+        return  # a layer of its own
+    found = whole_parameter(name, tensor_attribute(gm, source), matrices)
     if found is not None:
         gm.meta.setdefault(BARE, {})[names.names.get(target, target)] = found
 

@@ -53,6 +53,9 @@ ON_A_MATRIX = {
     "linear": lambda w: F.linear(X, w),
     "linear with a bias": lambda w: F.linear(X, weight=w, bias=torch.ones(OUT)),
     "transposed": lambda w: X @ w.t(),
+    "cast": lambda w: F.linear(X, w.to(X.dtype).type_as(X).float().detach()),
+    "viewed": lambda w: F.linear(X, w.contiguous().view(OUT, IN).reshape(w.shape)),
+    "in another dtype": lambda w: F.linear(X.double(), w.to(torch.float64)).float(),
     "weight first": lambda w: w @ X.T,
 }
 # No product with the integers, so the values are used.
@@ -63,6 +66,8 @@ ON_VALUES = {
     "its output side": lambda w: torch.matmul(torch.ones(3, OUT), w),
     "into a tensor": lambda w: torch.mm(X, w[1].t(), out=torch.empty(len(X), OUT)),
     "a mask": lambda w: w[torch.tensor([True, False, True, False])],
+    "another view": lambda w: X[:, :32] @ w.view(E * 2, -1, 32)[3].mT,
+    "copied": lambda w: F.linear(X, w[1].clone().to(X.dtype, copy=True)),
     "concatenated": lambda w: torch.cat([w, w], 1),
 }
 
