@@ -51,6 +51,20 @@ def assert_none_shared(of, *tables):
             assert not shared, f"{of} shared: {shared}"
 
 
+def check_file(case, q, path):
+    """A saved graph loads with its bits, or is refused when it is saved."""
+    try:
+        fxquant.save_model(q, path)
+    except SaveError as error:
+        assert len(str(error)) > 30, str(error)
+        assert not path.exists()
+        assert fxquant.trace_report(q).opaque or case.unsaved in str(error), error
+        return
+    again = fxquant.load_model(path)
+    for index, (_, found, loaded) in call_all(case, True, q, again):
+        assert_same(loaded, found, bits=True, at=f"call {index}, loaded")
+
+
 def test_the_graph_computes_what_the_model_computes(case, example):
     model, inputs = case.model(), case.call()
     try:
@@ -66,7 +80,9 @@ def test_the_graph_computes_what_the_model_computes(case, example):
             assert_same(found, expected, at=f"call {index}")
 
 
-def test_the_quantized_graph_is_close_and_the_swapped_copy_equal_to_it(case, example):
+def test_the_quantized_graph_is_close_and_the_swapped_copy_and_the_file_equal_to_it(
+    case, example, tmp_path
+):
     model, data = case.model(), None
     if example:
         data = [case.call(), case.call()]
@@ -78,6 +94,8 @@ def test_the_quantized_graph_is_close_and_the_swapped_copy_equal_to_it(case, exa
     assert has_values(model), "a model without values was quantized"
     check_ledger(case, model, info, example)
     check_quantized(case, example, model, q)
+    if example:
+        check_file(case, q, tmp_path / "graph.safetensors")
 
 
 def test_the_model_the_graphs_and_the_swapped_copy_are_independent(case):
@@ -93,22 +111,3 @@ def test_the_model_the_graphs_and_the_swapped_copy_are_independent(case):
     swapped = fxquant.swap_modules(model, q)
     assert_none_shared("Parameter objects", *map(objects, (model, gm, q, swapped)))
     assert_none_shared("memory", *map(memory, (model, q, swapped)))
-
-
-def test_a_saved_graph_loads_with_its_bits_or_is_refused_when_it_is_saved(case, tmp_path):
-    model = case.model()
-    try:
-        q, _ = attempt(case, True, lambda: quantize(case, model, [case.call(), case.call()]))
-    except RefusedError:
-        return
-    path = tmp_path / "graph.safetensors"
-    try:
-        fxquant.save_model(q, path)
-    except SaveError as error:
-        assert len(str(error)) > 30, str(error)
-        assert not path.exists()
-        assert fxquant.trace_report(q).opaque or case.unsaved in str(error), error
-        return
-    again = fxquant.load_model(path)
-    for index, (_, found, loaded) in call_all(case, True, q, again):
-        assert_same(loaded, found, bits=True, at=f"call {index}, loaded")
