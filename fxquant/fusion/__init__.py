@@ -6,9 +6,10 @@
 | `patterns.py` | the table of patterns |
 | `attention.py` | scaled dot product attention, with heads that share keys |
 | `shared_inputs.py` | linear layers that read one value |
+| `gates.py` | a function of one layer times another |
 | `functions.py` | a function behind a linear layer |
 | `norms.py` | norms, with the addition before them |
-| `layers.py` | the layers that a graph calls, and places for those that take their place |
+| `layers.py` | the layers that a graph calls, layers made of several, and places for them |
 | `matching.py` | whether a node computes a formula |
 | `strides.py` | whether a value may lie in memory in another way |
 | `fused.py` | what of a graph was fused |

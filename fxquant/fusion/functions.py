@@ -38,7 +38,7 @@ def fuse_functions(gm: GraphModule) -> None:
     """Fuse each function with the layer before it, if that is its own."""
     own = OwnLayers(gm)
     for node in list(gm.graph.nodes):
-        found = _function(gm, node)
+        found = function_of(gm, node)
         if found is None:
             continue
         function, source, readers = found
@@ -55,8 +55,11 @@ def fuse_functions(gm: GraphModule) -> None:
         gm.graph.erase_node(node)
 
 
-def _function(gm: GraphModule, node: Node) -> tuple[str, Node, int] | None:
-    """The name of the function that a node applies, to what, and how often that is read for it."""
+def function_of(gm: GraphModule, node: Node) -> tuple[str, Node, int] | None:
+    """The name of the function that a node applies, to what, and how often that is read for it.
+
+    The name is one of `kernels.functions.FUNCTIONS`; None where the node applies none of them.
+    """
     if writes(node, gm):
         return None
     written_out = match(node, WRITTEN_OUT)

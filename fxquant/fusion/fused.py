@@ -10,6 +10,7 @@ from fxquant.errors import OptionError
 from fxquant.kernels.attention import attention
 from fxquant.kernels.norm import add_and_norm, norm
 from fxquant.modules.fused_linear import FusedLinear
+from fxquant.modules.gated_linear import GatedLinear
 
 # By the name of the row in `patterns.py` that made them.
 _FUNCTIONS: dict[Callable[..., Any], str] = {
@@ -48,6 +49,8 @@ def _pattern(gm: GraphModule, node: Node) -> str | None:
     if node.op == "call_function":
         return _FUNCTIONS.get(node.target) if callable(node.target) else None
     module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if isinstance(module, GatedLinear):
+        return "gate"
     if not isinstance(module, FusedLinear):
         return None
     return "function" if len(module.sizes) == 1 else "shared input"

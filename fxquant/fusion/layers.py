@@ -1,8 +1,10 @@
-"""The quantized linear layers that a graph calls, and places for those that take their place."""
+"""The quantized linear layers that a graph calls, layers made of several, and places for them."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
+import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.layers import has_hooks, target_of
@@ -11,6 +13,7 @@ from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
 from fxquant.modules.linear_intn import QuantizedLinearIntN
+from fxquant.numerics.quantized_weight import QuantizedWeight
 
 LINEAR_CLASSES = (QuantizedLinearInt4, QuantizedLinearInt8, QuantizedLinearIntN)
 
@@ -47,6 +50,34 @@ class OwnLayers:
         if layer is None or self._calls[id(layer)] > 1:
             return None
         return layer if self._owners[id(layer.packed_memory)] == 1 else None
+
+
+def format_of(layer: QuantizedLinearIntN) -> Hashable:
+    """What layers must have in common to be one: see `joined`."""
+    bias = None if layer.bias is None else layer.bias.dtype
+    return (
+        type(layer), layer.in_features, layer.bits, layer.group_size, layer.symmetric, bias,
+        layer.activation, layer.backend, layer.weight.dtype, layer.weight.device, layer.training,
+    )  # fmt: skip
+
+
+def joined(
+    layers: Sequence[QuantizedLinearIntN], order: Tensor | None = None
+) -> QuantizedLinearIntN:
+    """One layer with the rows of several of one format.
+
+    Args:
+        layers: their rows lie one below the other.
+        order: for each row of the result, which of these it is; None: as they lie.
+    """
+    first = layers[0]
+    weight = QuantizedWeight.joined([layer.quantized_weight for layer in layers])
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    if order is not None:
+        order = order.to(weight.packed.device)
+        weight, bias = weight.rows(order), None if bias is None else bias[order]
+    return type(first)(weight, bias, first.activation, first.weight.dtype).train(first.training)
 
 
 def free_target(gm: GraphModule, targets: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from fxquant.fusion.attention import fuse_attention
 from fxquant.fusion.functions import fuse_functions
+from fxquant.fusion.gates import fuse_gates
 from fxquant.fusion.norms import fuse_norms
 from fxquant.fusion.shared_inputs import fuse_shared_inputs
 
@@ -38,6 +39,12 @@ PATTERNS: tuple[Pattern, ...] = (
         before="scaled_dot_product_attention without dropout; keys and values repeated for heads",
         after="fxquant's attention, which reads them where they lie",
         apply=fuse_attention,
+    ),
+    Pattern(
+        "gate",
+        before="a function of one linear layer times another that reads the same value (SwiGLU)",
+        after="a GatedLinear with the rows of both, which stores the products",
+        apply=fuse_gates,
     ),
     Pattern(
         "shared input",

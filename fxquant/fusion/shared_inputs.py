@@ -10,15 +10,13 @@ import operator
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 
-import torch
 from torch.fx import GraphModule, Node
 
-from fxquant.fusion.layers import OwnLayers, called_layer, free_target
+from fxquant.fusion.layers import OwnLayers, called_layer, format_of, free_target, joined
 from fxquant.fusion.strides import free_strides, let_strides_change
 from fxquant.graph.effects import writes_before
 from fxquant.modules.fused_linear import FusedLinear
 from fxquant.modules.linear_intn import QuantizedLinearIntN
-from fxquant.numerics.quantized_weight import QuantizedWeight
 
 
 def fuse_shared_inputs(gm: GraphModule) -> None:
@@ -40,17 +38,8 @@ def _groups(gm: GraphModule) -> Iterator[list[Node]]:
     for node in gm.graph.nodes:
         layer = own.layer(node)
         if layer is not None:
-            groups[node.args[0], writes[node], _format(layer)].append(node)
+            groups[node.args[0], writes[node], format_of(layer)].append(node)
     return (nodes for nodes in groups.values() if len(nodes) > 1)
-
-
-def _format(layer: QuantizedLinearIntN) -> Hashable:
-    """What layers must have in common to be one."""
-    bias = None if layer.bias is None else layer.bias.dtype
-    return (
-        type(layer), layer.in_features, layer.bits, layer.group_size, layer.symmetric, bias,
-        layer.activation, layer.backend, layer.weight.dtype, layer.weight.device, layer.training,
-    )  # fmt: skip
 
 
 def _fuse(gm: GraphModule, nodes: Sequence[Node]) -> None:
@@ -65,10 +54,6 @@ def _fuse(gm: GraphModule, nodes: Sequence[Node]) -> None:
 
 def _joined(layers: Sequence[QuantizedLinearIntN]) -> FusedLinear:
     first = layers[0]
-    weight = QuantizedWeight.joined([layer.quantized_weight for layer in layers])
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    bias = torch.cat(biases) if biases else None
-    linear = type(first)(weight, bias, first.activation, first.weight.dtype)
-    linear.train(first.training)
     sizes = tuple(layer.out_features for layer in layers)
-    return FusedLinear(first.in_features, sizes, linear=linear).train(first.training)
+    made = FusedLinear(first.in_features, sizes, linear=joined(layers))
+    return made.train(first.training)

@@ -15,6 +15,7 @@ def linear(
     symmetric: bool,
     int8: bool,
     function: int,
+    is_gated: bool,
     threads: int,
     /,
 ) -> bool: ...

@@ -15,7 +15,7 @@ from fxquant.errors import OptionError
 from fxquant.kernels.code_fields import unit_inputs
 from fxquant.kernels.eager import is_plain
 from fxquant.kernels.extension import FLOAT_TYPES, NOT_BUILT, _native
-from fxquant.kernels.functions import FUNCTIONS, NUMBERS
+from fxquant.kernels.functions import FUNCTIONS, NUMBERS, gate
 from fxquant.kernels.gradient import gradients_of_linear, needs_gradient
 from fxquant.kernels.interface import LinearSpec
 from fxquant.kernels.native_layout import (
@@ -50,14 +50,16 @@ def _multiply(
     symmetric: bool,
     int8_activations: bool,
     function: str = "none",
+    is_gated: bool = False,
 ) -> Tensor:
     """The op, for a weight and a bias that a layer owns: where they lie is not checked.
 
-    A function, one of `FUNCTIONS`, is applied to what the op gives.
+    A function, one of `FUNCTIONS`, is applied to what the op gives; gated, see `functions.gate`.
     """
     x = x.contiguous()
     shape, x_type = x.shape, FLOAT_TYPES.get(x.dtype)
-    y = x.new_empty(*shape[:-1], out_features)  # separate ints parse faster than a tuple
+    columns = out_features // 2 if is_gated else out_features
+    y = x.new_empty(*shape[:-1], columns)  # separate ints parse faster than a tuple
     bias_address = bias_type = 0
     if bias is not None:
         if bias.dtype not in FLOAT_TYPES or not bias.is_contiguous():
@@ -81,6 +83,7 @@ def _multiply(
             symmetric,
             int8_activations,
             NUMBERS[function],
+            is_gated,
             torch.get_num_threads(),
         )
     ):
@@ -201,14 +204,17 @@ class NativeBackend:
         tensors: tuple[Tensor, ...],
         spec: LinearSpec,
         bias: Tensor | None = None,
+        is_gated: bool = False,
     ) -> Tensor:
         """One of `FUNCTIONS` of the product, applied while that is in the cache.
 
-        For tracers and gradients it is an op of its own.
+        Gated, it is that of one half times the other (see `functions.gate`). For tracers and
+        gradients these are ops of their own.
         """
         if is_plain(x) and not needs_gradient(x, bias):
-            return _multiply(x, tensors[0], bias, *_form(spec), function)
-        return FUNCTIONS[function](LINEAR_INTN(x, tensors[0], bias, *_form(spec)))
+            return _multiply(x, tensors[0], bias, *_form(spec), function, is_gated)
+        product = LINEAR_INTN(x, tensors[0], bias, *_form(spec))
+        return gate(product, function) if is_gated else FUNCTIONS[function](product)
 
 
 def _form(spec: LinearSpec) -> tuple[int, int, int, bool, bool]:

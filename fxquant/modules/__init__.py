@@ -7,6 +7,7 @@
 | `linear.py` | what the quantized linear layers have in common |
 | `linear_int4.py`, `linear_int8.py`, `linear_intn.py` | one class for each layout of a kernel |
 | `linear_of.py` | the class that holds a quantized matrix |
+| `gated_linear.py` | a function of one linear layer times another |
 | `fused_linear.py` | linear layers with what the graph computes around them |
 | `embedding.py`, `embedding_bag.py` | rows that are looked up |
 | `conv.py`, `grouped_linear.py` | quantized layers of other kinds |

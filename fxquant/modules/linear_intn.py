@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.kernels.choose import choose_backend, explain_backend
-from fxquant.kernels.functions import FUNCTIONS
+from fxquant.kernels.functions import FUNCTIONS, gate
 from fxquant.kernels.interface import LinearSpec
 from fxquant.kernels.native import NATIVE
 from fxquant.kernels.reference import REFERENCE
@@ -197,12 +197,16 @@ class QuantizedLinearIntN(QuantizedLinear):
             input, self._kernel_tensors(), self._spec, self._buffers["bias"]
         )
 
-    def forward_then(self, input: Tensor, function: str) -> Tensor:
-        """One of `kernels.functions.FUNCTIONS` of the output, in one step where the kernel can."""
+    def forward_then(self, input: Tensor, function: str, is_gated: bool = False) -> Tensor:
+        """One of `kernels.functions.FUNCTIONS` of the output, in one step where the kernel can.
+
+        Gated, it is that of one half of the output times the other: see `kernels.functions.gate`.
+        """
         if self._backend is NATIVE and input.dtype is not torch.float64:
             tensors, bias = self._kernel_tensors(), self._buffers["bias"]
-            return NATIVE.matmul_then(function, input, tensors, self._spec, bias)
-        return FUNCTIONS[function](self.forward(input))
+            return NATIVE.matmul_then(function, input, tensors, self._spec, bias, is_gated)
+        output = self.forward(input)
+        return gate(output, function) if is_gated else FUNCTIONS[function](output)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle holds: the saved layout, not that of this CPU's kernel."""

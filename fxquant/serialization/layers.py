@@ -17,6 +17,7 @@ from fxquant.modules.conv import QuantizedConv
 from fxquant.modules.embedding import QuantizedEmbedding
 from fxquant.modules.embedding_bag import QuantizedEmbeddingBag
 from fxquant.modules.fused_linear import FusedLinear
+from fxquant.modules.gated_linear import GatedLinear
 from fxquant.modules.grouped_linear import GroupedLinear, QuantizedGroupedLinear
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.packed_parameter import PackedParameter
@@ -65,7 +66,7 @@ _OWN: dict[str, type[nn.Module]] = {
     for cls in (
         *HOLDERS, *_STACKS, TraceableMultiheadAttention, TraceableTransformerEncoderLayer,
         QuantizedEmbedding, QuantizedEmbeddingBag, GroupedLinear, QuantizedGroupedLinear,
-        QuantizedConv, FusedLinear, PackedParameter,
+        QuantizedConv, FusedLinear, GatedLinear, PackedParameter,
     )
 } | _OBSERVERS  # fmt: skip
 

@@ -13,6 +13,7 @@ from fxquant.fusion.fused import fused_nodes
 from fxquant.kernels.attention import attention
 from fxquant.kernels.norm import add_and_norm, norm
 from fxquant.modules.fused_linear import FusedLinear
+from fxquant.modules.gated_linear import GatedLinear
 from tests import zoo
 
 WIDTH = 64
@@ -36,20 +37,22 @@ def kinds(gm):
         "layers": sorted(len(m.sizes) for m in layers if len(m.sizes) > 1),
         "functions": sum(m.function != "none" for m in layers),
         "norms": targets.count(norm) + targets.count(add_and_norm),
+        "gates": sum(isinstance(m, GatedLinear) for m in gm.modules()),
     }
 
 
-def counts(attention, layers, functions, norms):
-    return {"attention": attention, "layers": layers, "functions": functions, "norms": norms}
+def counts(attention, layers, functions, norms, gates=0):
+    return {"attention": attention, "layers": layers, "functions": functions, "norms": norms,
+            "gates": gates}  # fmt: skip
 
 
 ZOO = {
     "bert": counts(2, [3, 3], 3, 5),  # its pooler has a tanh
     "gpt2": counts(2, [], 2, 5),  # its projection is one layer already
-    "llama": counts(2, [2, 2, 3, 3], 0, 5),
+    "llama": counts(2, [3, 3], 0, 5, gates=2),
     "vit": counts(2, [3, 3], 3, 5),
     "whisper": counts(6, [2, 2, 3, 3, 3, 3], 4, 12),
-    "gemma2": counts(0, [2, 2, 3, 3], 0, 0),  # scores capped by tanh, norms with 1 + weight
+    "gemma2": counts(0, [3, 3], 0, 0, gates=2),  # scores capped by tanh, norms with 1 + weight
 }
 CASES = [
     *((name, torch.float32) for name in ZOO),

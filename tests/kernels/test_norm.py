@@ -7,7 +7,7 @@ from torch import nn
 
 from fxquant.kernels import norm as kernel
 from fxquant.kernels.extension import NOT_BUILT, _native
-from fxquant.kernels.functions import FUNCTIONS
+from fxquant.kernels.functions import FUNCTIONS, gate_order
 from fxquant.kernels.norm import add_and_norm, norm
 from fxquant.modules.linear_intn import QuantizedLinearIntN
 
@@ -97,6 +97,35 @@ def test_functions_of_what_is_not_finite(function):
     found = layer.forward_then(torch.zeros(1, 1), function)[0]
     expected = FUNCTIONS[function](layer.bias)
     assert torch.allclose(found, expected, equal_nan=True, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.usefixtures("instruction_set")
+def test_a_gate_is_a_function_of_one_half_times_the_other(function, rows):
+    torch.manual_seed(0)
+    gate_layer, up, both = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(64, 192)
+    order = gate_order(96)
+    with torch.no_grad():
+        both.weight.copy_(torch.cat([gate_layer.weight, up.weight])[order])
+        both.bias.copy_(torch.cat([gate_layer.bias, up.bias])[order])
+    both, gate_layer, up = (
+        QuantizedLinearIntN.rounded(layer, 4, 32) for layer in (both, gate_layer, up)
+    )
+    x = torch.randn(rows, 64)
+    with torch.no_grad():
+        expected = FUNCTIONS[function](gate_layer(x)) * up(x)
+        found = both.forward_then(x, function, is_gated=True)
+        assert found.shape == (rows, 96)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(both.forward_then(x[:1], function, is_gated=True), found[:1])
+        wide = both.forward_then(x.double(), function, is_gated=True)
+        torch.testing.assert_close(wide.float(), expected, rtol=1e-5, atol=1e-5)
+    x.requires_grad_()
+    both.forward_then(x, function, is_gated=True).sum().backward()
+    gradient, x.grad = x.grad, None
+    (FUNCTIONS[function](gate_layer(x)) * up(x)).sum().backward()
+    torch.testing.assert_close(gradient, x.grad)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)

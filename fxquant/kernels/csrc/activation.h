@@ -73,5 +73,12 @@ inline void apply(Function function, float* x, int count) {
   }
 }
 
+// Multiplies the first half of a block's outputs by the second.
+inline void multiply_halves(float* x) {
+  for (int i = 0; i < NR / 2; i += kFloats) {
+    store_floats_at(x + i, times(load_floats_at(x + i), load_floats_at(x + NR / 2 + i)));
+  }
+}
+
 }  // namespace
 }  // namespace fxquant

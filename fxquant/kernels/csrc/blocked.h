@@ -285,10 +285,13 @@ void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last)
       }
       multiply_tiles<Mode>(tiles, by_codes, span, g, 0);
     }
+    const int shares = call.is_gated ? 2 : 1;
     for (int row = first_row; row < last_row; ++row) {
-      const int64_t offset = (panel.first_row + row) * weight.out_features + column;
-      apply(call.function, outputs + (row - first_row) * NR, NR);
-      store_floats(outputs + (row - first_row) * NR, columns, call.y, call.x_type, offset);
+      float* y = outputs + (row - first_row) * NR;
+      apply(call.function, y, NR / shares);
+      if (call.is_gated) multiply_halves(y);
+      const int64_t offset = (panel.first_row + row) * call.columns() + column / shares;
+      store_floats(y, columns / shares, call.y, call.x_type, offset);
     }
   }
 }

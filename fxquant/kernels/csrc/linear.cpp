@@ -58,7 +58,7 @@ Call rows_of(const Call& call, int64_t first, int64_t rows) {
   const int bytes = call.x_type == Float::f32 ? 4 : 2;
   Call part = call;
   part.x = static_cast<const uint8_t*>(call.x) + first * call.weight.in_features * bytes;
-  part.y = static_cast<uint8_t*>(call.y) + first * call.weight.out_features * bytes;
+  part.y = static_cast<uint8_t*>(call.y) + first * call.columns() * bytes;
   part.rows = rows;
   return part;
 }

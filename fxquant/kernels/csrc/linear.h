@@ -46,10 +46,15 @@ struct Call {
   Float x_type;
   const void* bias;  // may be null
   Float bias_type;
-  void* y;  // in the type of x
+  void* y;  // [rows, columns()], in the type of x
   int64_t rows;
   Function function;
   int threads;
+  // Whether of each block the function of the first half times the second half is stored, so that y
+  // has half as many columns; out_features is then a multiple of 64.
+  bool is_gated = false;
+
+  int64_t columns() const { return weight.out_features / (is_gated ? 2 : 1); }
 };
 
 // Some rows of x in the form an instruction set multiplies. They form tiles of almost equal height,

@@ -97,12 +97,12 @@ struct Arguments {
 };
 
 // linear(x, x_shape, x_type, bias, bias_type, y, weight, weight_shape, in, out, bits, symmetric, int8,
-// function, threads) -> whether the shapes belong together; with addresses as int, types as 0
+// function, gated, threads) -> whether the shapes belong together; with addresses as int, types as 0
 // (float32), 1 (bfloat16) or 2 (float16), and the function as a number of `Function`.
 PyObject* linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  constexpr Py_ssize_t kCount = 15;
+  constexpr Py_ssize_t kCount = 16;
   if (count != kCount) {
-    PyErr_SetString(PyExc_TypeError, "linear takes 15 arguments");
+    PyErr_SetString(PyExc_TypeError, "linear takes 16 arguments");
     return nullptr;
   }
   const Arguments given{arguments};
@@ -125,10 +125,12 @@ PyObject* linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
                           given.number(10), given.number(11) != 0);
   call.int8 = given.number(12) != 0;
   call.function = static_cast<fxquant::Function>(given.number(13));
-  call.threads = static_cast<int>(given.number(14));
+  call.is_gated = given.number(14) != 0;
+  call.threads = static_cast<int>(given.number(15));
   if (PyErr_Occurred()) return nullptr;
   if (x_shape[x_dimensions - 1] != call.weight.in_features ||
-      !is_sound(call.weight, weight_shape)) {
+      !is_sound(call.weight, weight_shape) ||
+      (call.is_gated && call.weight.out_features % fxquant::NR != 0)) {
     Py_RETURN_FALSE;
   }
 
