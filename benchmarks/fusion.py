@@ -1,6 +1,7 @@
 """Fused graphs beside plain ones and torch: a sentence encoder, and a token of a language model.
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/fusion.py
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/fusion.py decoding
 
 all-MiniLM-L6-v2 (the extra `minilm`), 32 sentences at once and one alone, and one decoding step of
 a layer of a language model of 1.1 B parameters (32 heads of queries on 4 of keys and values, a
@@ -168,15 +169,21 @@ def decoding(rounds: int, path: Path | None) -> None:
     report(title, table(model, quantize, {"one token, 272 before it": inputs}, rounds), path)
 
 
+SUBJECTS: dict[str, Callable[[int, Path | None], None]] = {"minilm": minilm, "decoding": decoding}
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("subjects", nargs="*", help=f"of {', '.join(SUBJECTS)}; by default all")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if not set(arguments.subjects) <= set(SUBJECTS):
+        parser.error(f"there is no {arguments.subjects}; there are {', '.join(SUBJECTS)}")
     with torch.inference_mode():
-        minilm(arguments.rounds, arguments.json)
-        decoding(arguments.rounds, arguments.json)
+        for name in arguments.subjects or SUBJECTS:
+            SUBJECTS[name](arguments.rounds, arguments.json)
 
 
 if __name__ == "__main__":

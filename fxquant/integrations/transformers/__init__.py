@@ -2,6 +2,7 @@
 
 | file | does |
 |---|---|
+| `attention.py` | `"fxquant"` among the implementations of attention |
 | `config.py` | `FxquantConfig`: what config.json says of the quantization |
 | `quantizer.py` | `FxquantQuantizer`: what transformers calls while it loads and saves |
 | `experts.py` | which parameters of a model without weights are matrices of experts |
@@ -14,6 +15,7 @@ What it shares with the integration of diffusers is in `integrations/huggingface
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 
 from fxquant.integrations.huggingface.folder_config import METHOD
+from fxquant.integrations.transformers.attention import register_attention
 from fxquant.integrations.transformers.config import FxquantConfig
 from fxquant.integrations.transformers.quantizer import FxquantQuantizer
 from fxquant.integrations.transformers.saving import savable_model
@@ -21,6 +23,7 @@ from fxquant.pretrained import savable
 
 __all__ = ["FxquantConfig"]
 
+register_attention()
 register_quantization_config(METHOD)(FxquantConfig)
 register_quantizer(METHOD)(FxquantQuantizer)
 savable(savable_model)
