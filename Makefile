@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Installs what an extra needs: to install fxquant with it would compile the extension once more.
+require = $(BIN)/python tests/extra.py $(1) > $(VENV)/$(1).txt && \
+    $(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement $(VENV)/$(1).txt
 
 .PHONY: demo test test-models test-browser test-runtimes fuzz docs lint sanitize arm benchmark wheel test-wheel clean
 
@@ -21,13 +24,13 @@ test-models: $(VENV)/installed-dev
 
 # Needs Debian's packages chromium and chromium-driver.
 test-browser: $(VENV)/installed-dev
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	$(call require,browser)
 	$(BIN)/python -m pytest --override-ini addopts= --import-mode=importlib tests/browser
 
 # Libraries too heavy for CI, which run what fxquant makes. Those that CI has (ONNX Runtime, gguf,
 # transformers with compressed-tensors, diffusers, PEFT) are in `make test`.
 test-runtimes: $(VENV)/installed-dev
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[runtimes]'
+	$(call require,runtimes)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
 	    --override-ini addopts= --import-mode=importlib tests/runtimes
 
@@ -37,7 +40,7 @@ fuzz: $(VENV)/installed-dev
 
 # The pages in build/site; the tutorial is run, and a warning is an error.
 docs: $(VENV)/installed-dev
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(call require,docs)
 	OMP_WAIT_POLICY=passive NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/installed-dev
@@ -56,8 +59,8 @@ SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-rec
 FAST_COMPILE := -g1 -fira-region=one
 
 sanitize: $(CHECKS)
-	for check in $^; do ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    OMP_WAIT_POLICY=passive $$check 500 || exit 1; done
+	printf '%s 500\n' $^ | ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    OMP_WAIT_POLICY=passive xargs -P $$(nproc) -L 1 env
 
 $(CHECKS): %: %.o $(KERNEL)
 	$(CXX) -fopenmp $(SANITIZERS) $^ -o $@
@@ -70,9 +73,8 @@ ARM_CHECKS := $(patsubst build/sanitize/%,build/arm/%,$(CHECKS))
 ARM_KERNEL := $(patsubst build/sanitize/%,build/arm/%,$(KERNEL))
 
 arm: $(ARM_CHECKS)
-	for check in $^; do for cpu in max cortex-a53; do \
-	    OMP_WAIT_POLICY=passive qemu-aarch64 -L $(ARM_ROOT) -cpu $$cpu $$check 60 || exit 1; \
-	    done; done
+	printf -- '-cpu %s 60\n' $(foreach cpu,max cortex-a53,$(addprefix '$(cpu) ,$(addsuffix ',$^))) | \
+	    OMP_WAIT_POLICY=passive xargs -P $$(nproc) -L 1 qemu-aarch64 -L $(ARM_ROOT)
 
 $(ARM_CHECKS): %: %.o $(ARM_KERNEL)
 	$(ARM_CXX) -fopenmp $^ -o $@
@@ -118,7 +120,7 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(call require,dev)
 	touch $@
 
 clean:
