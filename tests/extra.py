@@ -5,4 +5,4 @@ import tomllib
 from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-print("\n".join(project["optional-dependencies"][sys.argv[1]]))
+sys.stdout.write("\n".join(project["optional-dependencies"][sys.argv[1]]) + "\n")
