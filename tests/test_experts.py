@@ -158,6 +158,10 @@ class ReadTwice(Numbers):
         return super().forward(x) + self.up.mean()
 
 
+class HasTheName(Numbers):
+    packed_up = "taken"
+
+
 class Half(OneByOne):
     """Of one parameter only some matrices are multiplied with."""
 
@@ -166,7 +170,9 @@ class Half(OneByOne):
 
 
 @pytest.mark.filterwarnings("ignore::fxquant.swap.LeftFloatWarning")
-@pytest.mark.parametrize(("kind", "float_in"), [(ReadTwice, {"up"}), (Half, {"up", "down"})])
+@pytest.mark.parametrize(
+    ("kind", "float_in"), [(ReadTwice, {"up"}), (Half, {"up", "down"}), (HasTheName, {"up"})]
+)
 def test_a_parameter_that_is_not_all_weight_stays_float_in_a_swapped_copy(kind, float_in):
     model = kind().eval()
     qmodel, _ = fxquant.quantize(model, DATA, **OPTIONS)

@@ -14,7 +14,7 @@ from fxquant.graph.layers import sites, user_name
 from fxquant.modules.grouped_linear import QuantizedGroupedLinear
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.linear import QuantizedLinear
-from fxquant.modules.packed_parameter import PackedParameter
+from fxquant.modules.packed_parameter import PackedParameter, child_name
 from fxquant.tracing.bare_parameters import BareParameter
 from fxquant.tracing.trace_report import REPORT_KEY, TraceReport
 
@@ -33,8 +33,8 @@ def packed_parameters(
 ) -> dict[str, tuple[PackedParameter, list[str]]]:
     """What takes the place of parameters of `model`, with the names of the layers it is made of.
 
-    Left out are parameters that the graph reads besides, that belong to two modules, and those of
-    whose matrices some are float.
+    Left out are parameters that the graph reads besides, that belong to two modules, of whose
+    matrices some are float, and whose module has an attribute of the child's name already.
 
     Args:
         model: the user's.
@@ -55,6 +55,9 @@ def packed_parameters(
     for name, uses in wanted.items():
         parameter = parameters.get(name)
         if parameter is None or name in read or holders[id(parameter)] > 1:
+            continue
+        owner, _, child = child_name(name).rpartition(".")
+        if hasattr(model.get_submodule(owner), child):
             continue
         packed = _packed(uses, layers)
         if packed is not None and packed.weight_shape == parameter.shape:
