@@ -4,5 +4,14 @@ import sys
 import tomllib
 from pathlib import Path
 
-project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-sys.stdout.write("\n".join(project["optional-dependencies"][sys.argv[1]]) + "\n")
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+
+
+def needs(extra: str) -> list[str]:
+    """The requirements of an extra."""
+    project = tomllib.loads(PYPROJECT.read_text())["project"]
+    return list(project["optional-dependencies"][extra])
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n".join(needs(sys.argv[1])) + "\n")
