@@ -99,6 +99,7 @@ def test_an_expert_without_tokens_falls_back_and_the_record_says_so():
     _, info = fxquant.quantize(model, DATA, method="gptq", **OPTIONS)
     reason = next(d.reason for d in info.decisions if d.module == "up")
     assert "2 of 4 experts got no calibration token: rounded to nearest" in reason
+    assert "Give more rows" in next(w for w in info.warnings if w.startswith("experts of layers"))
 
 
 @pytest.mark.parametrize("method", ["local", "gradient", "exact"])

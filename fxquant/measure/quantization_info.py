@@ -12,7 +12,7 @@ from fxquant.config.quant_config import QuantConfig
 from fxquant.errors import AccuracyError, OptionError, check_choice, check_type
 from fxquant.fusion.fused import fused_counts
 from fxquant.measure.sensitivity_row import SensitivityRow, as_number
-from fxquant.passes.decide import DEFAULT_RULE, Decision
+from fxquant.passes.decide import DEFAULT_RULE, FELL_BACK, Decision
 from fxquant.passes.fold_norms import FoldedNorm
 from fxquant.passes.scale_channels import FoldedScale
 from fxquant.report.html import write_html
@@ -243,7 +243,8 @@ def check_accuracy_warnings(
     elif info.sqnr_db is not None and info.sqnr_db < sqnr_warning_threshold:
         text = f"low: output SQNR is {info.sqnr_db:.1f} dB, below {sqnr_warning_threshold:g} dB"
         low.insert(0, text)
-    info.warnings = [*critical[:1], *_float_products(info), *critical[1:], *low]
+    about_weights = [*_float_products(info), *_rounded_experts(info)]
+    info.warnings = [*critical[:1], *about_weights, *critical[1:], *low]
     info.warnings += _general_warnings(info)
     if on_failure == "error" and critical:
         raise AccuracyError(
@@ -307,6 +308,20 @@ def _general_warnings(info: QuantizationInfo) -> list[str]:
             "the graph was not verified against the model: pass example_inputs, a call's arguments"
         )
     return found
+
+
+def _rounded_experts(info: QuantizationInfo) -> list[str]:
+    """A warning where more than a tenth of all product weights is of experts that fell back."""
+    total = sum(info.trace.get("product_elements", {}).values())
+    fell = [d for d in info.decisions if d.product == "expert" and FELL_BACK in d.reason]
+    share = sum(d.weight_elements for d in fell) / max(total, 1)
+    if share <= FLOAT_SHARE:
+        return []
+    return [
+        f"experts of layers that hold {share:.0%} of the product weights were {FELL_BACK} instead "
+        "of fitted (the decisions say how many): each sees only the tokens routed to it. Give more "
+        "rows"
+    ]
 
 
 def _float_products(info: QuantizationInfo) -> list[str]:

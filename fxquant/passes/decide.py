@@ -39,6 +39,7 @@ from fxquant.modules.weight_forms import chosen_form, form_of, matrix_of
 from fxquant.numerics.integers import INT8, WIDTHS
 from fxquant.numerics.quantized_weight import ONE_GROUP, is_per_channel
 
+FELL_BACK = "rounded to nearest"  # in the reason of a layer that was to be fitted
 DEFAULT_RULE = "default"  # no rule names the layer: it gets the width of the configuration
 ACTIONS = {**{bits: f"int{bits}" for bits in WIDTHS}, FLOAT_BITS: "float"}
 BITS_OF = {action: bits for bits, action in ACTIONS.items() if bits != FLOAT_BITS}

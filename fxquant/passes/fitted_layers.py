@@ -16,7 +16,7 @@ from fxquant.config.quant_config import QuantConfig
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.numerics.quantized_weight import QuantizedWeight, is_per_channel, rows_of_block
 from fxquant.observers.moments import LayerMoments
-from fxquant.passes.decide import Decision, add_notes
+from fxquant.passes.decide import FELL_BACK, Decision, add_notes
 from fxquant.passes.layer_maker import Blocks
 from fxquant.passes.rounded_layers import RoundedLayers
 from fxquant.passes.target_limits import bias_in_target, exact_in_target, int8_in_target
@@ -167,7 +167,7 @@ class FittedLayers:
 
     def explain(self, decisions: Iterable[Decision]) -> list[Decision]:
         """The decisions, with a word on layers that were rounded in another way than was asked."""
-        rounded = "rounded to nearest"
+        rounded = FELL_BACK
         unreached, worse = "no calibration token", "gptq was worse on tokens that were held out"
         for counts, alone, some in (
             (self.unreached, f"{unreached} reached it: {rounded}", f"got {unreached}: {rounded}"),
