@@ -69,9 +69,7 @@ class PackedParameter(LayerAround):
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """The shape of the parameter."""
-        *leading, rows, columns = self.layer.weight_shape
-        last = (columns, rows) if self.is_transposed else (rows, columns)
-        return (*leading, *last)
+        return tuple(self.weight.shape)
 
     @property
     def weight(self) -> Tensor:

@@ -6,7 +6,14 @@ hold the parameter as packed integers. What is computed of a parameter, or a par
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxquant.graph.layers import is_plain_linear, tensor_attribute, user_name
+from fxquant.tracing.constants import Constant
+
+READ_ONLY = "fxquant_read_only"  # gm.meta: layers made of weights that other code multiplies with
+BARE = "fxquant_bare"  # gm.meta: of these, the ones whose weight is a parameter as it is
 
 
 @dataclass(frozen=True)
@@ -47,3 +54,27 @@ def whole_parameter(name: str, parameter: Tensor, weight: Tensor) -> BareParamet
         ):  # fmt: skip
             return BareParameter(name, bool(is_transposed), index)
     return None
+
+
+def mark_bare(
+    gm: GraphModule, module: nn.Module, layer: str, weight: Constant, matrices: Tensor
+) -> None:
+    """Note a layer whose weight is a parameter, or one of its matrices, as it lies in memory.
+
+    Args:
+        gm: the graph; the note is in its `meta`.
+        module: the model, which has the parameter.
+        layer: the user's name of the layer.
+        weight: what the layer was made of.
+        matrices: the same as the layer has it.
+    """
+    if len(weight.sources) != 1:
+        return
+    source = weight.sources[0]
+    name = user_name(gm, str(source.target))
+    owner = name.rpartition(".")[0]
+    if is_plain_linear(module.get_submodule(owner)) and owner not in gm.meta.get(READ_ONLY, ()):
+        return  # a layer of its own
+    found = whole_parameter(name, tensor_attribute(gm, source), matrices)
+    if found is not None:
+        gm.meta.setdefault(BARE, {})[layer] = found

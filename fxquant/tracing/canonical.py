@@ -17,7 +17,6 @@ from fxquant.graph.layers import (
     NAMES_KEY,
     ROOT,
     has_hooks,
-    is_plain_linear,
     target_of,
     tensor_attribute,
     user_name,
@@ -28,15 +27,13 @@ from fxquant.graph.shapes import MODULE_PATH
 from fxquant.modules.float_linear import linear_around
 from fxquant.modules.grouped_linear import GroupedLinear
 from fxquant.tracing.assemble import make_graph_module
-from fxquant.tracing.bare_parameters import whole_parameter
+from fxquant.tracing.bare_parameters import READ_ONLY, mark_bare
 from fxquant.tracing.constants import Constant, Constants
 from fxquant.tracing.einsum import linear_form
 from fxquant.tracing.export import innermost_module
 from fxquant.tracing.grouped import call_grouped, grouped_product
 
 aten = torch.ops.aten
-READ_ONLY = "fxquant_read_only"  # gm.meta: layers made of weights that other code multiplies with
-BARE = "fxquant_bare"  # gm.meta: of these, the ones whose weight is a parameter as it is
 
 # Ops of exported graphs that are the whole forward of a torch.nn module, and the position of their
 # weight. Only modules of exactly these classes are put back: their forward is this op.
@@ -198,7 +195,7 @@ def _make_grouped(gm: GraphModule, names: "_Names", constants: Constants, node: 
     path = node.meta.get(MODULE_PATH)
     target = names.of(product.weight, product.matrices, None, path)
     _mark_read_only(gm, names, target, product.weight)
-    _mark_bare(gm, names, target, product.weight, product.matrices)
+    mark_bare(gm, names.module, names.names.get(target, target), product.weight, product.matrices)
     names.made.setdefault(target, GroupedLinear.on(product.matrices))
     call = call_grouped(gm, node, target, product)
     call.meta = {key: value for key, value in node.meta.items() if key == MODULE_PATH}
@@ -209,23 +206,6 @@ def _mark_read_only(gm: GraphModule, names: "_Names", target: str, weight: Const
     """Note a layer whose weight is read by other code than its own."""
     owners = [user_name(gm, str(n.target)).rpartition(".")[0] for n in weight.sources]
     gm.meta.setdefault(READ_ONLY, []).extend((names.names.get(target, target), *owners))
-
-
-def _mark_bare(
-    gm: GraphModule, names: "_Names", target: str, weight: Constant, matrices: Tensor
-) -> None:
-    """Note a layer whose weight is a parameter, or one of its matrices, as it lies in memory."""
-    if len(weight.sources) != 1:
-        return
-    source = weight.sources[0]
-    name = user_name(gm, str(source.target))
-    owner = name.rpartition(".")[0]
-    is_linear = is_plain_linear(names.module.get_submodule(owner))
-    if is_linear and owner not in gm.meta.get(READ_ONLY, ()):
-        return  # a layer of its own
-    found = whole_parameter(name, tensor_attribute(gm, source), matrices)
-    if found is not None:
-        gm.meta.setdefault(BARE, {})[names.names.get(target, target)] = found
 
 
 def _make_linear_of_einsum(
@@ -285,7 +265,7 @@ def _call_linear(
     if names.names.get(target, target) != (path or ROOT):
         _mark_read_only(gm, names, target, weight)
     if bias is None:
-        _mark_bare(gm, names, target, weight, matrix)
+        mark_bare(gm, names.module, names.names.get(target, target), weight, matrix)
     names.made.setdefault(target, linear_around(matrix, bias))
     return _replace_by_call(gm.graph, last, target, source)
 

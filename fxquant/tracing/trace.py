@@ -36,7 +36,8 @@ from fxquant.graph.left_alone import (
 from fxquant.graph.parameters import IDLE
 from fxquant.graph.shapes import record_shapes
 from fxquant.tracing.assemble import assemble
-from fxquant.tracing.canonical import BARE, READ_ONLY, canonicalize
+from fxquant.tracing.bare_parameters import BARE, READ_ONLY
+from fxquant.tracing.canonical import canonicalize
 from fxquant.tracing.capture import Capture
 from fxquant.tracing.coverage import weigh
 from fxquant.tracing.export import capture_export

@@ -31,9 +31,7 @@ def refusing_weights(layers: Iterable[str]) -> dict[str, Tensor]:
     A process that does not know fxquant's layers would fill float ones with random weights, and
     only warn. It refuses a weight of another shape, though: that of a matrix is never [1].
     """
-    modules = [
-        name for name in layers if parameter_name(name) is None
-    ]  # the library converts others
+    modules = [name for name in layers if parameter_name(name) is None]  # others are converted
     return {name + WEIGHT: torch.zeros(1, dtype=torch.uint8) for name in modules}
 
 
