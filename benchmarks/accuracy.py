@@ -19,14 +19,11 @@ from dataclasses import replace
 from typing import Any
 
 from quantizer_peers import installed_peers, missing_peers
-from subjects import SUBJECTS, Subject, subject_parser
+from subjects import SUBJECTS, Subject, plain_rounding, subject_parser
 from timing import report
 from torch import nn
 
 import fxquant
-from fxquant.config.quant_config import QuantConfig
-from fxquant.passes.decide import decide
-from fxquant.passes.rewrite import rewrite
 
 MANY = 10_000  # samples: more than there are
 W8A8 = {"bits": 8, "activation_bits": 8}
@@ -71,16 +68,6 @@ NOISY: dict[str, dict[str, Any]] = {
 PLAIN = "plain rounding"
 
 
-def plain_rounding(subject: Subject) -> nn.Module:
-    """Rounding to nearest over the full range, symmetric."""
-    decisions = decide(subject.graph, QuantConfig(modules_to_not_convert=subject.keep))
-    return rewrite(
-        subject.graph,
-        decisions,
-        lambda _, linear, __: fxquant.QuantizedLinearInt4.from_float(linear),
-    )
-
-
 def static(subject: Subject, options: dict[str, Any]) -> nn.Module:
     """`static_quantize`."""
     kept = subject.keep if isinstance(options.get("bits", 4), int) else None
@@ -106,7 +93,7 @@ def data_free(subject: Subject, options: dict[str, Any]) -> nn.Module:
 
 def candidates(subject: Subject) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """What makes each row, by its name; plain rounding first."""
-    yield PLAIN, lambda: plain_rounding(subject)
+    yield PLAIN, lambda: plain_rounding(subject.graph, subject.keep)
     for name, options in DATA_FREE.items():
         yield name, lambda options=options: data_free(subject, options)
     for name, options in (METHODS | NOISY).items():
@@ -117,7 +104,7 @@ def candidates(subject: Subject) -> Iterator[tuple[str, Callable[[], nn.Module]]
     both = replace(only, calibration=[*subject.calibration, *subject.built_in])
     for name, options in BOTH.items():
         yield name, lambda options=options: static(both, options)
-    for name, make in installed_peers().items():
+    for name, make in installed_peers(subject.model).items():
         yield name, lambda m=make: m(subject.model, subject.quantized, subject.calibration)
 
 

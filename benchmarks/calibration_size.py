@@ -2,6 +2,7 @@
 
     OMP_WAIT_POLICY=passive python benchmarks/calibration_size.py
     OMP_WAIT_POLICY=passive python benchmarks/calibration_size.py --model minilm --tokens 1000 10000
+    OMP_WAIT_POLICY=passive python benchmarks/calibration_size.py --tokens 1500 --method rtn best
 
 Calibration mixes three sources in equal parts as far as they reach: a book, the text that fxquant
 ships, and docstrings of Python's library. Figures and columns are those of `accuracy.py`: `same
@@ -9,6 +10,7 @@ book` and the five sources that calibration did not take.
 """
 
 import time
+from itertools import product
 from typing import Any
 
 from sources import book_for_calibration, built_in_text, library
@@ -35,7 +37,7 @@ def mixture(subject: Subject, tokens: int) -> list[Any]:
 def main() -> None:
     """Print the tables."""
     parser = subject_parser(__doc__)
-    parser.add_argument("--method", default="gptq")
+    parser.add_argument("--method", nargs="*", default=["gptq"])
     parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
     arguments = parser.parse_args()
 
@@ -43,22 +45,22 @@ def main() -> None:
     for name in arguments.model:
         subject = SUBJECTS[name](arguments.pieces)
         rows: list[dict[str, Any]] = []
-        for tokens in arguments.tokens:
+        for tokens, method in product(arguments.tokens, arguments.method):
             batches = mixture(subject, tokens)
             began = time.process_time()
             model = fxquant.static_quantize(
                 subject.graph,
                 batches,
-                method=arguments.method,
+                method=method,
                 symmetric=False,
                 num_calibration_samples=MANY,
                 modules_to_not_convert=subject.keep,
                 accuracy_warning="ignore",
             )[0]
             seconds = time.process_time() - began
-            row = {"tokens": token_count(batches), **subject.row(model), "CPU seconds": seconds}
-            rows.append(row)
-        report(f"{name}, {arguments.method}, asymmetric, {subject.figure}", rows, None)
+            row = {"tokens": token_count(batches), "method": method, **subject.row(model)}
+            rows.append({**row, "CPU seconds": seconds})
+        report(f"{name}, asymmetric, {subject.figure}", rows, None)
         table += [{"model": name, **row} for row in rows]
     if arguments.json is not None:
         report("both", table, arguments.json)

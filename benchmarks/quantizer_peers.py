@@ -1,11 +1,11 @@
 """INT4 weights of group 128 as other libraries make them.
 
-    pip install nncf torchao hqq optimum-quanto bitsandbytes
+    pip install nncf torchao hqq optimum-quanto auto-round bitsandbytes
     pip install llmcompressor  # for `gptq`; needs an older transformers than the tests
 
-Whichever is installed takes part. All of them are given the same weights. For accuracy, what they
-make of them is read back as floats and put into a copy of the float model, so that kernels play no
-role.
+Whichever is installed takes part. All of them are given the same weights, and those that take data
+the same batches. For accuracy, what they make of the weights is read back as floats, or runs in
+their own layers on float activations, so that kernels play no role.
 """
 
 import copy
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUP = 128
@@ -32,8 +33,10 @@ def gptq_peers() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     return {"llm-compressor": _llm_compressor_gptq} if _has("llmcompressor") else {}
 
 
-def installed_peers() -> dict[str, Callable[[nn.Module, Iterable[str], list[Any]], nn.Module]]:
-    """By name: what makes a quantized copy from a model, names of layers and batches."""
+def installed_peers(
+    model: nn.Module,
+) -> dict[str, Callable[[nn.Module, Iterable[str], list[Any]], nn.Module]]:
+    """By name: what makes a quantized copy from a model like this, names of layers and batches."""
     found: dict[str, Any] = {}
     if _has("torchao"):
         found["torchao, symmetric"] = _by_weight(_torchao)
@@ -44,12 +47,17 @@ def installed_peers() -> dict[str, Callable[[nn.Module, Iterable[str], list[Any]
     if _has("nncf"):
         found["nncf, symmetric"] = _nncf(is_symmetric=True)
         found["nncf, asymmetric"] = _nncf(is_symmetric=False)
+        found["nncf, data-aware"] = _nncf(is_symmetric=True, is_data_aware=True)
+        found["nncf, data-aware, asymmetric"] = _nncf(is_symmetric=False, is_data_aware=True)
+    if _has("auto_round") and hasattr(model, "config"):  # it takes models of transformers alone
+        found["auto-round"] = _auto_round
     return found
 
 
 def missing_peers() -> list[str]:
     """The names of those that are not installed."""
-    return [name for name in ("nncf", "torchao", "hqq", "optimum.quanto") if not _has(name)]
+    names = ("nncf", "torchao", "hqq", "optimum.quanto", "auto_round")
+    return [name for name in names if not _has(name)]
 
 
 def _has(name: str) -> bool:
@@ -121,7 +129,9 @@ def _llm_compressor_gptq(weight: Tensor, second: Tensor) -> Tensor:
     return rounded[0]
 
 
-def _nncf(*, is_symmetric: bool) -> Any:
+def _nncf(*, is_symmetric: bool, is_data_aware: bool = False) -> Any:
+    """Without data, or with what it offers for torch: AWQ and scales estimated from the data."""
+
     def make(model: nn.Module, names: Iterable[str], batches: list[Any]) -> nn.Module:
         import nncf
 
@@ -134,7 +144,42 @@ def _nncf(*, is_symmetric: bool) -> Any:
             group_size=GROUP,
             all_layers=True,
             ignored_scope=nncf.IgnoredScope(patterns=patterns, validate=False),
-            dataset=nncf.Dataset(batches[:1]),  # traces the model
+            dataset=nncf.Dataset(batches if is_data_aware else batches[:1]),  # traces the model
+            awq=is_data_aware,
+            scale_estimation=is_data_aware,
         )
 
     return make
+
+
+def _auto_round(model: nn.Module, names: Iterable[str], batches: list[Any]) -> nn.Module:
+    """Its light recipe, symmetric: 50 steps of signed gradients for each block, not 200.
+
+    It quantizes the linear layers of the list of blocks, and takes rows of one length.
+    """
+    from auto_round import AutoRound
+    from transformers import AutoTokenizer
+
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    padded = [
+        {name: F.pad(ids, (0, longest - ids.shape[1])) for name, ids in batch.items()}
+        for batch in batches
+    ]
+    given: Any = copy.deepcopy(model)
+    rounding: Any = AutoRound(
+        given,
+        AutoTokenizer.from_pretrained(given.name_or_path),
+        scheme="W4A16",
+        dataset=padded,
+        nsamples=sum(len(batch["input_ids"]) for batch in batches),
+        seqlen=longest,
+        iters=50,
+        lr=5e-3,
+        device_map="cpu",
+        enable_torch_compile=False,
+    )
+    rounded, chosen = rounding.quantize()
+    missed = {name for name in names if chosen.get(name, {}).get("bits") != 4}
+    if missed:
+        raise RuntimeError(f"AutoRound left layers float: {sorted(missed)}")
+    return rounded  # with rounded weights in float layers

@@ -6,7 +6,7 @@ source alone, and of those the worst and the mean are printed.
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import fxquant
 from fxquant.config.quant_config import QuantConfig
 from fxquant.demo.language_model import load_language_model
 from fxquant.passes.decide import decide
+from fxquant.passes.rewrite import rewrite
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 WINDOWS, SENTENCES = 128, 384  # for calibration, at most
@@ -71,6 +72,14 @@ class Subject:
         return summary | found
 
 
+def plain_rounding(graph: torch.fx.GraphModule, keep: Sequence[str] = ()) -> nn.Module:
+    """Rounding to nearest over the full range, symmetric; the layers `keep` stay float."""
+    decisions = decide(graph, QuantConfig(modules_to_not_convert=keep))
+    return rewrite(
+        graph, decisions, lambda _, linear, __: fxquant.QuantizedLinearInt4.from_float(linear)
+    )
+
+
 def token_count(batches: list[Any]) -> int:
     """The tokens of some batches that are no padding."""
     masks = [b["attention_mask"] if isinstance(b, dict) else torch.ones_like(b) for b in batches]
@@ -98,18 +107,20 @@ def language_model(pieces: int) -> Subject:
     texts = {SAME: book_held_out().windows(pieces)}
     texts |= {source.name: source.windows(pieces // 2) for source in other_sources()}
     expected = {name: _log_probabilities(graph, windows) for name, windows in texts.items()}
-    plain = dict[str, float]()
 
-    def measure(quantized: nn.Module) -> dict[str, float]:
-        found = {
+    def divergences(quantized: nn.Module) -> dict[str, float]:
+        return {
             name: F.kl_div(
                 _log_probabilities(quantized, windows), expected[name],
                 log_target=True, reduction="batchmean",
             ).item()
             for name, windows in texts.items()
         }  # fmt: skip
-        plain.update({} if plain else found)  # plain rounding comes first
-        return {name: 1 - found[name] / plain[name] for name in found}
+
+    plain = divergences(plain_rounding(graph))
+
+    def measure(quantized: nn.Module) -> dict[str, float]:
+        return {name: 1 - found / plain[name] for name, found in divergences(quantized).items()}
 
     figure = "gap closed (1 - divergence / that of plain rounding)"
     built_in = batches(built_in_text(), WINDOWS)
