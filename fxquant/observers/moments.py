@@ -4,7 +4,7 @@ Several layers may read one input (the projections to queries, keys and values):
 collected once for all of them, and what is factored of them is factored once.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -198,27 +198,39 @@ class LayerMoments:
         self._total_shift += other._total_shift
         self._held_shifts += other._held_shifts
 
-    def held_error(self, weight: Tensor, quantized: Tensor, offset: Tensor) -> float:
-        """How far a quantized layer is from its aim: Σ |(Q − W) x + b − shift|² over held tokens.
+    def held_errors(
+        self, weight: Tensor, candidates: Sequence[tuple[Tensor, Tensor]], outputs: int = MOST_HELD
+    ) -> list[float]:
+        """How far quantized layers are from their aim, Σ |(Q − W) x + b − shift|².
+
+        The sum is over tokens that were held out, and about `outputs` of the outputs: two layers
+        are told apart by a sample of them as well as by all.
 
         Args:
             weight: the float weight W [out, in].
-            quantized: Q, dequantized [out, in].
-            offset: b, what is added to the float layer's bias, [out].
+            candidates: of each layer Q, dequantized [out, in], and b, what is added to the float
+                layer's bias, [out].
+            outputs: that are compared; where there are up to twice as many, all are.
         """
-        total = 0.0
+        totals = [0.0] * len(candidates)
+        chosen = slice(None, None, max(1, len(weight) // outputs))
+        base = weight[chosen].detach().float()
+        changes = [(q[chosen].float() - base, offset[chosen].float()) for q, offset in candidates]
         shifts = self._held_shifts or [None] * len(self.input.held)
         for (x, lack), shift in zip(self.input.held, shifts, strict=True):
-            for start in range(0, len(weight), max(1, COMPARED // len(x))):
-                rows = slice(start, start + max(1, COMPARED // len(x)))
-                base = weight[rows].detach().float()
-                error = torch.addmm(offset[rows].float(), x, (quantized[rows].float() - base).T)
+            size = max(1, COMPARED // len(x))
+            own = None if shift is None else shift[:, chosen]
+            for rows in (slice(start, start + size) for start in range(0, len(base), size)):
+                aim = None if own is None else own[:, rows]
                 if lack is not None:
-                    error.addmm_(lack, base.T, alpha=-1)
-                if shift is not None:
-                    error -= shift[:, rows]
-                total += float(error.double().square().sum())
-        return total
+                    explained = lack @ base[rows].T
+                    aim = explained if aim is None else explained.add_(aim)
+                for number, (change, offset) in enumerate(changes):
+                    error = torch.addmm(offset[rows], x, change[rows].T)
+                    if aim is not None:
+                        error -= aim
+                    totals[number] += float(error.double().square().sum())
+        return totals
 
     @property
     def tokens(self) -> int:

@@ -22,6 +22,7 @@ from fxquant.passes.rounded_layers import RoundedLayers
 from fxquant.passes.target_limits import bias_in_target, exact_in_target, int8_in_target
 
 FITTED_ELEMENTS = 1 << 22  # of a weight that are fitted at once, with some temporaries of the size
+COMPARED_OUTPUTS = 256  # of a block, on which fitting and rounding are compared
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,10 @@ class FittedLayers:
         if not moments.held_tokens or not moments.tokens:
             return FittedBlock(*fitted, is_reached=bool(moments.tokens))
         plain = self._rounded(name, matrix, bias, bits, moments)
-        worse = _held_error(matrix, bias, *fitted, moments)
-        if _held_error(matrix, bias, *plain, moments) < worse:
+        fitted_error, plain_error = moments.held_errors(
+            matrix, [_candidate(bias, *made) for made in (fitted, plain)], COMPARED_OUTPUTS
+        )
+        if plain_error < fitted_error:
             return FittedBlock(*plain, is_rounded=True)
         if moments.tokens >= matrix.shape[1]:
             return FittedBlock(*fitted)
@@ -186,13 +189,10 @@ class FittedLayers:
         return f"{count} of {blocks} {word} {some}"
 
 
-def _held_error(
-    matrix: Tensor,
-    bias: Tensor | None,
-    weight: QuantizedWeight,
-    made: Tensor | None,
-    moments: LayerMoments,
-) -> float:
-    base = torch.zeros(len(matrix)) if bias is None else bias
-    offset = torch.zeros_like(base) if made is None else made - base
-    return moments.held_error(matrix, weight.dequantize(), offset)
+def _candidate(
+    bias: Tensor | None, weight: QuantizedWeight, made: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The dequantized weight [rows, inputs], and what the layer adds to the float bias, [rows]."""
+    quantized = weight.dequantize()
+    base = torch.zeros(len(quantized)) if bias is None else bias
+    return quantized, torch.zeros_like(base) if made is None else made - base
