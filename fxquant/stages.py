@@ -25,7 +25,7 @@ from fxquant.measure.sizes import MEGABYTE, model_bytes
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.passes.calibration_data import calls
 from fxquant.passes.check_alike import check_alike
-from fxquant.passes.check_weights import check_weights
+from fxquant.passes.check_weights import check_has_values, check_weights
 from fxquant.passes.decide import Decision, add_notes, decide
 from fxquant.passes.fitted_layers import FittedLayers
 from fxquant.passes.fitted_widths import FittedWidths
@@ -37,6 +37,7 @@ from fxquant.passes.quantize_sequentially import quantize_sequentially
 from fxquant.passes.rewrite import chosen_layers, rewrite
 from fxquant.passes.rounded_layers import RoundedLayers
 from fxquant.passes.token_noise import check_has_batches
+from fxquant.tracing.offload import loaded
 from fxquant.tracing.prepare import check_initialized, unwrap
 from fxquant.tracing.trace import graph_of
 from fxquant.tracing.trace_report import trace_report
@@ -91,8 +92,9 @@ def run_stages(
     """
     recipe = parse_method(config.method, has_data=data is not None)
     most_bytes = memory_bytes(memory)
-    model = unwrap(model)
+    model = loaded(unwrap(model))
     check_initialized(model)
+    check_has_values(model)
     with process_left_alone(), structure_left_alone(model):
         if data is None:
             return _quantize_without_data(model, config, recipe, example, processes)

@@ -30,6 +30,7 @@ from fxquant.passes.pack_parameters import packed_parameters
 from fxquant.passes.rewrite import share_tables
 from fxquant.pretrained import guard_saving
 from fxquant.serialization.files import load_model
+from fxquant.tracing.offload import loaded
 from fxquant.tracing.prepare import COMPUTING_HOOKS, unwrap
 from fxquant.tracing.product_only import is_product_only
 from fxquant.tracing.trace_report import REPORT_KEY, TraceReport
@@ -63,7 +64,7 @@ def swap_modules(model: M, qmodel: GraphModule, *, share_memory: bool = False) -
         OptionError: `qmodel` was made from another model, is fused, or has a channel scale folded
             into a layer that would stay float.
     """
-    inner = unwrap(model)
+    inner = loaded(unwrap(model))
     check_graph("qmodel", qmodel)
     with process_left_alone(), structure_left_alone(inner):
         return _swapped(inner, qmodel, share_memory)  # type: ignore[return-value]

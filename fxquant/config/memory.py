@@ -23,7 +23,7 @@ def memory_bytes(memory: int | str | None) -> int | None:
         OptionError: the text is no amount, or the amount is not positive.
     """
     if memory is None:
-        free = _free_bytes()
+        free = free_bytes()
         return None if free is None else int(free * SHARE_OF_FREE)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", str(memory), re.IGNORECASE)
     unit = "" if match is None else match[2].upper()
@@ -38,7 +38,7 @@ def memory_bytes(memory: int | str | None) -> int | None:
     return amount
 
 
-def _free_bytes() -> int | None:
+def free_bytes() -> int | None:
     """What is free for new processes, as Linux tells it."""
     try:
         lines = MEMORY_INFO.read_text("utf-8").splitlines()

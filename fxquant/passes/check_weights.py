@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.errors import WeightError
@@ -19,13 +20,7 @@ def check_weights(gm: GraphModule, names: Iterable[str]) -> None:
         weight = site.module.weight
         assert isinstance(weight, torch.Tensor)  # the layers that were chosen have one
         if weight.is_meta:
-            raise WeightError(
-                f"{site.name}.weight",
-                found="a tensor on the meta device, which has no values",
-                needed="a weight with values",
-                remedy="Load the checkpoint into the model before quantizing it "
-                "(fxquant.plan needs no values).",
-            )
+            raise _without_values(f"{site.name}.weight")
         bad = weight.numel() - int(torch.isfinite(weight).sum())
         if bad:
             raise WeightError(
@@ -34,3 +29,20 @@ def check_weights(gm: GraphModule, names: Iterable[str]) -> None:
                 needed="finite values",
                 remedy="Check the checkpoint that the model was loaded from.",
             )
+
+
+def check_has_values(model: nn.Module) -> None:
+    """Raise a `WeightError` that names the first parameter that is on meta."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise _without_values(name)
+
+
+def _without_values(name: str) -> WeightError:
+    return WeightError(
+        name,
+        found="a tensor on the meta device, which has no values",
+        needed="a weight with values",
+        remedy="Load the checkpoint into the model before quantizing it (fxquant.plan needs no "
+        "values), or quantize its folder with fxquant.quantize_checkpoint.",
+    )

@@ -3,6 +3,7 @@
 | file | does |
 |---|---|
 | `trace.py` | tries the ways in order, and takes the first graph that does all the model does |
+| `offload.py` | values of weights that accelerate brings in for each call |
 | `prepare.py` | a working copy on the same memory, with weights as the model uses them |
 | `replacements.py` | traceable stand-ins for torch.nn's attention and transformer layers |
 | `signature.py` | which arguments of `forward` become inputs of the graph |

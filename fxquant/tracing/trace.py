@@ -45,6 +45,7 @@ from fxquant.tracing.guards import insert_guards
 from fxquant.tracing.inline import inline_children
 from fxquant.tracing.loop_marks import FEWEST_ROUNDS
 from fxquant.tracing.needed import export_examples, needed_guards, with_least_sizes
+from fxquant.tracing.offload import loaded
 from fxquant.tracing.opaque import describe_opaque, graph_around
 from fxquant.tracing.oracle import Oracle, Verdict
 from fxquant.tracing.prepare import check_initialized, prepare, unwrap
@@ -71,7 +72,7 @@ def trace(model: nn.Module, example_inputs: object = None) -> GraphModule:
         TraceError: the model does not run on the example inputs, or cannot be copied.
         OptionError: it is no Python module.
     """
-    model = unwrap(model)
+    model = loaded(unwrap(model))
     inputs = None if example_inputs is None else Call.of(example_inputs)
     check_initialized(model)
     with process_left_alone(), structure_left_alone(model):
