@@ -155,15 +155,16 @@ def _nncf(*, is_symmetric: bool, is_data_aware: bool = False) -> Any:
 def _auto_round(model: nn.Module, names: Iterable[str], batches: list[Any]) -> nn.Module:
     """Its light recipe, symmetric: 50 steps of signed gradients for each block, not 200.
 
-    It quantizes the linear layers of the list of blocks, and takes rows of one length.
+    It quantizes the linear layers of the list of blocks, and takes rows of one length, 8 at a time.
     """
     from auto_round import AutoRound
     from transformers import AutoTokenizer
 
     longest = max(batch["input_ids"].shape[1] for batch in batches)
     padded = [
-        {name: F.pad(ids, (0, longest - ids.shape[1])) for name, ids in batch.items()}
+        {name: F.pad(ids[i : i + 8], (0, longest - ids.shape[1])) for name, ids in batch.items()}
         for batch in batches
+        for i in range(0, len(batch["input_ids"]), 8)
     ]
     given: Any = copy.deepcopy(model)
     rounding: Any = AutoRound(
@@ -171,7 +172,8 @@ def _auto_round(model: nn.Module, names: Iterable[str], batches: list[Any]) -> n
         AutoTokenizer.from_pretrained(given.name_or_path),
         scheme="W4A16",
         dataset=padded,
-        nsamples=sum(len(batch["input_ids"]) for batch in batches),
+        nsamples=sum(len(batch["input_ids"]) for batch in padded),
+        batch_size=8,
         seqlen=longest,
         iters=50,
         lr=5e-3,
