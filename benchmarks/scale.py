@@ -8,8 +8,11 @@
 The model is a Llama made from a config, with seeded random weights: 30 layers of width 576, 9
 heads, 3 of them for keys and values, a vocabulary of 49,152. The data are 64 windows of 256 tokens.
 `--small` takes models and data that are done in seconds. Rows: `forward` (the float model reads the
-data once), `trace`, methods of `static_quantize`, tracing included, and `folder`: a Llama of 1.1
-billion parameters (22 layers of width 2048) in bfloat16, from disk to disk without data.
+data once), `trace`, methods of `static_quantize`, tracing included, `folder`: a Llama of 1.1
+billion parameters (22 layers of width 2048) in bfloat16, from disk to disk without data, and the
+other libraries of `scale_peers.py` that are installed. How good a result is, all are asked on the
+same tokens, which none of them has seen: since the weights are random, as the SQNR of the logits
+against the float model's, and not as a perplexity.
 
 Each row is a process of its own, or several that share it (`--processes`): then the figures are
 those of the process where they are largest, and `digest`, of all that the result holds, is the same
@@ -25,11 +28,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import scale_peers
 import torch
 import torch.distributed as dist
 from timing import report
@@ -38,8 +43,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxquant
 from fxquant.numerics.digest import digest_of
+from fxquant.numerics.metrics import SqnrMeter
 
-METHODS = ("forward", "trace", "rtn", "gptq", "best", "folder")
+METHODS = ("forward", "trace", "rtn", "gptq", "best", "folder", *scale_peers.PACKAGES)
 QUANTIZING = ("rtn", "gptq", "best")  # methods of `static_quantize`
 DEFAULT = ("forward", "trace", "gptq", "best")
 CONFIG = {
@@ -47,8 +53,8 @@ CONFIG = {
     "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49_152,
 }  # fmt: skip
 SMALL = {
-    "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
-    "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 512,
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
 }  # fmt: skip
 LARGE = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
@@ -56,6 +62,7 @@ LARGE = {
 }  # fmt: skip
 WINDOWS, LENGTH, ROWS = 64, 256, 8  # of a batch
 SMALL_WINDOWS, SMALL_LENGTH, SMALL_ROWS = 16, 32, 4
+UNSEEN_WINDOWS = 8
 
 
 def language_model(sizes: dict[str, int]) -> nn.Module:
@@ -65,36 +72,57 @@ def language_model(sizes: dict[str, int]) -> nn.Module:
     return LlamaForCausalLM(config).eval()
 
 
-def token_batches(vocabulary: int, windows: int, length: int, rows: int) -> list[dict[str, Tensor]]:
+def token_batches(
+    vocabulary: int, windows: int, length: int, rows: int, seed: int = 1
+) -> list[dict[str, Tensor]]:
     """Random tokens, [rows, length] a batch."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocabulary, (windows, length), generator=generator)
     return [{"input_ids": batch} for batch in tokens.split(rows)]
 
 
-def run(method: str, model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """Do what a row stands for; more about its result."""
+def run(
+    method: str, model: nn.Module, batches: list[dict[str, Tensor]]
+) -> tuple[nn.Module | None, dict[str, Any]]:
+    """Do what a row stands for; the quantized model, and more about it."""
     if method == "forward":
         with torch.no_grad():
             for batch in batches:
                 model(**batch)
-        return {}
+        return None, {}
     if method == "trace":
-        return {"coverage": fxquant.trace_report(fxquant.trace(model, batches[0])).coverage}
+        gm = fxquant.trace(model, batches[0])
+        return None, {"coverage": fxquant.trace_report(gm).coverage}
     qmodel, info = fxquant.static_quantize(model, batches, method=method, accuracy_warning="ignore")
     state = qmodel.state_dict()
     digests = [digest_of(name, str(t.dtype), t) for name, t in sorted(state.items())]
-    return {
+    return qmodel, {
         "SQNR dB": info.sqnr_db,
         "layers": len(info.selected_layers),
         "digest": sha256("".join(digests).encode()).hexdigest()[:12],
     }
 
 
-def run_folder(source: Path, target: Path) -> dict[str, Any]:
+def run_peer(
+    make: Callable[[list[dict[str, Tensor]]], nn.Module], batches: list[dict[str, Tensor]]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The same by another library."""
+    return make(batches), {}
+
+
+@torch.no_grad()
+def unseen_sqnr(sizes: dict[str, int], qmodel: nn.Module, data: tuple[int, int, int]) -> float:
+    """SQNR in dB of a quantized model's logits on tokens that nobody was given."""
+    model, meter = language_model(sizes), SqnrMeter()
+    for batch in token_batches(sizes["vocab_size"], UNSEEN_WINDOWS, data[1], 1, seed=2):
+        meter.add(model(**batch).logits, qmodel(**batch).logits)
+    return meter.db
+
+
+def run_folder(source: Path, target: Path) -> tuple[None, dict[str, Any]]:
     """Quantize a folder into another without data."""
     info = fxquant.quantize_checkpoint(source, target, {"method": "rtn"})
-    return {"layers": len(info.selected_layers)}
+    return None, {"layers": len(info.selected_layers)}
 
 
 def save_folder(folder: Path, sizes: dict[str, int], dtype: torch.dtype) -> None:
@@ -130,18 +158,24 @@ def measure(
         run_folder(folder / "small", folder / "small-int4")
         plan = partial(fxquant.plan, folder / "large", method="rtn")
     else:
-        tiny = language_model(SMALL)
-        run(method, tiny, token_batches(SMALL["vocab_size"], 2, 16, 1))
+        tiny, few = language_model(SMALL), token_batches(SMALL["vocab_size"], 2, 16, 1)
         model, batches = language_model(sizes), token_batches(sizes["vocab_size"], *data)
+        if method in scale_peers.PACKAGES:
+            run_peer(scale_peers.prepared(method, tiny, folder / "tiny"), few)
+            work = partial(run_peer, scale_peers.prepared(method, model, folder / method), batches)
+        else:
+            run(method, tiny, few)
+            work = partial(run, method, model, batches)
         if method in QUANTIZING:
             plan = partial(fxquant.plan, model, data=batches, method=method)
-        work = partial(run, method, model, batches)
     before, began, cpu = status_bytes("VmRSS"), time.perf_counter(), time.process_time()
-    more = work()
+    qmodel, more = work()
     memory = max(status_bytes("VmHWM") - before, 1) / 1e6
     seconds, wall = time.process_time() - cpu, time.perf_counter() - began
     row = {"what": method, "memory beside the model, MB": memory, "CPU s": seconds, "wall s": wall}
-    if plan is not None:  # after the run, in whose figures it must not show
+    if qmodel is not None:  # after the run, in whose figures it must not show
+        row["unseen SQNR, dB"] = unseen_sqnr(sizes, qmodel, data)
+    if plan is not None:  # as well
         forecast = plan().forecast
         row |= {
             "predicted MB": forecast.memory_bytes / 1e6,
@@ -193,7 +227,9 @@ def main() -> None:
     data = (SMALL_WINDOWS, SMALL_LENGTH, SMALL_ROWS) if arguments.small else (WINDOWS, LENGTH, ROWS)
     if arguments.layers:
         sizes["num_hidden_layers"] = arguments.layers
-    methods, processes = arguments.methods or DEFAULT, arguments.processes
+    processes = arguments.processes
+    peers = scale_peers.installed() if processes == 1 else []
+    methods = arguments.methods or [*DEFAULT, *peers]
     if arguments.inside is not None:
         row = measure_as(arguments.inside, processes, arguments.folder, methods[0], sizes, data)
         print(json.dumps(row))

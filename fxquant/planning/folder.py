@@ -132,8 +132,10 @@ def _block(
     modules = {name: model.get_submodule(name) for name in own}
 
     def run(call: Call) -> Rehearsal | None:
-        whole = rehearse(model, call, {}, blocks=[path])
-        return None if whole is None else rehearse(block, whole.inputs[path], modules)
+        way = rehearse(model, call, {}, until=path)
+        if way is None or way.reached is None:
+            return None
+        return rehearse(block, way.reached, modules)
 
     batches = Batches.of(drawn, run, has_copies=has_copies)
     if batches is None:

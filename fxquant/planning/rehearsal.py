@@ -7,7 +7,7 @@ tokens an expert has) needs real ones: then the call runs for real, if the model
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -54,7 +54,7 @@ class Rehearsal:
         largest: elements of the largest value.
         layers_flops: floating-point operations of products, up to the last layer.
         flops: the same up to the end.
-        inputs: what modules asked for are called with, by name.
+        reached: what the module that the run went up to is called with.
     """
 
     rows: int
@@ -66,11 +66,15 @@ class Rehearsal:
     largest: int = 0
     layers_flops: int = 0
     flops: int = 0
-    inputs: dict[str, Call] = field(default_factory=dict)
+    reached: Call | None = None
+
+
+class _Reached(BaseException):
+    """Ends a run; no `except Exception` of a model's own code stops it."""
 
 
 def rehearse(
-    model: nn.Module, call: Call, layers: Mapping[str, nn.Module], blocks: Iterable[str] = ()
+    model: nn.Module, call: Call, layers: Mapping[str, nn.Module], until: str | None = None
 ) -> Rehearsal | None:
     """Let a model run a call without arithmetic.
 
@@ -78,25 +82,25 @@ def rehearse(
         model: of any class, or a graph. Its parameters may be on meta.
         call: of the model.
         layers: modules of the model to look at, by the names that they get in the result.
-        blocks: paths of modules whose arguments are wanted too.
+        until: the path of a module; the run ends where it is called, and its arguments are kept.
 
     Returns:
         None where the model cannot run so, and has no weights to run with.
     """
     with process_left_alone(), left_alone(model):
         try:
-            return _run(model, call, layers, blocks, is_fake=True)
+            return _run(model, call, layers, until, is_fake=True)
         except Exception:  # code that needs values, in whatever way it says so
             if any(p.is_meta for p in model.parameters()):
                 return None
-            return _run(model, call, layers, blocks, is_fake=False)
+            return _run(model, call, layers, until, is_fake=False)
 
 
 def _run(
     model: nn.Module,
     call: Call,
     layers: Mapping[str, nn.Module],
-    blocks: Iterable[str],
+    until: str | None,
     *,
     is_fake: bool,
 ) -> Rehearsal:
@@ -112,13 +116,14 @@ def _run(
         inside.enter_context(torch.no_grad())
         inside.enter_context(fake or nullcontext())
         _watch_layers(inside, layers, watch, found)
-        for path in blocks:
-            _note_call(inside, model.get_submodule(path), path, found)
+        if until is not None:
+            _stop_at(inside, model.get_submodule(until), found)
         inside.enter_context(watch)
         for tensor in own.tensors():
             watch.see(tensor)
         found.given, found.first = watch.alive, next((t.nbytes for t in own.tensors()), 0)
-        torch.func.functional_call(model, made, own.args, own.kwargs)
+        with suppress(_Reached):
+            torch.func.functional_call(model, made, own.args, own.kwargs)
     found.peak, found.largest, found.flops = watch.peak, watch.largest, watch.flops
     return found
 
@@ -228,10 +233,11 @@ def _outputs_a_token(module: nn.Module) -> int:
     return rows if form.gives is not None else rows // form.blocks(module)
 
 
-def _note_call(inside: ExitStack, module: nn.Module, path: str, found: Rehearsal) -> None:
-    """Keep what a module is called with."""
+def _stop_at(inside: ExitStack, module: nn.Module, found: Rehearsal) -> None:
+    """Keep what a module is called with, and end the run there."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        found.inputs[path] = Call(args, kwargs)
+        found.reached = Call(args, kwargs)
+        raise _Reached
 
     inside.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)

@@ -109,3 +109,10 @@ def test_processes_share_the_steps_that_can_be_shared():
     assert forecast.seconds == 19.0
     assert forecast.seconds_on(4) == 7.0
     assert forecast.seconds_on(64) == 4.0
+
+
+def test_a_rehearsal_up_to_a_module_does_not_run_what_follows():
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(4, 4))
+    found = rehearse(model, Call.of(torch.ones(3, 8)), {"last": model[2]}, until="1")
+    assert [tuple(t.shape) for t in found.reached.tensors()] == [(3, 16)]
+    assert not found.readings
