@@ -88,6 +88,8 @@ def propagate_back(
         mapped = [(o, _cut(channel_map, values.shapes[o])) for o in dict.fromkeys(operands)]
         return [mapped] if fit else []
     if rule == "norm":
+        if channel_map.numel() != channel_map.shape[-1]:
+            raise CannotScaleError("the scale differs between tokens")
         found = [
             _argument(node, i, n) for i, n in zip(AFFINE_AT[name], ("weight", "bias"), strict=False)
         ]

@@ -125,6 +125,10 @@ REFUSED = {
     "shared producer": (lambda m, x: m.c(m.a(x)) + m.a(x * 2), "several places"),
     "reader called twice": (lambda m, x: m.c(m.c(m.norm(x))), "several places"),
     "another reader": (lambda m, x: m.c(h := m.a(x)) + torch.sigmoid(h), "sigmoid"),
+    "one token of a norm": (
+        lambda m, x: m.c(F.layer_norm(x, (WIDTH,), m.gain, m.norm.bias)[:, 0]),
+        "differs between tokens",
+    ),
     "not affine": (lambda m, x: m.c(F.layer_norm(x, (WIDTH,))), "layer_norm"),
     "channels mixed with tokens": (
         lambda m, x: m.c(m.a(x).transpose(1, 2).reshape(2, 5, WIDTH)),
