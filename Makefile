@@ -53,7 +53,7 @@ lint: $(VENV)/installed-dev
 # libgomp's own memory would count as leaked.
 CSRC := fxquant/kernels/csrc
 CHECKS := $(addprefix build/sanitize/,check_linear check_rounding check_attention check_norm)
-KERNEL := $(patsubst $(CSRC)/%.cpp,build/sanitize/%.o,$(filter-out %/module.cpp,$(wildcard $(CSRC)/*.cpp)))
+KERNEL := $(patsubst $(CSRC)/%.cpp,build/sanitize/%.o,$(filter-out $(CSRC)/module%,$(wildcard $(CSRC)/*.cpp)))
 SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
 # GCC takes twice as long over the unrolled products otherwise: -g1 still names the lines.
 FAST_COMPILE := -g1 -fira-region=one

@@ -19,6 +19,17 @@ def linear(
     threads: int,
     /,
 ) -> bool: ...
+def dequantize(
+    weight: int,
+    weight_shape: tuple[int, ...],
+    in_features: int,
+    out_features: int,
+    bits: int,
+    symmetric: bool,
+    y: int,
+    threads: int,
+    /,
+) -> bool: ...
 def attention(
     query: int,
     query_sizes: tuple[int, ...],
@@ -70,6 +81,30 @@ def round_groups(
     packed: int,
     scales: int,
     zero_points: int,
+    threads: int,
+    /,
+) -> None: ...
+def quantize_uint8(
+    x: int,
+    float_type: int,
+    q: int,
+    rows: int,
+    columns: int,
+    scales: int,
+    zero_points: int,
+    one_grid: bool,
+    threads: int,
+    /,
+) -> None: ...
+def dequantize_uint8(
+    x: int,
+    float_type: int,
+    q: int,
+    rows: int,
+    columns: int,
+    scales: int,
+    zero_points: int,
+    one_grid: bool,
     threads: int,
     /,
 ) -> None: ...

@@ -180,6 +180,18 @@ class NativeBackend:
         """Rearrange the tensor back."""
         return from_blocks(tensors[0], spec)
 
+    def dequantize(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+        """What `unpack` gives, as float32 [out, in]: the same bits without steps in between."""
+        blocks = tensors[0]
+        if FAULT is not None or not is_plain(blocks) or not blocks.is_contiguous():
+            return from_blocks(blocks, spec).dequantize()
+        y = torch.empty(spec.out_features, spec.in_features)
+        sizes = spec.in_features, spec.out_features, spec.bits, spec.symmetric
+        at, threads = blocks.data_ptr(), torch.get_num_threads()
+        is_sound = _native.dequantize(at, blocks.shape, *sizes, y.data_ptr(), threads)
+        assert is_sound  # `pack` made it
+        return y
+
     def rows(
         self, tensors: tuple[Tensor, ...], spec: LinearSpec, places: Tensor
     ) -> QuantizedWeight:

@@ -13,6 +13,7 @@ runtimes need it. `rounded_samples` is for ranges that are found while a model r
 import torch
 from torch import Tensor
 
+from fxquant.kernels.affine import dequantize_uint8, quantize_uint8
 from fxquant.numerics.integers import UINT8, dequantize_affine, quantize_affine, safe_scale
 
 LEAST_SCALE_RATIO = (
@@ -29,7 +30,7 @@ def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         scale: float32, [channels] or a scalar.
         zero_point: whole numbers in 0..255 as float32, the same shape.
     """
-    return quantize_affine(x.float(), scale, zero_point, UINT8).to(torch.uint8)
+    return quantize_uint8(x, scale, zero_point)
 
 
 def dequantize_activation(q: Tensor, scale: Tensor, zero_point: Tensor, like: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def dequantize_activation(q: Tensor, scale: Tensor, zero_point: Tensor, like: Te
     A gradient passes to `like` as if nothing was rounded, where nothing was clipped
     (straight-through estimator, Bengio et al., arXiv:1308.3432).
     """
-    values = dequantize_affine(q.float(), scale, zero_point).to(like.dtype)
+    values = dequantize_uint8(q, scale, zero_point, like.dtype)
     if not (torch.is_grad_enabled() and like.requires_grad):
         return values
     low, high = (scale * (end - zero_point) for end in (UINT8.quant_min, UINT8.quant_max))

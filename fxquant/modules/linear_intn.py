@@ -164,6 +164,12 @@ class QuantizedLinearIntN(QuantizedLinear):
         """The kernel's layout."""
         return self._kernel_tensors()[0]
 
+    def dequantize(self) -> Tensor:
+        """See `QuantizedLayer`."""
+        if self._backend is NATIVE:
+            return NATIVE.dequantize(self._kernel_tensors(), self._spec)
+        return super().dequantize()
+
     def rows(self, places: Tensor) -> Tensor:
         """Some rows of the float32 weight: `places` [n] in 0..out - 1, the result [n, in]."""
         return self._backend.rows(self._kernel_tensors(), self._spec, places).values()

@@ -1,0 +1,95 @@
+// Products with packed weights, and their values, for Python.
+#include "arguments.h"
+#include "codes.h"
+#include "dequantize.h"
+
+namespace fxquant {
+namespace {
+
+// A weight [blocks, groups, bytes of a group]; its group size is 0 where there is no such group.
+Weight weight_of(const void* data, int64_t out, int64_t in, int64_t group_bytes, int64_t bits,
+                          bool symmetric) {
+  Weight weight{static_cast<const uint8_t*>(data), out, in, 0, symmetric, 0};
+  if (bits < 2 || bits > 8 || bits == 7) return weight;
+  weight.bits = static_cast<int>(bits);
+  const int64_t size = (group_bytes - weight.grid_bytes()) * 8 / (NR * bits);
+  const bool is_known = size > 0 && size <= kMaxGroup &&
+                        size % unit_of(weight.bits) == 0;
+  if (is_known) weight.group_size = static_cast<int>(size);
+  return weight;
+}
+
+bool is_sound(const Weight& weight, const int64_t* shape) {
+  return weight.out_features > 0 && weight.in_features > 0 && weight.group_size > 0 &&
+         weight.blocks() == shape[0] && weight.groups() == shape[1] &&
+         weight.group_bytes() == shape[2];
+}
+
+}  // namespace
+
+// linear(x, x_shape, x_type, bias, bias_type, y, weight, weight_shape, in, out, bits, symmetric, int8,
+// function, gated, threads) -> whether the shapes belong together; with addresses as int, types as 0
+// (float32), 1 (bfloat16) or 2 (float16), and the function as a number of `Function`.
+PyObject* py_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (!has_count("linear", count, 16)) return nullptr;
+  const Arguments given{arguments};
+  int64_t x_shape[8], weight_shape[8];
+  Py_ssize_t x_dimensions, weight_dimensions;
+  const bool shapes = read_shape(arguments[1], x_shape, &x_dimensions) &&
+                      read_shape(arguments[7], weight_shape, &weight_dimensions);
+  if (PyErr_Occurred()) return nullptr;
+  if (!shapes || x_dimensions == 0 || weight_dimensions != 3) Py_RETURN_FALSE;
+
+  Call call{};
+  call.x = given.address(0);
+  call.x_type = given.type(2);
+  call.bias = given.address(3);
+  call.bias_type = given.type(4);
+  call.y = given.address(5);
+  call.rows = 1;
+  for (Py_ssize_t i = 0; i + 1 < x_dimensions; ++i) call.rows *= x_shape[i];
+  call.weight = weight_of(given.address(6), given.number(9), given.number(8), weight_shape[2],
+                          given.number(10), given.number(11) != 0);
+  call.int8 = given.number(12) != 0;
+  call.function = static_cast<Function>(given.number(13));
+  call.is_gated = given.number(14) != 0;
+  call.threads = static_cast<int>(given.number(15));
+  if (PyErr_Occurred()) return nullptr;
+  if (x_shape[x_dimensions - 1] != call.weight.in_features ||
+      !is_sound(call.weight, weight_shape) ||
+      (call.is_gated && call.weight.out_features % NR != 0)) {
+    Py_RETURN_FALSE;
+  }
+
+  const InstructionSet& set = in_use();
+  if (!run_released([&] { return linear(call, set); })) return nullptr;
+  Py_RETURN_TRUE;
+}
+
+// dequantize(weight, weight_shape, in, out, bits, symmetric, y, threads) -> whether the shapes belong
+// together; y is float32 [out, in].
+PyObject* py_dequantize(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (!has_count("dequantize", count, 8)) return nullptr;
+  const Arguments given{arguments};
+  int64_t shape[8];
+  Py_ssize_t dimensions;
+  const bool is_shape = read_shape(arguments[1], shape, &dimensions) && dimensions == 3;
+  if (PyErr_Occurred()) return nullptr;
+  if (!is_shape) Py_RETURN_FALSE;
+
+  const Weight weight = weight_of(given.address(0), given.number(3), given.number(2), shape[2],
+                                  given.number(4), given.number(5) != 0);
+  auto* to = static_cast<float*>(given.address(6));
+  const int threads = static_cast<int>(given.number(7));
+  if (PyErr_Occurred()) return nullptr;
+  if (!is_sound(weight, shape)) Py_RETURN_FALSE;
+
+  const auto work = [&] {
+    dequantize(weight, to, threads);
+    return true;
+  };
+  if (!run_released(work)) return nullptr;
+  Py_RETURN_TRUE;
+}
+
+}  // namespace fxquant
