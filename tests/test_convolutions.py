@@ -111,7 +111,7 @@ def test_activations_of_convolutions_are_rounded_and_the_record_says_how(observe
 @pytest.mark.parametrize(
     "layer", [nn.Conv1d(3, 4, 2, padding=1), nn.ConvTranspose2d(3, 4, 2), nn.Conv3d(3, 3, 1)]
 )
-def test_a_sample_is_rounded_to_256_levels_of_its_own(layer):
+def test_a_sample_is_rounded_to_255_levels_of_its_own(layer):
     """Against the float layer on inputs rounded here, with weights that 8 bits hold exactly."""
     dims, model = len(layer.kernel_size), nn.Sequential(layer)
     layer.weight.data = torch.randint(-127, 128, layer.weight.shape).float()
@@ -122,8 +122,8 @@ def test_a_sample_is_rounded_to_256_levels_of_its_own(layer):
         assert q.get_submodule("0").activation_arithmetic == "integers"
         return
     low, high = x.flatten(1).amin(1), x.flatten(1).amax(1)
-    scale = ((high - low) / 255).view(2, *[1] * (dims + 1))
+    scale = ((high - low) / 254).view(2, *[1] * (dims + 1))
     zero = (-low.view_as(scale) / scale).round()
-    rounded = ((x / scale + zero).round().clamp(0, 255) - zero) * scale
+    rounded = ((x / scale + zero).round().clamp(0, 254) - zero) * scale
     torch.testing.assert_close(q(x), q.get_submodule("0").to_float()(rounded), rtol=1e-4, atol=1e-2)
     assert fxquant.sqnr_db(model(rounded), q(x)) > 40

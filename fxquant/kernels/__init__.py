@@ -11,6 +11,7 @@
 | `functions.py` | activation functions that a product can apply |
 | `attention.py`, `norm.py` | scaled dot product attention and norms in C++ |
 | `rounding.py` | rounding weights in C++ |
+| `affine.py` | rounding activations to uint8 with known scales in C++ |
 | `extension.py` | the compiled extension, and why it may be missing |
 | `eager.py` | whether a kernel may be called without torch's dispatcher |
 | `gradient.py` | a gradient for ops that have none |

@@ -19,6 +19,27 @@ def linear(
     threads: int,
     /,
 ) -> bool: ...
+def linear_at(
+    x: int,
+    x_type: int,
+    rows: int,
+    row_count: int,
+    columns: int,
+    row_scales: int,
+    bias: int,
+    bias_type: int,
+    y: int,
+    y_type: int,
+    weight: int,
+    weight_shape: tuple[int, ...],
+    in_features: int,
+    out_features: int,
+    bits: int,
+    symmetric: bool,
+    int8: bool,
+    threads: int,
+    /,
+) -> bool: ...
 def dequantize(
     weight: int,
     weight_shape: tuple[int, ...],

@@ -3,6 +3,8 @@
 Both give the same bits: the C++ goes through memory once, torch once for each of its operations.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,40 @@ def dequantize_uint8(q: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.
     return _dequantize_in_torch(q, scale, zero_point, dtype)
 
 
+def quantize_samples(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """As `quantize_uint8`, with a grid for each sample.
+
+    Args:
+        x: [batch, *sample], or one sample.
+        scale: float32, as many dimensions as `x`: [batch, 1, ...], or all 1 for one sample.
+        zero_point: the same shape.
+    """
+    if not _can_part(x, scale):
+        return _quantize_in_torch(x, scale, zero_point)
+    grids = zip(_parts(x, scale), scale.flatten(), zero_point.flatten(), strict=True)
+    return _joined([quantize_uint8(part, s, z) for part, s, z in grids], scale)
+
+
+def dequantize_samples(q: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `dequantize_uint8`, with a grid for each sample; shapes as for `quantize_samples`."""
+    if not _can_part(q, scale):
+        return _dequantize_in_torch(q, scale, zero_point, dtype)
+    grids = zip(_parts(q, scale), scale.flatten(), zero_point.flatten(), strict=True)
+    return _joined([dequantize_uint8(part, s, z, dtype) for part, s, z in grids], scale)
+
+
+def _can_part(x: Tensor, scale: Tensor) -> bool:
+    return scale.numel() > 0 and is_plain(x)
+
+
+def _parts(x: Tensor, scale: Tensor) -> list[Tensor]:
+    return [x] if scale.numel() == 1 else list(x)
+
+
+def _joined(parts: list[Tensor], scale: Tensor) -> Tensor:
+    return parts[0] if scale.numel() == 1 else torch.stack(parts)
+
+
 def _is_served(x: Tensor, dtype: torch.dtype, scale: Tensor, zero_point: Tensor) -> bool:
     return (
         dtype in FLOAT_TYPES
@@ -57,7 +93,7 @@ def _dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype
     return x
 
 
-def _arguments(x: Tensor, q: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[int, ...]:
+def _arguments(x: Tensor, q: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Any, ...]:
     one_grid = scale.numel() == 1
     columns = x.numel() if one_grid else x.shape[-1]
     return (
@@ -81,7 +117,10 @@ def self_test() -> str | None:
     if NOT_BUILT is not None:
         return NOT_BUILT
     x = torch.arange(3 * 21, dtype=torch.float32, device="cpu").sin().view(3, 21)
-    for scale, zero_point in ((x[0].abs() + 0.01, (x[1] * 100).round()), (x[2, 1], x.new_zeros(()))):
+    for scale, zero_point in (
+        (x[0].abs() + 0.01, (x[1] * 100).round()),
+        (x[2, 1], x.new_zeros(())),
+    ):
         q = _quantize_in_torch(x, scale, zero_point)
         found = _dequantize(q, scale, zero_point, torch.float32)
         is_same = torch.equal(_quantize(x, scale, zero_point), q)

@@ -209,6 +209,58 @@ class NativeBackend:
         call = _multiply if is_plain(x) and not needs_gradient(x, bias) else LINEAR_INTN
         return call(x, tensors[0], bias, *_form(spec))
 
+    def matmul_at(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        scales: Tensor | None,
+        tensors: tuple[Tensor, ...],
+        spec: LinearSpec,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The product with rows that are picked out of `x`; see `Places` in csrc/linear.h.
+
+        Args:
+            x: a plain tensor of any shape and strides, floating, or int8 with `scales`.
+            rows: int64 [rows], where each starts, in elements from the first of `x`.
+            columns: int32 [in], where each column is from there; all lie within `x`.
+            scales: of an int8 `x`, whose values are -127 to 127: float32 [rows].
+            tensors: what `pack` returned.
+            spec: what `pack` was given.
+            bias: [out], or None.
+            dtype: of the result.
+
+        Returns:
+            [rows, out].
+        """
+        y = torch.empty(len(rows), spec.out_features, dtype=dtype)
+        bias = bias if bias is None or bias.dtype in FLOAT_TYPES else bias.float()
+        bias = None if bias is None else bias.contiguous()
+        is_sound = len(columns) == spec.in_features and _native.linear_at(
+            x.data_ptr(),
+            FLOAT_TYPES[x.dtype] if scales is None else 0,
+            rows.data_ptr(),
+            len(rows),
+            columns.data_ptr(),
+            0 if scales is None else scales.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if bias is None else FLOAT_TYPES[bias.dtype],
+            y.data_ptr(),
+            FLOAT_TYPES[dtype],
+            tensors[0].data_ptr(),
+            tensors[0].shape,
+            spec.in_features,
+            spec.out_features,
+            spec.bits,
+            spec.symmetric,
+            scales is not None,
+            torch.get_num_threads(),
+        )
+        assert is_sound  # a layer's own weight
+        return y
+
     def matmul_then(
         self,
         function: str,

@@ -11,8 +11,9 @@
 | `fused_linear.py` | linear layers with what the graph computes around them |
 | `embedding.py`, `embedding_bag.py` | rows that are looked up |
 | `conv.py`, `grouped_linear.py` | quantized layers of other kinds |
+| `conv_product.py` | a convolution on its packed weight |
 | `packed_parameter.py`, `packed_tensor.py` | a bare parameter as integers, for code that reads it |
 | `float_linear.py` | an `nn.Linear` around tensors that exist |
 | `lazy_weight.py` | the float weight of a quantized layer, for code that reads it |
-| `activation.py` | static quantization of activations |
+| `activation.py` | activations rounded to 8 bits, with ranges known before or found on the way |
 """

@@ -13,12 +13,18 @@ runtimes need it. `rounded_samples` is for ranges that are found while a model r
 import torch
 from torch import Tensor
 
-from fxquant.kernels.affine import dequantize_uint8, quantize_uint8
-from fxquant.numerics.integers import UINT8, dequantize_affine, quantize_affine, safe_scale
+from fxquant.kernels.affine import (
+    dequantize_samples,
+    dequantize_uint8,
+    quantize_samples,
+    quantize_uint8,
+)
+from fxquant.numerics.integers import UINT8, safe_scale
 
 LEAST_SCALE_RATIO = (
     1e-6  # channels narrower than this part of the widest share its scale: negligible
 )
+LARGEST_INT8 = 127
 MOST_TIMES_FINER = 1024  # bounds `finer_by`, whose result multiplies a count of levels
 
 
@@ -48,7 +54,7 @@ def dequantize_activation(q: Tensor, scale: Tensor, zero_point: Tensor, like: Te
 
 
 def rounded_samples(x: Tensor, dims: int) -> Tensor:
-    """Round `x` to uint8 on the fly, with one scale and zero point for each sample of a batch.
+    """Round `x` to 8 bits on the fly, with one scale and zero point for each sample of a batch.
 
     Zero stays zero, so it does not matter whether padding comes before or after. A sample with NaN
     or Inf has NaN there. A gradient passes as if nothing was rounded.
@@ -60,15 +66,32 @@ def rounded_samples(x: Tensor, dims: int) -> Tensor:
     Returns:
         The rounded values in the dtype of `x`, the shape of `x`.
     """
-    values = x.detach().float()
-    axes = tuple(range(-dims, 0))
-    low, high = values.amin(axes, keepdim=True), values.amax(axes, keepdim=True)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = safe_scale((high - low) / (UINT8.levels - 1))
-    zero_point = (-low / scale).round()
-    q = quantize_affine(values, scale, zero_point, UINT8)
-    rounded = dequantize_affine(q, scale, zero_point).to(x.dtype)
+    q, scale, zero_point = _levels_of_samples(x.detach(), dims)
+    rounded = dequantize_samples(q, scale, zero_point, x.dtype)
     return x + (rounded - x).detach() if x.requires_grad else rounded
+
+
+def integers_of_samples(x: Tensor, dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The integers of `rounded_samples`, as the kernel multiplies them.
+
+    Returns:
+        q, int8 in -127 to 127, the shape of `x`; scale and zero point, float32, broadcasting to it:
+        x ≈ scale · (q - zero point). A sample with NaN or Inf has the scale NaN.
+    """
+    q, scale, zero_point = _levels_of_samples(x, dims)
+    return (q - LARGEST_INT8).view(torch.int8), scale, zero_point - LARGEST_INT8
+
+
+def _levels_of_samples(x: Tensor, dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as uint8: 255 levels, as products of bytes have no room for -128 on some CPUs."""
+    axes = tuple(range(-dims, 0))
+    low, high = x.amin(axes, keepdim=True).float(), x.amax(axes, keepdim=True).float()
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = safe_scale((high - low) / (2 * LARGEST_INT8))
+    scale = torch.where(scale.isfinite(), scale, torch.nan)
+    zero_point = (-low / scale).round()
+    q = quantize_samples(x, scale, zero_point).clamp_(max=2 * LARGEST_INT8)
+    return q, scale, zero_point
 
 
 def channel_qparams(

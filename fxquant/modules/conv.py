@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fxquant.errors import OptionError
 from fxquant.modules.activation import rounded_samples
+from fxquant.modules.conv_product import can_pick, is_picked, picked_product
 from fxquant.modules.layer import LayerAround
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_of import linear_of
@@ -32,9 +33,10 @@ class QuantizedConv(LayerAround):
     """`nn.Conv1d` to `nn.ConvTranspose3d` on a packed weight.
 
     A convolution of one place (kernel 1, no groups, no padding) runs as the linear layer it is, on
-    the packed weight; of others the weight is dequantized for the call. Where `matrix` has the
-    activation `"int8"`, the one rounds its input as a linear layer does, and the others round
-    it in floats, with one grid for each sample of the batch.
+    the packed weight, and rounds its input as that does where `matrix` has the activation `"int8"`.
+    Others round it with one grid for each sample of the batch. Those without groups and with many
+    outputs run on the packed weight too, where the kernel can (see `conv_product`); of the rest the
+    weight is dequantized for the call, and rounded inputs are made floats again.
 
     Args:
         dims: 1, 2 or 3 dimensions of space.
@@ -141,6 +143,9 @@ class QuantizedConv(LayerAround):
         bias = None if self.bias is None else self.bias.to(input.dtype)
         if self._is_product:
             return self._product(input, bias)
+        if is_picked(self, input):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            return picked_product(self, input, _pads(self), mode, bias)
         if self.matrix.activation == "int8":
             input = rounded_samples(input, self.dims + 1)
         weight = self.dequantize().to(input.dtype)
@@ -160,8 +165,8 @@ class QuantizedConv(LayerAround):
     @property
     def activation_arithmetic(self) -> str | None:
         """See `QuantizedLayer`."""
-        is_float = self._is_product or self.matrix.activation == "float"
-        return self.matrix.activation_arithmetic if is_float else "simulated"
+        is_product = self._is_product or self.matrix.activation == "float" or can_pick(self)
+        return self.matrix.activation_arithmetic if is_product else "simulated"
 
     @property
     def _is_product(self) -> bool:

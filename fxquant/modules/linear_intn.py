@@ -61,6 +61,7 @@ class QuantizedLinearIntN(QuantizedLinear):
         self.bits = weight.bits
         self.group_size, self.symmetric = weight.group_size, weight.symmetric
         self._kernel_names: tuple[str, ...] = ()
+        self._row_sums: Tensor | None = None
         self._hold(weight)
 
     @classmethod
@@ -214,6 +215,25 @@ class QuantizedLinearIntN(QuantizedLinear):
         output = self.forward(input)
         return gate(output, function) if is_gated else FUNCTIONS[function](output)
 
+    def product_at(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        scales: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The product with rows that are picked out of `x`: see `NativeBackend.matmul_at`."""
+        tensors = self._kernel_tensors()
+        return NATIVE.matmul_at(x, rows, columns, scales, tensors, self._spec, bias, dtype)
+
+    def row_sums(self) -> Tensor:
+        """The sum of each row of the weight, float32 [out]."""
+        if self._row_sums is None:
+            self._row_sums = self.dequantize().sum(1)
+        return self._row_sums
+
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle holds: the saved layout, not that of this CPU's kernel."""
         state = dict(vars(self))
@@ -224,6 +244,7 @@ class QuantizedLinearIntN(QuantizedLinear):
         state["_kernel_names"] = ()
         for name in ("_backend", "_spec"):
             del state[name]
+        state["_row_sums"] = None
         state[_PICKLED] = {name: tensor.contiguous() for name, tensor in self._saved().items()}
         return state
 
@@ -253,6 +274,7 @@ class QuantizedLinearIntN(QuantizedLinear):
         self._backend, _ = choose_backend(self._spec, weight.packed.device)
         for name in self._kernel_names:
             del self._buffers[name]
+        self._row_sums = None  # of this weight
         layout = self._backend.pack(weight, self._spec)
         self._kernel_names = tuple(f"_kernel_{i}" for i in range(len(layout)))
         for name, tensor in zip(self._kernel_names, layout, strict=True):

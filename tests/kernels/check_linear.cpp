@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "codes.h"
+#include "dequantize.h"
 #include "linear.h"
 #include "numbers.h"
 
@@ -129,6 +130,55 @@ bool gates_rightly(Call call, const Values& y, const InstructionSet& set) {
   return true;
 }
 
+// Whether rows picked out of the transposed x [in, rows] give the bits that `y` has of x.
+bool picks_rightly(Call call, const Values& x, const Values& y, const InstructionSet& set) {
+  const int64_t rows = call.rows, in = call.weight.in_features;
+  Values transposed(call.x_type, static_cast<size_t>(rows * in));
+  std::vector<int64_t> starts(rows);
+  std::vector<int32_t> columns(in);
+  for (int64_t row = 0; row < rows; ++row) starts[row] = row;
+  for (int64_t k = 0; k < in; ++k) columns[k] = static_cast<int32_t>(k * rows);
+  for (int64_t i = 0; i < rows * in; ++i) transposed.set(i % in * rows + i / in, x[i]);
+  std::vector<uint8_t> picked(y.data.size());
+  call.x = transposed.data.data(), call.y = picked.data();
+  call.places = {starts.data(), columns.data(), nullptr};
+  return linear(call, set) && picked == y.data;
+}
+
+// The same of int8 with a scale for each row, against sums in double of the weights `w` [out, in].
+bool multiplies_int8_rightly(Call call, const std::vector<double>& w, const InstructionSet& set) {
+  const int64_t rows = call.rows, in = call.weight.in_features, out = call.weight.out_features;
+  std::vector<int8_t> x(rows * in);
+  for (int8_t& value : x) value = static_cast<int8_t>(pick(-127, 127));
+  std::vector<int64_t> starts(rows);
+  std::vector<int32_t> columns(in);
+  std::vector<float> scales(rows), y(rows * out);
+  for (int64_t row = 0; row < rows; ++row) starts[row] = row * in, scales[row] = normal();
+  for (int64_t k = 0; k < in; ++k) columns[k] = static_cast<int32_t>(in - 1 - k);
+  call.x = x.data(), call.y = y.data(), call.y_type = Float::f32, call.bias = nullptr;
+  call.int8 = true, call.places = {starts.data(), columns.data(), scales.data()};
+  if (!linear(call, set)) return false;
+  for (int64_t i = 0; i < rows * out; ++i) {
+    double expected = 0, magnitude = 0;
+    for (int64_t k = 0; k < in; ++k) {
+      const double value = x[i / out * in + in - 1 - k] * static_cast<double>(scales[i / out]);
+      const double product = value * w[i % out * in + k];
+      expected += product, magnitude += std::fabs(product);
+    }
+    if (std::fabs(y[i] - expected) > 3e-6 * magnitude + 1e-7) return false;
+  }
+  return true;
+}
+
+bool dequantizes_rightly(const Weight& weight, const std::vector<double>& w) {
+  std::vector<float> values(w.size());
+  dequantize(weight, values.data(), pick(1, 3));
+  for (size_t i = 0; i < w.size(); ++i) {
+    if (std::fabs(values[i] - w[i]) > 0x1p-23 * std::fabs(w[i])) return false;
+  }
+  return true;
+}
+
 bool is_right(const Case& c, const InstructionSet& set) {
   Weight weight{nullptr, c.out, c.in, c.group_size, c.symmetric, c.bits};
   const double middle = 1 << (c.bits - 1);
@@ -171,6 +221,8 @@ bool is_right(const Case& c, const InstructionSet& set) {
     if (!linear(call, *portable()) || bits != y.data) return false;
   }
 
+  if (!picks_rightly(call, x, y, set) || !multiplies_int8_rightly(call, w, set)) return false;
+  if (!dequantizes_rightly(weight, w)) return false;
   if (c.out % NR == 0 && c.x_type == Float::f32 && !gates_rightly(call, y, set)) return false;
 
   const bool bf16 = set.float_kernel.value_bytes == 2;

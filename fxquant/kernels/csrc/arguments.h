@@ -50,6 +50,7 @@ bool run_released(Work work) {
 
 // The functions of the module; each is described where it is defined.
 PyObject* py_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+PyObject* py_linear_at(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* py_dequantize(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* py_attention(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* py_norm(PyObject*, PyObject* const* arguments, Py_ssize_t count);

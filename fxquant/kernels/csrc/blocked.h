@@ -72,6 +72,44 @@ struct Span {
   }
 };
 
+// Picks `count` elements of a row out of memory, from column `first` on.
+inline void pick_floats(const Call& call, int64_t row, int64_t first, int count, float* to) {
+  const int64_t start = call.places.rows[row];
+  const int32_t* columns = call.places.columns + first;
+  if (call.x_type == Float::f32) {
+    const float* x = static_cast<const float*>(call.x) + start;
+    for (int k = 0; k < count; ++k) to[k] = x[columns[k]];
+    return;
+  }
+  const uint16_t* x = static_cast<const uint16_t*>(call.x) + start;
+  for (int k = 0; k < count; ++k) {
+    to[k] = call.x_type == Float::bf16 ? from_bf16(x[columns[k]]) : from_f16(x[columns[k]]);
+  }
+}
+
+// Prepares a group of int8 values of a row, which are multiplied as they are; zeros follow them.
+template <class Value>
+inline void pick_int8(const Call& call, int64_t row, int64_t first, int count, int size, Value* to,
+                      int stride, float* scale, float* sum) {
+  const int8_t* x = static_cast<const int8_t*>(call.x) + call.places.rows[row];
+  const int32_t* columns = call.places.columns + first;
+  int32_t total = 0;
+  int k = 0;
+  for (; k + KR <= count; k += KR) {
+    int8_t q[KR];
+    unrolled<KR>([&](auto j) { q[j] = x[columns[k + j]]; });
+    unrolled<KR>([&](auto j) { to[k / KR * stride + j] = q[j], total += q[j]; });
+  }
+  for (; k < size; k += KR) {
+    for (int j = 0; j < KR; ++j) {
+      const int8_t q = k + j < count ? x[columns[k + j]] : 0;
+      to[k / KR * stride + j] = q, total += q;
+    }
+  }
+  *scale = call.places.scales[row];
+  *sum = static_cast<float>(total);
+}
+
 // A row of x, where it is going: in a tile of `height` rows.
 struct TileRow {
   int64_t number;  // in x
@@ -89,7 +127,12 @@ inline void prepare_row(const Call& call, const Panel& panel, const TileRow& to,
   auto* values = reinterpret_cast<typename Mode::Value*>(panel.values) + at * size + to.row * KR;
   float* sum =
       Mode::sums_may_cancel && call.weight.symmetric ? nullptr : &panel.sums[at + to.row];
-  const bool is_whole = rest >= size && size % kLanes == 0;
+  const int count = rest < size ? static_cast<int>(rest) : size;
+  if (call.places.scales) {
+    return pick_int8(call, to.number, group * size, count, size, values, stride,
+                     &panel.scales[at + to.row], &panel.sums[at + to.row]);
+  }
+  const bool is_whole = !call.places.rows && rest >= size && size % kLanes == 0;
   if constexpr (std::is_same_v<typename Mode::Value, uint16_t>) {
     if (is_whole && call.x_type == Float::bf16) {
       const uint16_t* x = static_cast<const uint16_t*>(call.x) + offset;
@@ -101,8 +144,11 @@ inline void prepare_row(const Call& call, const Panel& panel, const TileRow& to,
   if (is_whole && call.x_type == Float::f32) {
     x = static_cast<const float*>(call.x) + offset;
   } else {
-    const int count = rest < size ? static_cast<int>(rest) : size;
-    load_floats(call.x, call.x_type, offset, count, buffer);
+    if (call.places.rows) {
+      pick_floats(call, to.number, group * size, count, buffer);
+    } else {
+      load_floats(call.x, call.x_type, offset, count, buffer);
+    }
     for (int k = count; k < size + kLanes; ++k) buffer[k] = 0;
   }
   Mode::prepare_group(x, size, values, stride, &panel.scales[at + to.row], sum);
@@ -291,7 +337,7 @@ void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last)
       apply(call.function, y, NR / shares);
       if (call.is_gated) multiply_halves(y);
       const int64_t offset = (panel.first_row + row) * call.columns() + column / shares;
-      store_floats(y, columns / shares, call.y, call.x_type, offset);
+      store_floats(y, columns / shares, call.y, call.y_type, offset);
     }
   }
 }

@@ -55,10 +55,16 @@ void run(const Call& call, const Kernel& kernel, const Panel& panel, int threads
 
 // Some rows of a call, as a call.
 Call rows_of(const Call& call, int64_t first, int64_t rows) {
-  const int bytes = call.x_type == Float::f32 ? 4 : 2;
+  const auto bytes = [](Float type) { return type == Float::f32 ? 4 : 2; };
   Call part = call;
-  part.x = static_cast<const uint8_t*>(call.x) + first * call.weight.in_features * bytes;
-  part.y = static_cast<uint8_t*>(call.y) + first * call.columns() * bytes;
+  if (call.places.rows) {
+    part.places.rows += first;
+    if (call.places.scales) part.places.scales += first;
+  } else {
+    const int64_t skipped = first * call.weight.in_features * bytes(call.x_type);
+    part.x = static_cast<const uint8_t*>(call.x) + skipped;
+  }
+  part.y = static_cast<uint8_t*>(call.y) + first * call.columns() * bytes(call.y_type);
   part.rows = rows;
   return part;
 }

@@ -39,6 +39,14 @@ struct Weight {
   }
 };
 
+// Where the rows of x are picked out of memory, as the patches of a convolution are: the element k of a
+// row is x[rows[row] + columns[k]].
+struct Places {
+  const int64_t* rows;
+  const int32_t* columns;
+  const float* scales;  // [rows], of an x of int8 in −127 .. 127; null where x holds floats
+};
+
 struct Call {
   Weight weight;
   bool int8;  // whether activations are rounded to int8, one scale for each row and group
@@ -46,13 +54,15 @@ struct Call {
   Float x_type;
   const void* bias;  // may be null
   Float bias_type;
-  void* y;  // [rows, columns()], in the type of x
+  void* y;  // [rows, columns()]
   int64_t rows;
   Function function;
   int threads;
   // Whether of each block the function of the first half times the second half is stored, so that y
   // has half as many columns; out_features is then a multiple of 64.
   bool is_gated = false;
+  Float y_type = x_type;
+  Places places{};  // all null where x is a matrix [rows, in_features]
 
   int64_t columns() const { return weight.out_features / (is_gated ? 2 : 1); }
 };

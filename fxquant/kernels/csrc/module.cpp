@@ -60,6 +60,8 @@ PyMethodDef methods[] = {
      "The names of the instruction sets that this build and this CPU have, fastest first."},
     {"use", use, METH_O, "Multiply and round with the instruction set of this name from now on."},
     {"linear", fast(py_linear), METH_FASTCALL, "Compute a product into memory the caller owns."},
+    {"linear_at", fast(py_linear_at), METH_FASTCALL,
+     "Compute a product with rows that are picked out of memory."},
     {"dequantize", fast(py_dequantize), METH_FASTCALL,
      "Write the values of a packed weight into memory the caller owns."},
     {"attention", fast(py_attention), METH_FASTCALL,

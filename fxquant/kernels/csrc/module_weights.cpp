@@ -42,7 +42,7 @@ PyObject* py_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
   Call call{};
   call.x = given.address(0);
-  call.x_type = given.type(2);
+  call.x_type = call.y_type = given.type(2);
   call.bias = given.address(3);
   call.bias_type = given.type(4);
   call.y = given.address(5);
@@ -60,6 +60,38 @@ PyObject* py_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       (call.is_gated && call.weight.out_features % NR != 0)) {
     Py_RETURN_FALSE;
   }
+
+  const InstructionSet& set = in_use();
+  if (!run_released([&] { return linear(call, set); })) return nullptr;
+  Py_RETURN_TRUE;
+}
+
+// linear_at(x, x_type, rows, row_count, columns, row_scales, bias, bias_type, y, y_type, weight,
+// weight_shape, in, out, bits, symmetric, int8, threads) -> whether the shapes belong together; see
+// `Places`. With row_scales, x is int8, x_type means nothing and int8 is true.
+PyObject* py_linear_at(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (!has_count("linear_at", count, 18)) return nullptr;
+  const Arguments given{arguments};
+  int64_t shape[8];
+  Py_ssize_t dimensions;
+  const bool is_shape = read_shape(arguments[11], shape, &dimensions) && dimensions == 3;
+  if (PyErr_Occurred()) return nullptr;
+  if (!is_shape) Py_RETURN_FALSE;
+
+  Call call{};
+  call.x = given.address(0), call.x_type = given.type(1);
+  call.places.rows = static_cast<const int64_t*>(given.address(2));
+  call.rows = given.number(3);
+  call.places.columns = static_cast<const int32_t*>(given.address(4));
+  call.places.scales = given.floats(5);
+  call.bias = given.address(6), call.bias_type = given.type(7);
+  call.y = given.address(8), call.y_type = given.type(9);
+  call.weight = weight_of(given.address(10), given.number(13), given.number(12), shape[2],
+                          given.number(14), given.number(15) != 0);
+  call.int8 = given.number(16) != 0;
+  call.threads = static_cast<int>(given.number(17));
+  if (PyErr_Occurred()) return nullptr;
+  if (!is_sound(call.weight, shape) || (call.places.scales && !call.int8)) Py_RETURN_FALSE;
 
   const InstructionSet& set = in_use();
   if (!run_released([&] { return linear(call, set); })) return nullptr;
