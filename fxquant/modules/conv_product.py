@@ -75,10 +75,10 @@ def _of_integers(conv: Any, x: Tensor, pads: list[int], mode: str, bias: Tensor 
     q, scale, zero_point = integers_of_samples(x, conv.dims + 1)
     if any(pads):
         q = _padded_integers(q, zero_point, pads, mode)
-    y = _product(conv, q, bias, scale.flatten(), x.dtype)
-    # Σ w (q − zero point) = Σ w q − zero point · Σ w
+    y = _product(conv, q, bias, scale.flatten(), torch.float32)
+    # Σ w (q − zero point) = Σ w q − zero point · Σ w: both may be much larger than what is left.
     sums = conv.matrix.row_sums().view(-1, *(1,) * conv.dims)
-    return y.addcmul_(sums.to(y.dtype), (-scale * zero_point).to(y.dtype))
+    return y.addcmul_(sums, -scale * zero_point).to(x.dtype)
 
 
 def _padded_integers(q: Tensor, zero_point: Tensor, pads: list[int], mode: str) -> Tensor:

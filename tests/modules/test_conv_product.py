@@ -14,7 +14,8 @@ from fxquant.numerics.weights import quantize_weight
 
 pytestmark = pytest.mark.skipif(NOT_BUILT is not None, reason="the extension is not built here")
 OUT = FEWEST_OUTPUTS + 2
-FLOOR_DB = {torch.float32: 110, torch.bfloat16: 40, torch.float16: 55}
+FLOOR_DB = {torch.float32: 110, torch.bfloat16: 45, torch.float16: 60}
+torch.manual_seed(0)
 LAYERS = {
     "plain": nn.Conv2d(5, OUT, 3),
     "padded": nn.Conv2d(5, OUT, 3, padding=1),
@@ -59,8 +60,10 @@ def test_it_computes_what_torch_does_with_its_values(conv, activation, dtype):
         x = image(conv, dtype)
         assert is_picked(layer, x)
         assert layer.activation_arithmetic == (None if activation == "float" else "integers")
-        given = x if activation == "float" else rounded_samples(x, layer.dims + 1)
-        expected, found = layer.to_float()(given.float()), layer(x)
+        given = x.float()
+        if activation == "int8":
+            given = rounded_samples(given, layer.dims + 1)
+        expected, found = layer.to_float()(given), layer(x)
         assert found.dtype == dtype
         assert found.is_contiguous()
         floor = FLOOR_DB[dtype]
