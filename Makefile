@@ -3,9 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What is imported is compiled to bytecode then; to compile all of torch and transformers takes minutes.
+INSTALL := pip install --quiet --no-compile --constraint constraints.txt
 # Installs what an extra needs: to install fxquant with it would compile the extension once more.
 require = $(BIN)/python tests/extra.py $(1) > $(VENV)/$(1).txt && \
-    $(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement $(VENV)/$(1).txt
+    $(BIN)/python -m $(INSTALL) --requirement $(VENV)/$(1).txt
 
 .PHONY: demo test test-models test-browser test-runtimes fuzz docs lint sanitize arm benchmark wheel test-wheel clean
 
@@ -108,15 +110,14 @@ wheel: $(VENV)/installed-dev
 test-wheel: wheel
 	rm -rf build/wheel-env
 	$(PYTHON) -m venv build/wheel-env
-	CC=false CXX=false build/wheel-env/bin/python -m pip install --quiet \
-	    --constraint constraints.txt dist/*.whl
+	CC=false CXX=false build/wheel-env/bin/python -m $(INSTALL) dist/*.whl
 	cd build/wheel-env && CC=false CXX=false bin/python ../../tests/check_wheel.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m $(INSTALL) --editable .
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed pyproject.toml constraints.txt

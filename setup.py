@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
@@ -47,6 +48,7 @@ class BuildKernel(build_ext):
         return True
 
 
+ParallelCompile().install()  # the files of the extension on all cores: one takes half a minute
 setup(
     ext_modules=[
         Extension(

@@ -2,7 +2,7 @@
 
 from tests.fuzz.run import run
 
-CASES = 3000
+CASES = 1500
 
 
 def test_mutated_files_are_refused_in_words_or_do_no_harm():
