@@ -59,7 +59,7 @@ def test_a_type_checker_sees_the_public_names_in_a_users_script(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     text = subprocess.run(
-        [sys.executable, "-m", "mypy", str(script)],  # with the options and the cache of `make lint`
+        [sys.executable, "-m", "mypy", str(script)],  # the options and the cache of `make lint`
         capture_output=True, text=True, check=False, cwd=ROOT,
     ).stdout  # fmt: skip
     assert 'Revealed type is "fxquant.measure.quantization_info.QuantizationInfo"' in text
