@@ -2,24 +2,30 @@
 
     pip install timm torchvision
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/vision.py
-    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/vision.py --model resnet18
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/vision.py --size 224
 
 The models have timm's architecture and random weights, so nothing is downloaded; the statistics of
 their norms are those of the calibration pictures, from one pass in training mode. Pictures are
-64 x 64, smooth with noise. Figures are SQNR in dB of the model's outputs on pictures that nothing
+square, smooth with noise. Figures are SQNR in dB of the model's outputs on pictures that nothing
 else has seen, against the user's own model. 4 bits have groups of 32 along a kernel's inputs; a
 layer with fewer inputs gets 8 bits.
+
+`time` is that of two pictures at once over that of the float model in torch; candidates take turns,
+medians count: of the processor's time on one thread, of the clock's on several. Where OpenVINO and
+NNCF are installed, their float model and their 8-bit one (weights and static activations,
+calibrated on the same pictures) stand in the same table.
 """
 
 import argparse
-import time
+import importlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from timing import report
+from timing import fair_clock, median_seconds, report
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -31,7 +37,8 @@ MODELS = {
     "mobilenetv3": "mobilenetv3_small_100",
     "convnext": "convnext_tiny",
 }
-BATCHES, BATCH, SIZE = 6, 8, 64
+Run = Callable[[Tensor], Tensor]
+BATCHES, BATCH, TIMED = 6, 8, 2
 NORMS_APART = "8 bits, norms apart"
 METHODS: dict[str, dict[str, Any]] = {
     "8 bits": {"bits": 8, "method": "rtn"},
@@ -45,11 +52,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def pictures(count: int, seed: int) -> list[Tensor]:
+def pictures(count: int, size: int, seed: int) -> list[Tensor]:
     """Batches of pictures [batch, 3, size, size]."""
     source = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count * BATCH, 3, 8, 8, generator=source)
-    smooth = F.interpolate(coarse, size=SIZE, mode="bilinear")
+    smooth = F.interpolate(coarse, size=size, mode="bilinear")
     noisy = smooth + 0.3 * torch.randn(smooth.shape, generator=source)
     return list(noisy.split(BATCH))
 
@@ -80,30 +87,56 @@ def quantized(model: nn.Module, data: list[Tensor], method: str) -> torch.fx.Gra
     )[0]
 
 
+def theirs(model: nn.Module, data: list[Tensor]) -> Iterator[tuple[str, Run]]:
+    """What OpenVINO runs, if it is installed."""
+    try:
+        openvino, nncf = map(importlib.import_module, ("openvino", "nncf"))
+    except ImportError:
+        return
+    config = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    exact = openvino.convert_model(model, example_input=data[0])
+    pictures_of_data = nncf.Dataset(data, lambda batch: batch.numpy())
+    for name, made in (
+        ("OpenVINO, float32", exact),
+        ("OpenVINO, 8 bits, static (NNCF)", nncf.quantize(exact, pictures_of_data)),
+    ):
+        request = openvino.Core().compile_model(made, "CPU", config).create_infer_request()
+        yield name, lambda x, run=request.infer: torch.from_numpy(run([x.numpy()])[0].copy())
+
+
 def main() -> None:
     """Print a table for each model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--method", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
-    data, unseen = pictures(BATCHES, seed=0), torch.cat(pictures(2, seed=1))
+    data = pictures(BATCHES, arguments.size, seed=0)
+    unseen = torch.cat(pictures(2, arguments.size, seed=1))
     table: list[dict[str, Any]] = []
     for name in arguments.model:
         model = made(name, data)
+        candidates: dict[str, Run] = {"float32": model}
+        candidates |= {method: quantized(model, data, method) for method in arguments.method}
+        candidates |= dict(theirs(model, data))
         rows: list[dict[str, Any]] = []
-        for method in arguments.method:
-            began = time.perf_counter()
-            other = quantized(model, data, method)
-            seconds = time.perf_counter() - began
-            with torch.no_grad():
-                figure = fxquant.sqnr_db(model(unseen), other(unseen))
-            size, nodes = model_bytes(other) / MEGABYTE, len(other.graph.nodes)
-            rows.append({"method": method, "SQNR dB": figure, "MB": size, "nodes": nodes,
-                         "seconds": seconds})  # fmt: skip
+        with torch.inference_mode():
+            runs = {key: lambda run=run: run(unseen[:TIMED]) for key, run in candidates.items()}
+            seconds = median_seconds(runs, arguments.rounds, clock=fair_clock())
+            expected = model(unseen)
+            for key, run in candidates.items():
+                row = {"method": key, "time": seconds[key] / seconds["float32"]}
+                if run is not model:
+                    row["SQNR dB"] = fxquant.sqnr_db(expected, run(unseen))
+                if isinstance(run, torch.fx.GraphModule):
+                    row |= {"MB": model_bytes(run) / MEGABYTE, "nodes": len(run.graph.nodes)}
+                rows.append(row)
         size = model_bytes(model) / MEGABYTE
-        report(f"{MODELS[name]}, {size:.1f} MB in float32", rows, None)
+        title = f"{MODELS[name]}, {arguments.size} x {arguments.size}, {size:.1f} MB in float32"
+        report(title, rows, None)
         table += [{"model": name, **row} for row in rows]
     if arguments.json is not None:
         report("all", table, arguments.json)

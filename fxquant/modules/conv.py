@@ -143,9 +143,10 @@ class QuantizedConv(LayerAround):
         bias = None if self.bias is None else self.bias.to(input.dtype)
         if self._is_product:
             return self._product(input, bias)
-        if is_picked(self, input):
+        pads = _pads(self)
+        if is_picked(self, input, pads):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            return picked_product(self, input, _pads(self), mode, bias)
+            return picked_product(self, input, pads, mode, bias)
         if self.matrix.activation == "int8":
             input = rounded_samples(input, self.dims + 1)
         weight = self.dequantize().to(input.dtype)

@@ -25,16 +25,25 @@ MOST_AWAY = 2**31 - 1  # a column's way from the start of its row is an int32
 FEWEST_OUTPUTS = 128
 
 
-def is_picked(conv: Any, x: Tensor) -> bool:
+def is_picked(conv: Any, x: Tensor, pads: list[int]) -> bool:
     """Whether the kernel computes this call, and not torch, as tracers and gradients need it."""
     return (
         can_pick(conv)
         and x.dtype in FLOAT_TYPES
         and is_plain(x)
         and x.numel() > 0
-        and max(x.stride()) * max(x.shape) < MOST_AWAY
+        and _farthest(x, pads, conv.dims) <= MOST_AWAY
         and not needs_gradient(x, conv.bias)
     )
+
+
+def _farthest(x: Tensor, pads: list[int], dims: int) -> int:
+    """How many elements lie between the first and the last of a padded sample."""
+    sizes, strides = x.shape[-dims - 1 :], x.stride()[-dims - 1 :]
+    if not any(pads):
+        return sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+    padded = [n + sum(pads[2 * i : 2 * i + 2]) for i, n in enumerate(reversed(sizes[1:]))]
+    return int(sizes[0]) * math.prod(padded)
 
 
 def can_pick(conv: Any) -> bool:

@@ -7,6 +7,7 @@ from torch import nn
 
 import fxquant
 from fxquant.kernels.extension import NOT_BUILT, _native
+from fxquant.modules import conv_product
 from fxquant.modules.activation import rounded_samples
 from fxquant.modules.conv import QuantizedConv, matrix_of_convolution
 from fxquant.modules.conv_product import FEWEST_OUTPUTS, is_picked
@@ -58,7 +59,7 @@ def test_it_computes_what_torch_does_with_its_values(conv, activation, dtype):
     for bits, symmetric, group_size in ((8, True, -1), (4, False, 8)):
         layer = quantized(conv, bits, symmetric, group_size, activation)
         x = image(conv, dtype)
-        assert is_picked(layer, x)
+        assert is_picked(layer, x, [1, 1])
         assert layer.activation_arithmetic == (None if activation == "float" else "integers")
         given = x.float()
         if activation == "int8":
@@ -108,8 +109,8 @@ def test_gradients_and_tracers_see_torchs_convolution():
         y, F.conv2d(rounded_samples(x, 3), layer.dequantize(), layer.bias, padding=1)
     )
     assert x.grad is not None
-    assert not is_picked(layer, torch.empty(2, 5, 9, 8, device="meta"))
-    assert not is_picked(quantized(nn.Conv2d(5, 8, 3)), image(layer))  # few outputs
+    assert not is_picked(layer, torch.empty(2, 5, 9, 8, device="meta"), [])
+    assert not is_picked(quantized(nn.Conv2d(5, 8, 3)), image(layer), [])  # few outputs
 
 
 @torch.no_grad()
@@ -119,3 +120,12 @@ def test_a_weight_that_is_loaded_has_sums_of_its_own():
     one(x), other(x)
     one.load_state_dict(other.state_dict())
     assert torch.equal(one(x), other(x))
+
+
+def test_an_image_too_wide_for_the_kernels_offsets_is_left_to_torch(monkeypatch):
+    layer = quantized(nn.Conv2d(5, OUT, 3))
+    x = image(layer)
+    monkeypatch.setattr(conv_product, "MOST_AWAY", 5 * 11 * 10 - 1)
+    assert is_picked(layer, x, [0] * 4)
+    assert not is_picked(layer, x, [1] * 4)
+    assert not is_picked(layer, x.repeat(1, 1, 1, 2)[..., ::2], [0] * 4)
