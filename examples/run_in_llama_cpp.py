@@ -16,8 +16,9 @@ import gguf
 import llama_cpp
 import numpy as np
 import torch
+from embedded_llama import embedded_llama
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import fxquant
 from fxquant.demo import language_model as demo
@@ -29,33 +30,6 @@ NAMES = {  # of transformers' modules in a block, and of llama.cpp's tensors
     "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
-PARTS = {"embedding": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
-BLOCK_PARTS = {
-    "attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm",
-    "attention": "self_attn", "feed_forward": "mlp",
-}  # fmt: skip
-
-
-def embedded_llama() -> LlamaForCausalLM:
-    """The language model that fxquant ships, in the class of transformers."""
-    config = LlamaConfig(
-        vocab_size=demo.VOCABULARY, hidden_size=demo.WIDTH, intermediate_size=demo.HIDDEN,
-        num_hidden_layers=demo.LAYERS, num_attention_heads=demo.HEADS,
-        max_position_embeddings=demo.CONTEXT, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    state = {}
-    for name, tensor in demo.load_language_model().state_dict().items():
-        first, *rest = name.split(".")
-        if first == "blocks":
-            number, part, *inner = rest
-            name = ".".join(["model.layers", number, BLOCK_PARTS[part], *inner])
-        else:
-            name = ".".join([PARTS[first], *rest])
-        state[name] = tensor
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(state)
-    return model.eval()
 
 
 def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
