@@ -3,6 +3,8 @@
 Both give the same bits: the C++ goes through memory once, torch once for each of its operations.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,30 +43,29 @@ def quantize_samples(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         scale: float32, as many dimensions as `x`: [batch, 1, ...], or all 1 for one sample.
         zero_point: the same shape.
     """
-    if not _can_part(x, scale):
-        return _quantize_in_torch(x, scale, zero_point)
-    grids = zip(_parts(x, scale), scale.flatten(), zero_point.flatten(), strict=True)
-    return _joined([quantize_uint8(part, s, z) for part, s, z in grids], scale)
+    return _by_sample(quantize_uint8, _quantize_in_torch, x, scale, zero_point)
 
 
 def dequantize_samples(q: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
     """As `dequantize_uint8`, with a grid for each sample; shapes as for `quantize_samples`."""
-    if not _can_part(q, scale):
-        return _dequantize_in_torch(q, scale, zero_point, dtype)
-    grids = zip(_parts(q, scale), scale.flatten(), zero_point.flatten(), strict=True)
-    return _joined([dequantize_uint8(part, s, z, dtype) for part, s, z in grids], scale)
+    one, whole = (partial(f, dtype=dtype) for f in (dequantize_uint8, _dequantize_in_torch))
+    return _by_sample(one, whole, q, scale, zero_point)
 
 
-def _can_part(x: Tensor, scale: Tensor) -> bool:
-    return scale.numel() > 0 and is_plain(x)
-
-
-def _parts(x: Tensor, scale: Tensor) -> list[Tensor]:
-    return [x] if scale.numel() == 1 else list(x)
-
-
-def _joined(parts: list[Tensor], scale: Tensor) -> Tensor:
-    return parts[0] if scale.numel() == 1 else torch.stack(parts)
+def _by_sample(
+    one_grid: Callable[[Tensor, Tensor, Tensor], Tensor],
+    in_torch: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+) -> Tensor:
+    """`one_grid` of each sample; where nothing is gained by that, `in_torch` of all."""
+    if scale.numel() == 1:
+        return one_grid(x, scale.flatten(), zero_point.flatten())
+    if not is_plain(x) or not len(scale):
+        return in_torch(x, scale, zero_point)
+    grids = zip(x, scale.flatten(), zero_point.flatten(), strict=True)
+    return torch.stack([one_grid(sample, s, z) for sample, s, z in grids])
 
 
 def _is_served(x: Tensor, dtype: torch.dtype, scale: Tensor, zero_point: Tensor) -> bool:

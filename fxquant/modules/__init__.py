@@ -6,6 +6,7 @@
 | `layer.py` | what all quantized layers have in common |
 | `linear.py` | what the quantized linear layers have in common |
 | `linear_int4.py`, `linear_int8.py`, `linear_intn.py` | one class for each layout of a kernel |
+| `saved_weight.py` | the weight of such a layer as a file holds it |
 | `linear_of.py` | the class that holds a quantized matrix |
 | `gated_linear.py` | a function of one linear layer times another |
 | `fused_linear.py` | linear layers with what the graph computes around them |

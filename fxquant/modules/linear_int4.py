@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import OptionError
-from fxquant.modules.linear_intn import FORM, QuantizedLinearIntN
+from fxquant.modules.linear_intn import QuantizedLinearIntN
+from fxquant.modules.saved_weight import FORM
 from fxquant.numerics.quantized_weight import QuantizedWeight
 
 

@@ -15,19 +15,15 @@ from fxquant.kernels.reference import REFERENCE
 from fxquant.modules.linear import (
     FLOAT_DTYPES,
     QuantizedLinear,
-    check_grid,
     check_linear,
     check_names,
-    check_saved,
     moved_only,
 )
-from fxquant.numerics.integers import WIDTHS
+from fxquant.modules.saved_weight import FORM, weight_of_saved
 from fxquant.numerics.quantized_weight import QuantizedWeight, saved_bytes, symmetric_zero_point
 from fxquant.numerics.weights import quantize_weight
 
-LARGEST_SIZE = 1 << 31
 _PICKLED = "_saved_weight"
-FORM = ("in_features", "group_size", "symmetric")
 
 
 class QuantizedLinearIntN(QuantizedLinear):
@@ -371,44 +367,10 @@ class QuantizedLinearIntN(QuantizedLinear):
         """
         where = cls.__name__
         check_names(where, description, set(cls._options), set())
-        check_names(where, tensors, {"packed_weight", "scales"}, {"zero_points", "bias"})
-        weight = cls._saved_weight(description, tensors)
-        check_grid(where, tensors.get("bias"), weight.scales, weight.zero_points)
-        middle = symmetric_zero_point(weight.bits)
-        is_middle = not weight.symmetric or bool((weight.zero_points == middle).all())
-        check_saved(where, is_middle, "other zero points", f"{middle:g} everywhere")
-        weight = replace(
-            weight, scales=weight.scales.float(), zero_points=weight.zero_points.float()
-        )
+        bits = description["bits"] if "bits" in cls._options else cls.bits
+        weight = weight_of_saved(where, bits, description, tensors)
         dtype = FLOAT_DTYPES[description["dtype"]]
         return cls(weight, tensors.get("bias"), description["activation"], dtype)
-
-    @classmethod
-    def _saved_weight(
-        cls, description: dict[str, Any], tensors: dict[str, Tensor]
-    ) -> QuantizedWeight:
-        """The weight as saved, whose shapes belong together."""
-        where = cls.__name__
-        bits = description["bits"] if "bits" in cls._options else cls.bits
-        in_features, group_size, symmetric = (description[n] for n in FORM)
-        sizes = all(type(n) is int and 0 < n <= LARGEST_SIZE for n in (in_features, group_size))
-        is_usable = sizes and type(bits) is int and bits in WIDTHS and type(symmetric) is bool
-        is_usable = is_usable and description["dtype"] in FLOAT_DTYPES
-        is_usable = is_usable and symmetric is ("zero_points" not in tensors)
-        check_saved(where, is_usable, f"the description {description!r:.200}", "sizes and options")
-        packed: Any = tensors["packed_weight"]
-        scales: Any = tensors["scales"]
-        fits = isinstance(packed, Tensor) and isinstance(scales, Tensor) and packed.ndim == 2
-        check_saved(where, fits, "no packed weight and scales", "both, as matrices")
-        zero_points: Any = tensors.get("zero_points")
-        if zero_points is None:
-            zero_points = torch.full_like(scales, symmetric_zero_point(bits))
-        weight = QuantizedWeight(
-            packed, scales, zero_points, group_size, in_features, symmetric, bits
-        )
-        check_saved(where, packed.dtype == torch.uint8, f"a {packed.dtype} weight", "torch.uint8")
-        weight.check_shapes()
-        return weight
 
     def extra_repr(self) -> str:
         """The shape and format, for printing a model."""
