@@ -22,7 +22,7 @@ from fxquant.passes.calibration_data import calls, check_batches
 from fxquant.stages import run_stages
 from fxquant.swap import swap_modules
 from fxquant.tracing.offload import loaded
-from fxquant.tracing.prepare import check_initialized, unwrap
+from fxquant.tracing.prepare import check_initialized
 from fxquant.tracing.trace import graph_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -263,7 +263,7 @@ def _allocated(
             needed="data to measure on, and one number of bits",
             remedy="Pass data, and leave bits out.",
         )
-    model = loaded(unwrap(model))
+    model = loaded(model)
     check_initialized(model)
     with process_left_alone(), structure_left_alone(model):
         drawn = list(calls(data, model, config.num_calibration_samples))

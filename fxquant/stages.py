@@ -38,7 +38,7 @@ from fxquant.passes.rewrite import chosen_layers, rewrite
 from fxquant.passes.rounded_layers import RoundedLayers
 from fxquant.passes.token_noise import check_has_batches
 from fxquant.tracing.offload import loaded
-from fxquant.tracing.prepare import check_initialized, unwrap
+from fxquant.tracing.prepare import check_initialized
 from fxquant.tracing.trace import graph_of
 from fxquant.tracing.trace_report import trace_report
 
@@ -92,7 +92,7 @@ def run_stages(
     """
     recipe = parse_method(config.method, has_data=data is not None)
     most_bytes = memory_bytes(memory)
-    model = loaded(unwrap(model))
+    model = loaded(model)
     check_initialized(model)
     check_has_values(model)
     with process_left_alone(), structure_left_alone(model):

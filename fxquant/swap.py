@@ -64,7 +64,7 @@ def swap_modules(model: M, qmodel: GraphModule, *, share_memory: bool = False) -
         OptionError: `qmodel` was made from another model, is fused, or has a channel scale folded
             into a layer that would stay float.
     """
-    inner = loaded(unwrap(model))
+    inner = loaded(model)
     check_graph("qmodel", qmodel)
     with process_left_alone(), structure_left_alone(inner):
         return _swapped(inner, qmodel, share_memory)  # type: ignore[return-value]

@@ -44,7 +44,6 @@ from fxquant.passes.fold_norms import fold_norms
 from fxquant.passes.rewrite import rewrite
 from fxquant.report.progress import is_shown
 from fxquant.tracing.offload import loaded
-from fxquant.tracing.prepare import unwrap
 from fxquant.tracing.trace import graph_of
 from fxquant.view.graph_view import to_networkx
 
@@ -170,7 +169,7 @@ def measured_sensitivity(
         progress: see there.
         processes: that share the work; what they were given is compared.
     """
-    model = loaded(unwrap(model))
+    model = loaded(model)
     with process_left_alone(), structure_left_alone(model):
         return _measured(
             model, data, options, method, rounding, metric, select, num_samples,

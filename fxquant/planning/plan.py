@@ -25,7 +25,6 @@ from fxquant.planning.folder import forecast_folder, take_dtypes
 from fxquant.planning.forecast import Forecast, format_bytes, format_seconds
 from fxquant.planning.graph import forecast_graph
 from fxquant.tracing.offload import loaded
-from fxquant.tracing.prepare import unwrap
 from fxquant.tracing.trace import graph_of
 from fxquant.tracing.trace_report import trace_report
 
@@ -130,7 +129,7 @@ def _plan_model(
 ) -> Plan:
     """The plan of `quantize`."""
     recipe, most_bytes = parse_method(config.method, has_data=True), memory_bytes(memory)
-    model = loaded(unwrap(model))
+    model = loaded(model)
     with process_left_alone(), structure_left_alone(model):
         drawn = None
         if data is not None:

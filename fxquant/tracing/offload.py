@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fxquant.config.memory import free_bytes
 from fxquant.errors import OptionError
 from fxquant.graph.copying import copy_sharing_tensors
+from fxquant.tracing.prepare import unwrap
 
 REMEDY = (
     "Quantize its folder with fxquant.quantize_checkpoint(source, target), which reads one block "
@@ -23,16 +24,17 @@ REMEDY = (
 
 
 def loaded(model: nn.Module) -> nn.Module:
-    """The model itself, or a copy with the values of what accelerate has offloaded.
+    """The user's own model, or a copy with the values of what accelerate has offloaded.
 
     Args:
-        model: it is not changed. Parameters on the meta device without a hook that knows their
-            values stay there.
+        model: in wrappers or not (see `unwrap`); it is not changed. Parameters on the meta device
+            without a hook that knows their values stay there.
 
     Raises:
-        OptionError: some tensors are offloaded, and the others are not all on the CPU, or there is
-            not enough memory for what is on the disk.
+        OptionError: it is no Python module; or some tensors are offloaded, and the others are not
+            all on the CPU, or there is not enough memory for what is on the disk.
     """
+    model = unwrap(model)
     hooked = {name: m for name, m in model.named_modules() if _maps_of(m)}
     offloaded = [(name, key) for name, m in hooked.items() for key in _empty_names(m)]
     if not offloaded:

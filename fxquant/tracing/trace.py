@@ -48,7 +48,7 @@ from fxquant.tracing.needed import export_examples, needed_guards, with_least_si
 from fxquant.tracing.offload import loaded
 from fxquant.tracing.opaque import describe_opaque, graph_around
 from fxquant.tracing.oracle import Oracle, Verdict
-from fxquant.tracing.prepare import check_initialized, prepare, unwrap
+from fxquant.tracing.prepare import check_initialized, prepare
 from fxquant.tracing.proxies import has_wrapped_functions
 from fxquant.tracing.signature import graph_arguments
 from fxquant.tracing.symbolic import capture_symbolic
@@ -72,7 +72,7 @@ def trace(model: nn.Module, example_inputs: object = None) -> GraphModule:
         TraceError: the model does not run on the example inputs, or cannot be copied.
         OptionError: it is no Python module.
     """
-    model = loaded(unwrap(model))
+    model = loaded(model)
     inputs = None if example_inputs is None else Call.of(example_inputs)
     check_initialized(model)
     with process_left_alone(), structure_left_alone(model):
