@@ -33,11 +33,13 @@ class Refusal:
         label: what is special about the call.
         reason: what the graph said.
         axis: along which the call differs from the example.
+        call: its arguments.
     """
 
     label: str
     reason: str
     axis: Axis
+    call: Call
 
     @property
     def is_minor(self) -> bool:
@@ -121,7 +123,7 @@ class Oracle:
                 again = self.ask(answer.longer, answer.label)
                 wrong, refusal = (wrong, refusal) if again is None else self.compare(gm, again)
             if refusal is not None and answer.axis is not None:
-                refused.append(Refusal(answer.label, refusal, answer.axis))
+                refused.append(Refusal(answer.label, refusal, answer.axis, answer.call))
             elif wrong is not None or refusal is not None:
                 where = "" if answer is self.answers[0] else f"at {answer.label}: "
                 return Verdict(f"{where}{wrong or refusal}", refused, checked)

@@ -1,7 +1,7 @@
 """`trace`: one graph of a model, by the best way that computes what the model computes.
 
 1. symbolic tracing, through functions that libraries marked with `torch.fx.wrap`, too
-2. `torch.export`, where example inputs are known
+2. `torch.export`, where example inputs are known; once more at a size that its graph refuses
 3. the symbolic graph with opaque children, each exported on the inputs it saw where that works
 4. the whole model is opaque: a graph of a single node around it
 
@@ -210,7 +210,7 @@ class _Search:
         knew_values = False
         for call, are_sizes_free in export_examples(oracle):
             if self.best is not None:  # other examples are for models that refuse this one
-                return
+                break
             if are_sizes_free and len(reasons) > 1 and len(set(reasons)) == 1:
                 continue  # it is not the sizes that are in the way
             capture = capture_export(self.prepared, call, are_sizes_free=are_sizes_free)
@@ -235,6 +235,22 @@ class _Search:
                 if self.best is None and not knew_values:
                     knew_values = True
                     yield from self._exported_with_known_values(call)
+        yield from self._exported_at_refused_sizes(oracle)
+
+    def _exported_at_refused_sizes(self, oracle: Oracle) -> Iterator[_Found]:
+        """An export with the longest call that the best graph refuses.
+
+        With a short example the parts of a sequence are few (one chunk of a scan): such a number is
+        taken as fixed, where a number of several parts may change.
+        """
+        if self.best is None:
+            return
+        refused = [r.call for r in self.best.verdict.refused if not r.is_minor]
+        if refused:
+            longest = max(refused, key=lambda call: sum(t.numel() for t in call.tensors()))
+            capture = capture_export(self.prepared, longest)
+            if not isinstance(capture, str):
+                yield self._judged(capture, "export")
 
     def _exported_with_known_values(self, call: Call) -> Iterator[_Found]:
         capture = capture_export(self.prepared, call, answers=(True,), are_values_known=True)

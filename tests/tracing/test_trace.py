@@ -10,6 +10,8 @@ from fxquant.graph.layers import sites
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.numerics.metrics import sqnr_db
 from tests import models
+from tests.awkward import CASES
+from tests.awkward.registry import run
 from tests.models import WIDTH
 
 X = torch.randn(3, 5, WIDTH)
@@ -248,3 +250,12 @@ def test_only_layers_of_the_user_are_listed_as_never_called(is_shared):
     assert fxquant.trace_report(gm).unreached == ["idle"]
     rows = {d.module: d.rule for d in fxquant.plan(gm).decisions}
     assert [name for name, rule in rows.items() if rule == "not called"] == ["idle"]
+
+
+def test_an_example_that_is_too_short_to_show_the_general_way_is_followed_by_a_longer_one():
+    case = CASES["HasAWayForShortInputs"]
+    gm = fxquant.trace(case.model(), case.call())
+    assert not fxquant.trace_report(gm).refused
+    torch.manual_seed(4)
+    longer = case.inputs(3, 37)
+    torch.testing.assert_close(run(gm, longer), run(case.reference(), longer))
