@@ -13,6 +13,7 @@
 | `export.py` | the second way: `torch.export`, its graph brought back to a plain one |
 | `export_surroundings.py` | silence around an export, and what a forward is told of the compiler |
 | `known_values.py`, `branches.py` | checks by value, in an export that knows the example's |
+| `each_entry.py` | loops over the true entries of a mask (experts that were chosen), over all |
 | `vmap.py` | regions under `torch.vmap`, written as the ops on batches that run |
 | `loop_marks.py`, `rolling.py` | Python loops over a size: marked in an export, then one node |
 | `inline.py` | opaque children of a symbolic graph, exported one by one and laid into it |

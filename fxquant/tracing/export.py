@@ -32,6 +32,7 @@ from fxquant.graph.structures import (
     output_dict,
 )
 from fxquant.tracing.capture import Capture, describe_error, left_out
+from fxquant.tracing.each_entry import EachEntry
 from fxquant.tracing.export_surroundings import CompilerQuestions, quiet_export
 from fxquant.tracing.known_values import ASSERTION, KnownValues, write_check
 from fxquant.tracing.loop_marks import LoopMarks
@@ -232,7 +233,7 @@ class _Flat(nn.Module):
 
         def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
             values = dict(zip((a.name for a in inputs), args, strict=False)) | kwargs
-            with nullcontext() if marks is None else marks.watching():
+            with EachEntry(), nullcontext() if marks is None else marks.watching():
                 return output.flatten(call(module, arguments, values))
 
         forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

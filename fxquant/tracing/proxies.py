@@ -124,16 +124,21 @@ def _factories_are_recorded() -> Iterator[None]:
             setattr(torch, name, factory)
 
 
-def _first_proxy(*arguments: Any) -> Any:
-    """The first proxy in the arguments of a call, at any depth, or None."""
-    leaves = pytree.tree_leaves(arguments)
+def record_attributes(*arguments: Any) -> None:
+    """Record the attributes among the arguments of a call: `x.indices` waits for its first use."""
+    for proxy in _proxies_in(arguments):
+        proxy.node  # noqa: B018
+
+
+def _proxies_in(arguments: Any) -> Iterator[Any]:
+    """The proxies in the arguments of a call, at any depth."""
     # Not `isinstance`, which is patched while a forward is traced.
-    return next((leaf for leaf in leaves if Proxy in type(leaf).__mro__), None)
+    return (leaf for leaf in pytree.tree_leaves(arguments) if Proxy in type(leaf).__mro__)
 
 
 def _recorded(factory: Any) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
-        proxy = _first_proxy(args, kwargs)
+        proxy = next(_proxies_in((args, kwargs)), None)
         # A generator of the model's own has a state, which a graph cannot hold: torch refuses it.
         if proxy is None or kwargs.get("generator") is not None:
             return factory(*args, **kwargs)
@@ -156,7 +161,7 @@ class _Limits:
 
 def _limits(original: Any) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
-        dtype = _first_proxy(args, kwargs)
+        dtype = next(_proxies_in((args, kwargs)), None)
         return original(*args, **kwargs) if dtype is None else _Limits(dtype)
 
     return call

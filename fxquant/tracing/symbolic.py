@@ -25,7 +25,7 @@ from fxquant.graph.structures import (
     output_dict,
 )
 from fxquant.tracing.capture import Capture, describe_error, left_out
-from fxquant.tracing.proxies import NumberProxy, TensorProxy, traceable
+from fxquant.tracing.proxies import NumberProxy, TensorProxy, record_attributes, traceable
 from fxquant.tracing.replacements import FUNCTION_REPLACEMENTS
 from fxquant.tracing.signature import Argument, call, graph_arguments, placeholders, unfit_argument
 
@@ -251,6 +251,7 @@ class _Tracer(torch.fx.Tracer):
         path = self.path_of_module(m)
         if not self.is_verified and _catches_errors(m):
             raise _UnseenError(f"the forward of {path or 'the model'} catches errors")
+        record_attributes(args, kwargs)  # here, since what the child records may be erased
         last = next(reversed(self.graph.nodes), None)
         stack, troubles = self.module_stack.copy(), self._troubles
         opaque = dict(self.opaque)

@@ -40,6 +40,7 @@ from fxquant.tracing.bare_parameters import BARE, READ_ONLY
 from fxquant.tracing.canonical import canonicalize
 from fxquant.tracing.capture import Capture
 from fxquant.tracing.coverage import weigh
+from fxquant.tracing.each_entry import drop_notes, listening
 from fxquant.tracing.export import capture_export
 from fxquant.tracing.guards import insert_guards
 from fxquant.tracing.inline import inline_children
@@ -275,7 +276,14 @@ class _Search:
         if needed:
             insert_guards(gm.graph, needed)
             gm.recompile()
-        return replace(found, verdict=self.oracle.judge(gm))
+        with listening() as were_false:
+            verdict = self.oracle.judge(gm)
+        masks = drop_notes(gm.graph)
+        if masks:
+            gm.recompile()
+        if verdict.wrong is None and masks - were_false:
+            verdict = Verdict("it loops over the true entries of a mask, and all were true")
+        return replace(found, verdict=verdict)
 
     def _around(self) -> _Found:
         gm = graph_around(self.prepared, self._example)

@@ -353,3 +353,47 @@ class LearnedPositions(Base):
 
     def forward(self, x):
         return self.second(torch.relu(self.first(x + self.positions)))
+
+
+class Experts(nn.ModuleDict):
+    def __init__(self, count):
+        super().__init__({f"expert_{i}": nn.Linear(W, W) for i in range(count)})
+
+    def forward(self, rows, chosen):
+        mixed = torch.zeros_like(rows)
+        masks = F.one_hot(chosen, len(self)).permute(2, 1, 0)
+        for expert in masks.sum((-1, -2)).gt(0).nonzero():
+            _, taken = torch.where(masks[expert].squeeze(0))
+            mixed.index_add_(0, taken, self[f"expert_{expert[0]}"](rows[taken]))
+        return mixed
+
+
+@awkward()
+class CallsTheExpertsThatAreChosen(nn.Module):
+    """A loop over the experts that some row has chosen, by the names of children."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = Experts(6)
+
+    def forward(self, x):
+        rows = x.reshape(-1, W)
+        chosen = rows[:, :6].topk(2).indices  # a quantized router might choose others
+        return self.experts(rows, chosen).reshape(x.shape)
+
+
+class CountsTheExperts(Experts):
+    def forward(self, rows, chosen):
+        masks = F.one_hot(chosen, len(self)).permute(2, 1, 0)
+        for expert in masks.sum((-1, -2)).gt(0).nonzero(as_tuple=True)[0].tolist():
+            rows = 0.9 * rows + self[f"expert_{expert}"](rows)
+        return rows
+
+
+@awkward()
+class CallsChosenExpertsOnAllRows(CallsTheExpertsThatAreChosen):
+    """An expert that is chosen changes every row: one that is not must not be called."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = CountsTheExperts(6)
