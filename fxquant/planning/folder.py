@@ -29,7 +29,7 @@ from fxquant.stages import WAITING_SHARE
 from fxquant.tracing.opaque import graph_around
 from fxquant.tracing.variations import COMPARED_ROWS
 
-TRACING_RUNS = 8  # of a block, on few rows: the block and candidate graphs, at some sizes
+TRACING_RUNS = 6  # of a block, on few rows: the block and candidate graphs, at some sizes
 
 
 @dataclass(frozen=True)

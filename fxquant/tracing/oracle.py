@@ -154,23 +154,21 @@ class Oracle:
 
     def _smallest(self, example: Call) -> Call:
         """The example with few rows, where the model takes that; the answer to it is kept."""
-        count = example.row_count
-        small = example.rows(0, COMPARED_ROWS) if count > COMPARED_ROWS else example
-        if small is not example and self._run(small) is None:
-            small = example
-        calls = (small, _other_values(small))
-        results = self._run(*calls)
-        if results is None:
-            calls = (small, small)
-            results = self._run(*calls, must_run=True)
-        assert results is not None  # or it has raised
-        self.answers.append(Answer(calls, "the example", results))
-        return small
+        is_large = example.row_count > COMPARED_ROWS
+        small = example.rows(0, COMPARED_ROWS) if is_large else example
+        for call in dict.fromkeys((small, example)):
+            for calls in ((call, _other_values(call)), (call, call)):
+                must_run = call is example and calls[1] is call
+                results = self._run(*calls, must_run=must_run)
+                if results is not None:
+                    self.answers.append(Answer(calls, "the example", results))
+                    return call
+        raise AssertionError("a call that must run has raised")
 
     def _ask_at_other_sizes(self) -> None:
         short = self.example
         for axis in self.axes:
-            if axis.size > LONG and not axis.is_batch and not axis.is_minor:
+            if axis.is_long:
                 shorter = axis.resized(short, SHORT)
                 short = shorter if self._accepts(shorter) else short
         for axis in self.axes:

@@ -42,6 +42,11 @@ class Axis:
         """Whether it is the first dimension of the first tensor."""
         return (0, 0) in self.places
 
+    @property
+    def is_long(self) -> bool:
+        """Whether it is a length at which running the model costs more than it tells."""
+        return self.size > LONG and not self.is_batch and not self.is_minor
+
     def resized(self, call: Call, size: int) -> Call:
         """The call with another size along the axis: elements are left out or repeated."""
         numbers = {id(t): i for i, t in enumerate(call.tensors())}
@@ -51,7 +56,7 @@ class Axis:
             for dimension in range(tensor.ndim):
                 if (number, dimension) in self.places:
                     length = tensor.shape[dimension]
-                    wanted = size * (length // self.size)
+                    wanted = size * max(1, length // self.size)  # 1: the call was cut along it
                     index = torch.arange(wanted, device=tensor.device) % length
                     tensor = tensor.index_select(dimension, index)
             return tensor
@@ -100,15 +105,36 @@ def _is_minor(places: frozenset[Place], shapes: list[tuple[int, ...]]) -> bool:
 
 
 def free_axes(call: Call, accepts: Callable[[Call], bool]) -> list[Axis]:
-    """The axes along which a model takes other sizes, as far as a few trials show."""
+    """The axes along which a model takes other sizes, as far as a few trials show.
+
+    Trials are short where the model takes that: whether it takes other batches shows there too.
+    """
     found: list[Axis] = []
-    for alternatives in candidate_axes(call):
+    candidates = list(candidate_axes(call))
+    short = _shortened(call, [alternatives[0] for alternatives in candidates], accepts)
+    for alternatives in candidates:
         for axis in alternatives:
-            probe = axis.size - 1 if axis.size > 2 else axis.size + 1
-            others = [s for s in (probe, 2 * axis.size) if s != axis.size]
-            if any(accepts(axis.resized(call, size)) for size in others[: 1 + axis.is_batch]):
+            example = call if axis.size > LONG else short
+            if any(accepts(axis.resized(example, size)) for size in _trials(axis)):
                 found.append(axis)
                 break
         if len(found) == MOST_AXES:
             break
     return found
+
+
+def _shortened(call: Call, axes: list[Axis], accepts: Callable[[Call], bool]) -> Call:
+    """The call with all its lengths cut, where the model takes that."""
+    short = call
+    for axis in axes:
+        if axis.is_long:
+            short = axis.resized(short, SHORT)
+    return short if short is not call and accepts(short) else call
+
+
+def _trials(axis: Axis) -> list[int]:
+    """Sizes of which a model that takes others than the example's takes one."""
+    near = axis.size - 1 if axis.size > 2 else axis.size + 1
+    if axis.is_batch:
+        return [size for size in (near, 2 * axis.size) if size != axis.size]
+    return [SHORT, near] if axis.is_long else [near]
