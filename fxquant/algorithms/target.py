@@ -21,7 +21,7 @@ from torch import Tensor
 from fxquant.observers.moments import InputMoments, LayerMoments, damped
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean second moment
-OUTPUTS = 256  # on which they are tried
+OUTPUTS = 64  # on which they are tried
 
 
 @dataclass(frozen=True, order=True)

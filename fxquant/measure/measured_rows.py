@@ -24,6 +24,8 @@ def measure_rows(
     decisions: Iterable[Decision],
     calls: Iterable[Call] = (),
     observers: Mapping[str, Observer] | None = None,
+    *,
+    compares_nodes: bool = True,
 ) -> tuple[list[SensitivityRow], PairedRun]:
     """The cost of each quantized layer, by one paired pass over `calls`.
 
@@ -33,11 +35,12 @@ def measure_rows(
         decisions: from `decide`.
         calls: batches; without any, only weights are compared.
         observers: the calibrated observer of each layer's input.
+        compares_nodes: whether the run compares nodes that call no quantized layer, too.
 
     Returns:
         One row for each quantized layer, and the paired run with the output's errors.
     """
-    run = run_paired(float_gm, quantized_gm, calls)
+    run = run_paired(float_gm, quantized_gm, calls, compares_nodes=compares_nodes)
     layers = {s.name: s.module for s in sites(float_gm) if form_of(s.module)}
     quantized = {
         s.name: s.module for s in sites(quantized_gm) if isinstance(s.module, QuantizedLayer)
@@ -74,7 +77,9 @@ def add_figures(
         result: the graph that the caller gets: the rewritten form, or that fused.
     """
     calls = held_out or fitted
-    info.rows, run = measure_rows(float_gm, quantized_gm, info.decisions, calls, observers)
+    info.rows, run = measure_rows(
+        float_gm, quantized_gm, info.decisions, calls, observers, compares_nodes=False
+    )
     is_same = original is float_gm and result is quantized_gm
     output = run.output if is_same else output_sqnr(original, result, calls)
     info.sqnr_db = info.fitted_sqnr_db = output.db_or_none

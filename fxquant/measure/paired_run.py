@@ -42,7 +42,7 @@ class LayerErrors:
 
 @dataclass(frozen=True)
 class PairedRun:
-    """Errors by layer name, of every node of the outermost graph, and of the model's output."""
+    """Errors by layer name, of nodes of the outermost graph, and of the model's output."""
 
     layers: dict[str, LayerErrors]
     nodes: dict[Node, SqnrMeter]
@@ -55,6 +55,8 @@ def run_paired(
     quantized_gm: GraphModule,
     calls: Iterable[Call],
     select: Callable[[Any], Tensor] = main_output,
+    *,
+    compares_nodes: bool = True,
 ) -> PairedRun:
     """Compare two graphs of the same model, node by node.
 
@@ -63,17 +65,16 @@ def run_paired(
         quantized_gm: the same graph with quantized layers; nodes have the same names.
         calls: the batches; large ones run in parts.
         select: picks the tensor of the model's output that is compared.
+        compares_nodes: whether nodes that call no quantized layer are compared, too.
 
     Returns:
         Signal and noise of every quantized layer that ran, of every node of `quantized_gm` with a
-        floating tensor, and of the output. It costs the float pass, the quantized pass, and every
-        quantized layer once more in float.
+        floating tensor if that is wanted, and of the output. It costs the float pass, the quantized
+        pass, and every quantized layer once more in float.
     """
     pairs = _layer_pairs(float_gm, quantized_gm)
     run = PairedRun({name: LayerErrors() for name, _, _ in pairs}, {}, SqnrMeter())
-    shared = {
-        site.node: run.layers[site.name].cumulative for site in _lone_sites(quantized_gm, run)
-    }
+    compared = _Compared(run, quantized_gm) if compares_nodes else None
     for call in row_parts(float_gm, steps(calls, "measuring")):
         results: dict[str, list[Tensor]] = {name: [] for name, _, _ in pairs}
         hooks: list[tuple[nn.Module, Any]] = []
@@ -81,9 +82,8 @@ def run_paired(
             hooks.append((layer, _record(results[name])))
             hooks.append((quantized, _compare(layer, results[name], run.layers[name])))
         with _hooks(hooks), graph_left_alone(float_gm), graph_left_alone(quantized_gm):
-            _run_side_by_side(
-                Stepper(float_gm, call), Stepper(quantized_gm, call), run, select, shared
-            )
+            clean, noisy = Stepper(float_gm, call), Stepper(quantized_gm, call)
+            run.output.add(*map(select, _run_side_by_side(clean, noisy, compared)))
     return run
 
 
@@ -99,10 +99,9 @@ def _lone_sites(gm: GraphModule, run: PairedRun) -> list[Site]:
 def _run_side_by_side(
     clean: Stepper,
     noisy: Stepper,
-    run: PairedRun,
-    select: Callable[[Any], Tensor],
-    shared: dict[Node, SqnrMeter],
-) -> None:
+    compared: "_Compared | None",
+) -> tuple[Any, Any]:
+    """The results of both; nodes are compared if that is wanted."""
     partner = {node.name: i for i, node in enumerate(clean.nodes)}
     clean_values: dict[Node, Any] = {}
     noisy_values: dict[Node, Any] = {}
@@ -116,24 +115,33 @@ def _run_side_by_side(
         if place >= 0:
             expected, found = clean_values[clean.nodes[place]], noisy_values[node]
             if node.op == "output":
-                run.output.add(select(expected), select(found))
-            elif node in shared:
-                run.nodes[node] = shared[node]
-            else:
-                _note(run, node, expected, found)
+                return expected, found
+            if compared is not None:
+                compared.add(node, expected, found)
             clean.free(clean_values, done)
         noisy.free(noisy_values, index + 1)
+    raise AssertionError("a graph without an output")
 
 
-def _note(run: PairedRun, node: Node, expected: Any, found: Any) -> None:
-    """Add to the meter of `node`; what only moves elements has the meter of its input."""
-    if not is_tensor(expected) or not is_tensor(found) or expected.shape != found.shape:
-        return
-    source = node.args[0] if node.args else None
-    if is_rearrangement(node) and isinstance(source, Node) and source in run.nodes:
-        run.nodes[node] = run.nodes[source]
-        return
-    run.nodes.setdefault(node, SqnrMeter()).add(expected, found)
+class _Compared:
+    """Adds up the errors of nodes, those of layers aside, which hooks compare."""
+
+    def __init__(self, run: PairedRun, gm: GraphModule) -> None:
+        self.nodes = run.nodes
+        self._shared = {s.node: run.layers[s.name].cumulative for s in _lone_sites(gm, run)}
+
+    def add(self, node: Node, expected: Any, found: Any) -> None:
+        """Add to the meter of `node`; what only moves elements has the meter of its input."""
+        if node in self._shared:
+            self.nodes[node] = self._shared[node]
+            return
+        if not is_tensor(expected) or not is_tensor(found) or expected.shape != found.shape:
+            return
+        source = node.args[0] if node.args else None
+        if is_rearrangement(node) and isinstance(source, Node) and source in self.nodes:
+            self.nodes[node] = self.nodes[source]
+            return
+        self.nodes.setdefault(node, SqnrMeter()).add(expected, found)
 
 
 def _layer_pairs(

@@ -54,7 +54,7 @@ class InputMoments:
             lack: x_float − x, [tokens, in]; None stands for zeros.
         """
         self.tokens += len(x)
-        self.total += x.double().sum(0)
+        self.total += x.sum(0)  # of one batch in float32, which is several times faster
         self._made.clear()
         self._is_mirrored = False
         for half, part in enumerate(halves(x)):
@@ -64,7 +64,7 @@ class InputMoments:
         if lack is not None:
             if self.lacks is None:
                 self.lacks = torch.zeros_like(self._upper)
-            self.total_lack += lack.double().sum(0)
+            self.total_lack += lack.sum(0)
             add_products(self.lacks, lack, x)
 
     def merge(self, other: "InputMoments") -> None:
@@ -176,7 +176,7 @@ class LayerMoments:
         if self._cross is None:
             size = 2, self.out_features, self.in_features
             self._cross = torch.zeros(size, dtype=torch.float32)
-        self._total_shift += shift.double().sum(0)
+        self._total_shift += shift.sum(0)
         add_products(self._cross, shift, x)
 
     def hold_out(self, x: Tensor, shift: Tensor | None = None, mask: Tensor | None = None) -> None:

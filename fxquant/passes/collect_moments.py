@@ -60,8 +60,9 @@ def collect(turn: Turn, batches: Iterable[PairedBatch]) -> list[LayerMoments]:
             continue
         clean, noisy = found
         mask = batch.mask_for(noisy)
-        x, lack = tokens_of(noisy, mask), difference(clean, noisy)
-        lack = None if lack is None or not lack.any() else tokens_of(lack, mask)
+        x = tokens_of(noisy, mask)
+        lack = None if torch.equal(clean, noisy) else difference(clean, noisy)
+        lack = None if lack is None else tokens_of(lack, mask)
         shifts = _shifts(turn.residuals, linears, batch, noisy, mask)
         if not shares_lack and lack is not None:
             for name, linear in linears.items():

@@ -22,7 +22,7 @@ from fxquant.passes.rounded_layers import RoundedLayers
 from fxquant.passes.target_limits import bias_in_target, exact_in_target, int8_in_target
 
 FITTED_ELEMENTS = 1 << 22  # of a weight that are fitted at once, with some temporaries of the size
-COMPARED_OUTPUTS = 256  # of a block, on which fitting and rounding are compared
+COMPARED_OUTPUTS = 128  # of a block, on which fitting and rounding are compared
 
 
 @dataclass(frozen=True)
