@@ -19,7 +19,10 @@ from tests.compare import assert_same
 from tests.fingerprint import unchanged
 
 # Without inputs, quantizing says that nothing was verified; graphs of odd models may warn too.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("float32_products"),
+]
 
 
 @pytest.fixture(params=CASES)

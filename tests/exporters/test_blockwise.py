@@ -108,6 +108,7 @@ def output_sqnr(model, other, calls):
 
 # The last row is held out. transformers gives blocks no mask where a batch has no padding.
 @pytest.mark.parametrize(("method", "padded"), [("gptq", []), ("rtn", [0])])
+@pytest.mark.usefixtures("float32_products")
 def test_a_decoder_gets_the_weights_that_quantize_gives_it(llama, tmp_path, method, padded):
     data = batches(padded)
     folder = saved(llama, tmp_path / "source")

@@ -13,6 +13,8 @@ from fxquant.exporters import onnx_layers
 from tests.exporters.conftest import IDS, SMALL
 from tests.exporters.layers import int4_layer, with_layers
 
+pytestmark = pytest.mark.usefixtures("float32_products")
+
 LEAST_DB = 110  # the same computation in float32
 
 

@@ -13,6 +13,8 @@ from fxquant.exporters import pt2
 from tests.exporters.conftest import IDS, SMALL
 from tests.exporters.test_onnx import Network, quantized
 
+pytestmark = pytest.mark.usefixtures("float32_products")
+
 
 class Picture(nn.Module):
     """A convolution, an embedding of its label, and a Linear layer."""

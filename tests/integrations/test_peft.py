@@ -15,7 +15,10 @@ from fxquant.integrations.peft import MergeLossWarning
 from fxquant.integrations.peft.lora_linear import QuantizedLoraLinear
 from tests.integrations import models
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
+    pytest.mark.usefixtures("float32_products"),
+]
 LOSSY = pytest.mark.filterwarnings("ignore::fxquant.integrations.peft.MergeLossWarning")
 X = torch.randn(16, 64)
 

@@ -16,6 +16,8 @@ from fxquant.modules.packed_tensor import PackedTensor
 from fxquant.modules.weight_forms import form_of
 from tests.compare import worst_sqnr
 
+pytestmark = pytest.mark.usefixtures("float32_products")
+
 E, IN, OUT = 4, 64, 96
 X = torch.randn(6, IN)
 NUMBERS = torch.tensor([3, 0, 0, 2, 3, -1])
