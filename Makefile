@@ -9,10 +9,15 @@ INSTALL := pip install --quiet --no-compile --constraint constraints.txt
 require = $(BIN)/python tests/extra.py $(1) > $(VENV)/$(1).txt && \
     $(BIN)/python -m $(INSTALL) --requirement $(VENV)/$(1).txt
 
-.PHONY: demo test test-models test-browser test-runtimes fuzz docs lint sanitize arm benchmark wheel test-wheel clean
+.PHONY: demo environment test test-models test-browser test-runtimes fuzz docs lint sanitize arm benchmark wheel test-wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/fxquant demo
+
+# What all of CI needs: jobs that run side by side install nothing then.
+environment: $(VENV)/installed-dev
+	$(call require,browser)
+	$(call require,docs)
 
 # Half the tests run models of others; a process a core, since each test takes one thread only.
 test: $(VENV)/installed-dev lint
