@@ -4,7 +4,9 @@ Each node runs once and in order on values of its own call, so what a node write
 by the nodes behind it, as in the model, and by nobody else.
 """
 
+import math
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from fxquant.graph.calls import Call
 from fxquant.graph.effects import is_foreign, is_random
 from fxquant.graph.interpreter import GraphInterpreter
 from fxquant.graph.left_alone import left_alone
-from fxquant.graph.shapes import input_values
+from fxquant.graph.shapes import SHAPE, input_values
 from fxquant.graph.structures import tensors_in
 
 
@@ -97,6 +99,25 @@ def last_uses(nodes: list[Node]) -> dict[Node, int]:
     position = {node: i for i, node in enumerate(nodes)}
     uses = {n: [position[u] for u in n.users if u in position] for n in nodes}
     return {n: max([*uses[n], position[n]]) for n in nodes}
+
+
+def narrowest_place(gm: GraphModule, start: int, stop: int) -> int:
+    """The first position from `start` to `stop` at which the values that wait have fewest elements.
+
+    Args:
+        gm: a graph whose shapes are recorded; what has none does not count.
+        start: the first position.
+        stop: the last.
+    """
+    nodes = list(gm.graph.nodes)
+    change = [0] * (len(nodes) + 1)
+    for place, (node, last) in enumerate(last_uses(nodes).items()):
+        if node.op != "get_attr":
+            elements = math.prod(node.meta.get(SHAPE, (0,)))
+            change[place + 1] += elements
+            change[last + 1] -= elements
+    waiting = list(accumulate(change))
+    return min(range(start, stop + 1), key=waiting.__getitem__)
 
 
 def last_used_at(nodes: list[Node]) -> list[list[Node]]:

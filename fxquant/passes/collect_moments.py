@@ -53,24 +53,36 @@ def collect(turn: Turn, batches: Iterable[PairedBatch]) -> list[LayerMoments]:
         name: LayerMoments(width, linear.out_features, shared=shared)
         for name, linear in linears.items()
     }
-    source = turn.sites[0].input
     for batch in batches:
-        found = batch.values_of(source)
-        if found is None:
-            continue
-        clean, noisy = found
-        mask = batch.mask_for(noisy)
-        x = tokens_of(noisy, mask)
-        lack = None if torch.equal(clean, noisy) else difference(clean, noisy)
-        lack = None if lack is None else tokens_of(lack, mask)
-        shifts = _shifts(turn.residuals, linears, batch, noisy, mask)
-        if not shares_lack and lack is not None:
-            for name, linear in linears.items():
-                product = lack @ linear.weight.detach().float().T
-                shifts[name] = product + shifts[name] if name in shifts else product
-            lack = None
-        _add(shared, moments, x, lack, shifts, is_held_out=batch.is_held_out)
+        # In a function of its own, so that nothing of a batch is alive when the next one runs.
+        _add_batch(turn, linears, batch, shared, moments, shares_lack=shares_lack)
     return list(moments.values())
+
+
+def _add_batch(
+    turn: Turn,
+    linears: Mapping[str, nn.Linear],
+    batch: PairedBatch,
+    shared: InputMoments,
+    moments: Mapping[str, LayerMoments],
+    *,
+    shares_lack: bool,
+) -> None:
+    found = batch.values_of(turn.sites[0].input)
+    if found is None:
+        return
+    clean, noisy = found
+    mask = batch.mask_for(noisy)
+    x = tokens_of(noisy, mask)
+    lack = None if torch.equal(clean, noisy) else difference(clean, noisy)
+    lack = None if lack is None else tokens_of(lack, mask)
+    shifts = _shifts(turn.residuals, linears, batch, noisy, mask)
+    if not shares_lack and lack is not None:
+        for name, linear in linears.items():
+            product = lack @ linear.weight.detach().float().T
+            shifts[name] = product.add_(shifts[name]) if name in shifts else product
+        lack = None
+    _add(shared, moments, x, lack, shifts, is_held_out=batch.is_held_out)
 
 
 def _add(

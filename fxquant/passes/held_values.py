@@ -168,11 +168,15 @@ def _changed(values: list[Values], change: Callable[[Any], Any]) -> list[Values]
 
     Lists and objects stay what they are: two nodes may share one.
     """
+    return [{key: _changed_value(value, change) for key, value in part.items()} for part in values]
 
-    def change_value(value: Any) -> Any:
-        return tuple(map(change_value, value)) if type(value) is tuple else change(value)
 
-    return [{key: change_value(value) for key, value in part.items()} for part in values]
+def _changed_value(value: Any, change: Callable[[Any], Any]) -> Any:
+    # No function inside another that calls itself: it would hold what `change` holds, all values of
+    # a batch, until Python looks for cycles.
+    if type(value) is tuple:
+        return tuple(_changed_value(part, change) for part in value)
+    return change(value)
 
 
 def _is_plain(value: Any) -> bool:

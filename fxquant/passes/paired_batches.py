@@ -1,7 +1,8 @@
 """Batches on their way through the float and the quantized graph, side by side.
 
 Each batch goes from one turn to the next on its own: between two turns there are the values of one
-batch, and at a turn only those that later nodes use.
+batch, and at a turn only those that later nodes use. The float graph waits for no layer: from a
+turn it can run ahead to where its values are fewer.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +33,8 @@ class PairedBatch:
         noisy: through the quantized graph.
         clean_values: of the float graph's nodes that are still needed.
         noisy_values: of the quantized graph's.
-        position: the first node that has not run.
+        position: the first node of the quantized graph that has not run.
+        clean_position: the same of the float graph.
         padding: booleans [rows, tokens], False where a token is padding; None: none is known.
     """
 
@@ -43,6 +45,7 @@ class PairedBatch:
     clean_values: dict[Node, Any] = field(default_factory=dict)
     noisy_values: dict[Node, Any] = field(default_factory=dict)
     position: int = 0
+    clean_position: int = 0
     padding: Tensor | None = None
 
     @classmethod
@@ -72,10 +75,24 @@ class PairedBatch:
         """
         if self.position == 0:
             self.padding = padding_mask(self.clean.call)
+        self.run_ahead(position)
         with naming_batch(self.clean.gm, lambda: self.clean.call, self.index):
-            self.clean.advance(self.clean_values, self.position, position)
             self.noisy.advance(self.noisy_values, self.position, position)
         self.position = max(position, self.position)
+
+    def run_ahead(self, position: int) -> None:
+        """Let the float graph alone run up to before the node at `position`.
+
+        Raises:
+            CalibrationError: it does not take the batch.
+        """
+        with naming_batch(self.clean.gm, lambda: self.clean.call, self.index):
+            self.clean.advance(self.clean_values, self.clean_position, position)
+        self.clean_position = max(position, self.clean_position)
+
+    def forget(self) -> None:
+        """No node runs any more, and no value is needed."""
+        self.clean_values, self.noisy_values = {}, {}
 
     @contextmanager
     def resumed(self, held: HeldValues) -> Iterator[None]:

@@ -37,6 +37,7 @@ from fxquant.graph.layers import (
     sites,
 )
 from fxquant.graph.left_alone import attributes_left_alone, graph_left_alone, left_alone
+from fxquant.graph.stepper import narrowest_place
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.weight_forms import chosen_form, form_of
 from fxquant.observers.moments import LayerMoments, merge_all
@@ -166,6 +167,7 @@ class _Run:
         self.batches: list[PairedBatch] = []
         self.parts: list[range] = []
         self.later: dict[str, list[LayerMoments]] = {}
+        self.turns: list[Turn] = []
 
     def over(
         self, calls: Sequence[Call], held_out: Sequence[Call], noisy: Sequence[Call] | None
@@ -184,7 +186,8 @@ class _Run:
         ]
         # How many tokens are held out is bounded over all batches, so these are one part.
         self.parts = [*parts_of(count), *([range(count, len(clean))] if held_out else [])]
-        for turn in steps(find_turns(self.rewritten, set(self.bits)), "fitting layers"):
+        self.turns = find_turns(self.rewritten, set(self.bits))
+        for turn in steps(self.turns, "fitting layers"):
             if turn.is_inside:
                 self._quantize_inside(turn)
             elif chosen_form(turn.sites[0].module).shares_input:
@@ -200,7 +203,7 @@ class _Run:
 
         moments = list(empty_moments_of(turn).values())
         self._add_later(turn.sites[0], moments)
-        self._collect(turn, moments, collect_part)
+        self._collect(turn, moments, collect_part, is_whole=True)
         self.watcher.check(site.name for site in turn.sites)
         self._swap_fitted(turn.sites, moments)
 
@@ -253,24 +256,56 @@ class _Run:
             for group, counts in self.processes.broadcast(names, 0)
         ]
 
-    def _collect(self, turn: Turn, moments: list[LayerMoments], collect_part: Collect) -> None:
-        """Add what the parts of the data say, in their order, to moments and watched inputs."""
+    def _collect(
+        self,
+        turn: Turn,
+        moments: list[LayerMoments],
+        collect_part: Collect,
+        *,
+        is_whole: bool = False,
+    ) -> None:
+        """Add what the parts of the data say, in their order, to moments and watched inputs.
+
+        Args:
+            turn: where the data are.
+            moments: of layers or blocks there.
+            collect_part: gives the same of a part of the data.
+            is_whole: whether nothing else is collected at this turn.
+        """
 
         def sums(part: range) -> _PartSums:
             seen: Seen = {}
-            return _PartSums(collect_part(seen, self._arrived(turn, part)), seen)
+            return _PartSums(collect_part(seen, self._arrived(turn, part, is_whole=is_whole)), seen)
 
         for found in self.processes.in_order([partial(sums, part) for part in self.parts]):
             merge_all(moments, found.moments)
             self.watcher.merge(found.seen)
 
-    def _arrived(self, turn: Turn, part: range) -> Generator[PairedBatch, None, None]:
-        """Each batch of a part, when both graphs have run up to the turn."""
+    def _arrived(
+        self, turn: Turn, part: range, *, is_whole: bool = False
+    ) -> Generator[PairedBatch, None, None]:
+        """Each batch of a part, when both graphs have run up to the turn.
+
+        Args:
+            turn: where they go.
+            part: which batches.
+            is_whole: whether nobody asks for this again; then few values are left behind.
+        """
+        is_last = turn is self.turns[-1]
+        ahead = self._narrowest_after(turn) if is_whole and not is_last else 0
         for index in part:
             batch = self.batches[index]
             with batch.resumed(self.held):
                 batch.advance(turn.position)
                 yield batch
+                batch.run_ahead(ahead)
+                if is_whole and is_last:
+                    batch.forget()
+
+    def _narrowest_after(self, turn: Turn) -> int:
+        """To where the float graph goes when a turn is over: it waits for no layer."""
+        following = self.turns[self.turns.index(turn) + 1]
+        return narrowest_place(self.float_gm, turn.position, following.position)
 
     def _noticing(
         self, seen: Seen, watched: Sequence[Site], batches: Iterable[PairedBatch]

@@ -6,6 +6,7 @@ the allocator keeps although nothing is in it any more.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from fxquant.measure.row_parts import MOST_ELEMENTS
 from fxquant.observers.input_statistics import SAMPLE
@@ -50,9 +51,12 @@ class Waiting:
 
 
 def waiting_between(batches: Batches, bound: int | None) -> Waiting:
-    """What waits where most does, in the float and in the quantized graph."""
-    turns = range(len(batches.readings))
-    return Waiting(max((2 * batches.waiting(i) for i in turns), default=0), bound)
+    """What waits where most does, in the float and in the quantized graph.
+
+    The float graph may run ahead to the next turn, and at the last one nothing waits any more.
+    """
+    alive = [batches.waiting(i) for i in range(len(batches.readings))]
+    return Waiting(max((a + min(a, b) for a, b in pairwise(alive)), default=0), bound)
 
 
 def fitting_bytes(layers: Mapping[str, LayerWork], batches: Batches) -> int:

@@ -61,16 +61,17 @@ def test_predicted_bytes_are_near_those_of_the_run():
 
 
 def test_less_memory_moves_values_to_the_disk_and_nothing_else():
-    model, data = Attention(), [torch.randn(64, 256, 64) for _ in range(4)]
-    plans = [fxquant.plan(model, data=data, memory=m, method="gptq") for m in ("1GB", "100KB")]
+    model, options = Attention(), {"method": "gptq", "num_calibration_samples": 2000}
+    data = [torch.randn(4, 256, 64)] * 500  # small batches: most of the memory is waiting
+    plans = [fxquant.plan(model, data=data, memory=m, **options) for m in ("1GB", "100KB")]
     wide, narrow = (plan.forecast for plan in plans)
     assert wide.spilled_bytes == 0 < narrow.spilled_bytes
     assert wide.waiting_bytes == narrow.waiting_bytes == narrow.spilled_bytes + 50_000
     assert narrow.memory_bytes < wide.memory_bytes
     assert narrow.output_bytes == wide.output_bytes
-    noisy = fxquant.plan(model, data=data, memory="1GB", method="gptq", token_noise=0.5).forecast
-    # Beside the 150 rows that are drawn, a copy of the first batch in four is fitted to.
-    assert noisy.waiting_bytes == wide.waiting_bytes * (150 + 64) // 150
+    noisy = fxquant.plan(model, data=data, memory="1GB", token_noise=0.5, **options).forecast
+    # Of the 492 batches that are fitted to, a copy of the first in four is fitted to as well.
+    assert noisy.waiting_bytes == wide.waiting_bytes * (500 + 123) // 500
 
 
 def test_a_plan_shows_its_forecast_in_every_view(tmp_path):
