@@ -8,7 +8,7 @@
 | `saved_ops.py` | its column "may be in a file" |
 | `batch_norms.py` | what a BatchNorm in a graph multiplies and adds |
 | `calls.py` | `Call`, the arguments of one call |
-| `layers.py` | the linear layers of a graph, their names, and putting others in their place |
+| `layers.py` | the layers of a graph, their names, and putting others in their place |
 | `parameters.py` | every place that uses parameters |
 | `graph_module.py` | the graph module that fxquant makes, which can be pickled |
 | `interpreter.py`, `stepper.py` | a graph run node by node, values freed after use |

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.modules.layer import QuantizedLayer
+from fxquant.modules.weight_forms import form_of
 
 NAMES_KEY = "fxquant_names"  # gm.meta: the user's name of each target that is spelled otherwise
 ROOT = "model"  # what the model itself is called
@@ -79,24 +80,25 @@ def sites(gm: GraphModule) -> Iterator[Site]:
 def inner_layers(
     module: nn.Module, is_wanted: Callable[[nn.Module], bool] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The layers inside a module that is none itself, by path.
+    """The layers inside a module that is none itself, by path; not the parts of a layer.
 
     Those below code that asks for parameters by name are left out: a quantized layer has none.
 
     Args:
         module: the outer one.
-        is_wanted: tells a layer; by default quantized layers and linear ones are.
+        is_wanted: tells a layer; by default quantized layers and those that can be are.
     """
     is_wanted = is_wanted or is_layer
     if is_wanted(module):
         return
-    asking = [path for path, part in module.named_modules() if _asks_for_parameters(part)]
+    closed = [path for path, part in module.named_modules() if _asks_for_parameters(part)]
     for path, part in module.named_modules():
         if (
             path
             and is_wanted(part)
-            and not any(f"{path}.".startswith(f"{a}." if a else "") for a in asking)
+            and not any(f"{path}.".startswith(f"{c}." if c else "") for c in closed)
         ):
+            closed.append(path)
             yield path, part
 
 
@@ -112,8 +114,8 @@ def _asks_for_parameters(module: nn.Module) -> bool:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether `module` is a quantized layer, or a linear layer that does nothing else."""
-    return isinstance(module, QuantizedLayer) or is_plain_linear(module)
+    """Whether `module` is a quantized layer, or a float one that can become one."""
+    return isinstance(module, QuantizedLayer) or form_of(module) is not None
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

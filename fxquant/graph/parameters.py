@@ -160,7 +160,7 @@ def _use(node: Node, depth: int = 0) -> tuple[str | None, bool]:
 
 
 def _opaque_modules(gm: GraphModule) -> Iterator[ParameterNode]:
-    """Modules with own parameters inside opaque ones, beside the linear layers there."""
+    """Modules with own parameters inside opaque ones, beside the layers there."""
     for node in gm.graph.nodes:
         if node.op != "call_module":
             continue

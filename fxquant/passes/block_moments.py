@@ -45,15 +45,30 @@ def _shift(
     clean: tuple[Any, ...],
     noisy: tuple[Any, ...],
 ) -> Tensor | None:
-    """What the output lacks: W (x_float − x), and the error of what it is added to."""
-    lack = None if blocks.form.gives is None else difference(clean[0], noisy[0])
+    """What the output lacks, and the error of what it is added to."""
+    shift = lacking_output(blocks, clean[0], noisy)
+    values = batch.values_of(turn.residuals.get(turn.sites[0].name))
+    error = None if shift is None or values is None else difference(*values)
+    return shift if shift is None or error is None or error.shape != shift.shape else shift + error
+
+
+def lacking_output(blocks: Blocks, clean: Tensor | None, noisy: tuple[Any, ...]) -> Tensor | None:
+    """W (x_float − x) of a layer, in the shape of its output.
+
+    Args:
+        blocks: of the layer.
+        clean: what it reads in the float graph, or None.
+        noisy: the arguments of its call in the other graph.
+
+    Returns:
+        None where nothing lacks, where the float input is unknown or has another shape, and where
+        outputs of two runs cannot be compared.
+    """
+    lack = None if blocks.form.gives is None else difference(clean, noisy[0])
     if lack is None:
         return None
     weight = blocks.layer.get_parameter("weight").detach()
-    shift = with_weight(blocks.layer, weight, (lack.to(weight.dtype), *noisy[1:])).float()
-    values = batch.values_of(turn.residuals.get(turn.sites[0].name))
-    error = None if values is None else difference(*values)
-    return shift if error is None or error.shape != shift.shape else shift + error
+    return with_weight(blocks.layer, weight, (lack.to(weight.dtype), *noisy[1:])).float()
 
 
 def slice_of(chosen: range) -> slice:

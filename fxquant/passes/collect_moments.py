@@ -122,9 +122,3 @@ def _shifts(
         rows = error.reshape(*x.shape[:-1], error.shape[-1])
         found[name] = tokens_of(rows, mask)
     return found
-
-
-def lacking_output(linear: nn.Linear, clean: Tensor | None, noisy: Tensor) -> Tensor | None:
-    """W (x_float − x), [..., out]; None where the float input has another shape."""
-    lack = difference(clean, noisy)
-    return None if lack is None else torch.nn.functional.linear(lack, linear.weight.float())

@@ -1,13 +1,18 @@
 """Moments of layers that run inside an opaque module, whose own code calls them.
 
 The module runs, on clones of its inputs, up to the layer whose turn it is, once for each group of
-layers that read the same value.
+layers that read the same value: what a layer is fitted to comes from the quantized ones before it.
+Of more than `MOST_RUNS` groups neighbours are taken together, so that the time does not grow with
+the square of the number of layers.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from math import ceil
 from typing import Any
 
 import torch
@@ -21,20 +26,27 @@ from fxquant.graph.layers import Site, layer_input
 from fxquant.graph.left_alone import left_alone
 from fxquant.graph.stepper import Stepper
 from fxquant.observers.moments import LayerMoments
-from fxquant.passes.collect_moments import float_linear, lacking_output
+from fxquant.passes.block_moments import add_call, empty_moments, lacking_output
+from fxquant.passes.layer_maker import Blocks
 from fxquant.passes.paired_batches import PairedBatch
 from fxquant.passes.turns import Turn
 
+MOST_RUNS = 12  # of an opaque module, on each batch and in either graph
 # Of the arguments that a layer is called with in the float model.
 Notice = Callable[[str, tuple[Tensor, ...], PairedBatch], None]
 
 
 @dataclass(frozen=True)
 class OpaqueGroup:
-    """Layers of an opaque module that read one value, and how often it calls each."""
+    """Layers of an opaque module that are fitted together, and how often it calls each."""
 
     sites: list[Site]
     counts: dict[str, int]
+
+    @cached_property
+    def blocks(self) -> dict[str, Blocks]:
+        """The blocks of rows of each layer, by name."""
+        return {site.name: Blocks(site.module) for site in self.sites}
 
     @property
     def calls(self) -> int:
@@ -52,6 +64,8 @@ class _Seen:
 
 def groups_inside(turn: Turn, first: PairedBatch | None) -> list[OpaqueGroup]:
     """The layers of an opaque module in the order of its calls, those of one input together.
+
+    Neighbours are together, too, where there are more groups than `MOST_RUNS`.
 
     Args:
         turn: all of them.
@@ -83,7 +97,9 @@ def groups_inside(turn: Turn, first: PairedBatch | None) -> list[OpaqueGroup]:
         hooks = {site.module: note(site) for site in turn.sites}
         _run_node(first.noisy, turn.node, first.noisy_values, hooks)
     rest = [site for site in turn.sites if site.name not in counts]
-    return [OpaqueGroup(group, counts) for group in (*groups, rest) if group]
+    size = ceil(len(groups) / MOST_RUNS) or 1
+    together = [list(chain(*groups[i : i + size])) for i in range(0, len(groups), size)]
+    return [OpaqueGroup(group, counts) for group in (*together, rest) if group]
 
 
 def collect_inside(
@@ -92,7 +108,7 @@ def collect_inside(
     notice: Notice,
     batches: Iterable[PairedBatch],
 ) -> list[LayerMoments]:
-    """The moments of a group of layers over some batches, in the order of the group.
+    """The moments of a group of layers over some batches: of each block, in the group's order.
 
     Args:
         group: which layers.
@@ -100,8 +116,7 @@ def collect_inside(
         notice: is told what each layer reads in the float graph, of batches that are fitted to.
         batches: that have arrived at the module.
     """
-    linears = {site.name: float_linear(site) for site in group.sites}
-    moments = {n: LayerMoments(m.in_features, m.out_features) for n, m in linears.items()}
+    moments = {name: empty_moments(own, range(own.count)) for name, own in group.blocks.items()}
     for batch in batches if group.calls else ():
         seen = {site.name: _Seen() for site in group.sites}
         clean, noisy = _Countdown(group.calls), _Countdown(group.calls)
@@ -112,19 +127,21 @@ def collect_inside(
         _run_node(batch.noisy, node, batch.noisy_values, hooks)
         for site in group.sites:
             what = seen[site.name]
-            _add(moments[site.name], linears[site.name], what, batch)
+            _add(moments[site.name], group.blocks[site.name], what, batch)
             for x in () if batch.is_held_out else what.clean:
                 notice(site.name, (x,), batch)
-    return list(moments.values())
+    return [own for site in group.sites for own in moments[site.name]]
 
 
-def _add(moments: LayerMoments, linear: nn.Linear, seen: _Seen, batch: PairedBatch) -> None:
+def _add(moments: Sequence[LayerMoments], blocks: Blocks, seen: _Seen, batch: PairedBatch) -> None:
     # The module may call the layer a different number of times: then nothing matches.
     are_matched = len(seen.clean) == len(seen.noisy)
     cleans: Sequence[Tensor | None] = seen.clean if are_matched else [None] * len(seen.noisy)
     for x, clean in zip(seen.noisy, cleans, strict=True):
-        add = moments.hold_out if batch.is_held_out else moments.add
-        add(x, lacking_output(linear, clean, x), batch.mask_for(x))
+        add_call(
+            moments, blocks, range(blocks.count), (x,), lacking_output(blocks, clean, (x,)),
+            batch.padding, is_held_out=batch.is_held_out,
+        )  # fmt: skip
 
 
 class _StopError(BaseException):

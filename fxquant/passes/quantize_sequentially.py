@@ -17,8 +17,9 @@ a turn (see `fxquant/distributed`).
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -230,16 +231,25 @@ class _Run:
 
     def _quantize_inside(self, turn: Turn) -> None:
         """The layers of an opaque module, those of one input together."""
-        for group in self._groups_inside(turn):
+        multiplying = []
+        for site in turn.sites:
+            if chosen_form(site.module).is_lookup:
+                self._swap(site, [])
+            else:
+                multiplying.append(site)
+        for group in self._groups_inside(replace(turn, sites=multiplying)) if multiplying else ():
 
             def collect_part(
                 seen: Seen, batches: Iterable[PairedBatch], group: OpaqueGroup = group
             ) -> list[LayerMoments]:
                 return collect_inside(group, self.partners, partial(self._notice, seen), batches)
 
-            moments = [empty_moments(Blocks(site.module), range(1))[0] for site in group.sites]
-            for site, own in zip(group.sites, moments, strict=True):
-                self._add_later(site, [own])
+            moments = list[LayerMoments]()
+            for site in group.sites:
+                blocks = group.blocks[site.name]
+                own = empty_moments(blocks, range(blocks.count))
+                self._add_later(site, own)
+                moments += own
             self._collect(turn, moments, collect_part)
             self.watcher.check(site.name for site in group.sites)
             self._swap_fitted(group.sites, moments)
@@ -330,11 +340,13 @@ class _Run:
             merge_all(moments, self.later.pop(site.name))
 
     def _swap_fitted(self, chosen: Sequence[Site], moments: Sequence[LayerMoments]) -> None:
-        """Swap linear layers, each of one block."""
-        work = zip(chosen, moments, strict=True)
-        fitted = self._fit([(site, Blocks(site.module), 0, own) for site, own in work])
-        for site, own in zip(chosen, fitted, strict=True):
-            self._swap(site, [own])
+        """Swap layers, given the moments of all their blocks."""
+        blocks = [(site, Blocks(site.module)) for site in chosen]
+        places = [(site, own, i) for site, own in blocks for i in range(own.count)]
+        work = zip(places, moments, strict=True)
+        fitted = iter(self._fit([(*place, own) for place, own in work]))
+        for site, own in blocks:
+            self._swap(site, list(islice(fitted, own.count)))
 
     def _fit(self, work: Sequence[tuple[Site, Blocks, int, LayerMoments]]) -> list[Any]:
         """What the fitter makes of each block of rows."""

@@ -1,7 +1,7 @@
 """What cannot be traced: the module stays as it is, one node of the graph around it.
 
-Nothing in an opaque module is replaced but, later, its linear layers, each in its place. So
-whatever its code does with its children works as before.
+Nothing in an opaque module is replaced but, later, its layers that are quantized, each in its
+place. So whatever its code does with its children works as before.
 """
 
 from collections.abc import Mapping

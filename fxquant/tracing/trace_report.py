@@ -16,7 +16,7 @@ REPORT_KEY = "fxquant_trace_report"
 
 @dataclass(frozen=True)
 class OpaqueModule:
-    """A module that keeps its own Python code; its linear layers are swapped inside it.
+    """A module that keeps its own Python code; its layers are swapped inside it.
 
     Attributes:
         module: the user's name.
