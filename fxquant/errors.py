@@ -181,6 +181,18 @@ def check_positive_int(argument: str, value: object) -> None:
         )
 
 
+def caller_level() -> int:
+    """The `stacklevel` of a warning, raised where this is called, that shows the user's own line.
+
+    >>> caller_level()
+    1
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fxquant."):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def check_number(argument: str, value: object) -> None:
     """Raise an `OptionError` unless `value` is a number (perhaps an infinite one)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):

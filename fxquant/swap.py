@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
-from fxquant.errors import OptionError
+from fxquant.errors import OptionError, caller_level
 from fxquant.fusion.fused import refuse_fused
 from fxquant.graph.batch_norms import neutral_value
 from fxquant.graph.copying import copy_owning_tensors
@@ -95,6 +95,14 @@ def load_into(model: M, path: str | os.PathLike[str]) -> M:
     """
     qmodel = load_model(path)
     inner = unwrap(model)
+    for name, parameter in inner.named_parameters():
+        if parameter.is_meta:
+            raise OptionError(
+                f"load_into, {name}",
+                found="a tensor on the meta device",
+                needed="a model whose tensors have memory, whatever is in it",
+                remedy="Make the model outside of torch.device('meta').",
+            )
     _check_same_model(inner, qmodel, values=False)
     plan = _plan(inner, qmodel, with_tensors=True)
     if plan.left_float and first_difference(qmodel.meta.get(FINGERPRINT, {}), inner, values=True):
@@ -288,7 +296,7 @@ def _apply(model: nn.Module, plan: _Plan) -> nn.Module:
     if plan.left_float:
         names = ", ".join(plan.left_float)
         text = f"these layers have no module of their own and stay float: {names}"
-        warnings.warn(text, LeftFloatWarning, stacklevel=3)
+        warnings.warn(text, LeftFloatWarning, caller_level())
     return model
 
 

@@ -1,6 +1,9 @@
 """The user's model, data and process after every call: in success, in error, and after Ctrl-C."""
 
 import contextlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -333,3 +336,30 @@ def test_surroundings_stay_as_they_are_and_do_not_change_the_result(surroundings
         assert worst_sqnr(expected, found) > 12
         dtypes = {p.dtype for p in graph.parameters() if p.is_floating_point()}
         assert dtypes <= {torch.float32}
+
+
+FRESH = """
+import os, sys, warnings
+import torch
+from torch import nn
+import fxquant
+before = dict(os.environ), list(warnings.filters)
+layer, x = nn.Linear(64, 64), torch.randn(4, 5, 64)
+class Checked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = layer
+    def forward(self, x):
+        if x.shape[1] > 99:
+            raise ValueError
+        return self.fc(x)
+fxquant.static_quantize(Checked(), [x], group_size=32, accuracy_warning="ignore")
+assert "sympy" in sys.modules, "nothing was imported that leaves something"
+assert (dict(os.environ), list(warnings.filters)) == before
+"""
+
+
+def test_the_first_call_in_a_process_leaves_its_environment_and_filters_alone():
+    command = [sys.executable, "-W", "ignore", "-c", FRESH]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr

@@ -8,13 +8,14 @@ fits. The one whose output is measured best is returned.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from fxquant.analysis.knapsack import Item, least_errors
 from fxquant.analysis.sensitivity_report import SensitivityReport
 from fxquant.config.option_checks import FLOAT_BITS
-from fxquant.errors import BudgetError, OptionError, check_type
+from fxquant.errors import BudgetError, OptionError, check_number, check_type
+from fxquant.graph.left_alone import process_left_alone
 from fxquant.measure.output_metric import db_of
 from fxquant.measure.sensitivity_row import SensitivityRow
 
@@ -105,7 +106,23 @@ def allocate(
             needed="exactly one of average_bits, max_bytes and min_sqnr_db",
             remedy="Pass one of them.",
         )
+    names = ("average_bits", "max_bytes", "min_sqnr_db")
+    for name, budget in zip(names, budgets, strict=True):
+        if budget is not None:
+            check_number(name, budget)
+    _check_choices(report, choices)
     groups = _groups(report, choices, keep_together)
+    with process_left_alone():  # plans are run
+        return _allocated(report, groups, average_bits, max_bytes, min_sqnr_db)
+
+
+def _allocated(
+    report: SensitivityReport,
+    groups: Sequence[_Group],
+    average_bits: float | None,
+    max_bytes: float | None,
+    min_sqnr_db: float | None,
+) -> Allocation:
     if min_sqnr_db is not None:
         return _smallest_file(report, groups, min_sqnr_db)
     if max_bytes is not None:
@@ -131,17 +148,32 @@ def _file_bytes(group: _Group, width: int) -> float:
     return group.sizes[width]
 
 
+def _known_widths(report: SensitivityReport) -> list[int]:
+    return sorted({b for row in report.rows for b in row.saved_bytes})
+
+
+def _check_choices(report: SensitivityReport, choices: object) -> None:
+    if choices is None:
+        return
+    known = _known_widths(report)
+    found = None
+    if not isinstance(choices, Collection) or isinstance(choices, str | bytes) or not choices:
+        found = repr(choices)
+    else:
+        found = next((repr(c) for c in choices if isinstance(c, bool) or c not in known), None)
+    if found is not None:
+        raise OptionError(
+            "choices",
+            found=found,
+            needed=f"widths the report measured, some of {known}",
+            remedy="Leave choices out for all of them.",
+        )
+
+
 def _groups(
     report: SensitivityReport, choices: Sequence[int] | None, keep_together: bool
 ) -> list[_Group]:
-    known = sorted({b for row in report.rows for b in row.saved_bytes})
-    if choices is not None and not set(choices) <= set(known):
-        raise OptionError(
-            "choices",
-            found=f"{min(set(choices) - set(known))} bits",
-            needed=f"widths the report measured: {known}",
-            remedy="Leave this choice out.",
-        )
+    known = _known_widths(report)
     members: dict[str, list[SensitivityRow]] = {}
     for row in report.rows:
         own = row.shares_weight or row.module

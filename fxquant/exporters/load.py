@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import LoadError, near_misses
+from fxquant.errors import LoadError, caller_level, near_misses
 from fxquant.exporters.awq import Awq
 from fxquant.exporters.checkpoint import CheckpointFormat
 from fxquant.exporters.compressed_tensors import PACKED_FORMAT, CompressedTensors
@@ -75,7 +75,7 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module | None = No
         worst = min(rounded, key=rounded.__getitem__)
         text = f"{len(rounded)} layers have scales with more digits than bfloat16, which were "
         text += f"rounded: the weights of {worst} are equal to {rounded[worst]:.0f} dB"
-        warnings.warn(text, RoundedScalesWarning, stacklevel=2)
+        warnings.warn(text, RoundedScalesWarning, caller_level())
     return made
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxquant.errors import FxquantError
+
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -117,6 +119,23 @@ class Call:
         """The shapes of the tensors by argument, for messages."""
         named = [*enumerate(self.args), *self.kwargs.items()]
         return ", ".join(f"{name}: {_shapes(value)}" for name, value in named)
+
+    def check_dense(self, where: str, error: type[FxquantError]) -> None:
+        """Raise `error`, which begins with `where`, if a tensor is sparse, nested or on meta.
+
+        Rows of such a tensor cannot be cut, nor can its values be looked at.
+        """
+        for path, leaf in self.leaves():
+            if not isinstance(leaf, Tensor):
+                continue
+            kind = "a nested tensor" if leaf.is_nested else f"a tensor of {leaf.layout}"
+            if leaf.is_meta or leaf.is_nested or leaf.layout is not torch.strided:
+                raise error(
+                    f"{where}, argument {path}",
+                    found="a tensor on the meta device" if leaf.is_meta else kind,
+                    needed="a dense tensor with values",
+                    remedy="Make it dense (to_dense, or padding), or quantize without inputs.",
+                )
 
     def leaves(self) -> Iterator[tuple[str, Any]]:
         """Every value with where it is among the arguments."""

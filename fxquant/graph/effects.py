@@ -72,11 +72,12 @@ def writes(node: Node, gm: GraphModule | None = None) -> bool:
 def module_writes(module: nn.Module) -> bool:
     """Whether a call of `module` may change its argument or its own state.
 
-    Of torch's own modules only those with `inplace=True` do, in evaluation mode; what other classes
-    do is not known.
+    Of torch's own modules only those with `inplace=True` do, in evaluation mode, and embeddings
+    with a `max_norm`, which scale rows of their weight; what other classes do is not known.
     """
     return any(
         getattr(part, "inplace", False) is True
+        or getattr(part, "max_norm", None) is not None
         or is_foreign(part)
         or bool(part._forward_hooks or part._forward_pre_hooks)
         for part in module.modules()
@@ -118,6 +119,8 @@ def _function_writes(node: Node) -> bool:
     ):
         return name in _IN_PLACE_OPERATORS
     if node.kwargs.get("out") is not None or argument(node, "inplace", False) is True:
+        return True
+    if argument(node, "max_norm", None) is not None:  # embeddings scale rows of their weight
         return True
     return _is_writing_name(name)
 

@@ -5,8 +5,10 @@ the lists and objects behind them; `eval()` may merge adapters into weights. Wha
 back on the way out, also after an error or an interrupt.
 """
 
+import os
 import random
 import types
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxquant.graph.effects import is_foreign, writes
+from fxquant.graph.effects import module_writes, writes
 from fxquant.modules.linear import QuantizedLinear
 
 DEPTH = 6  # of containers and objects behind a module's attributes
@@ -30,14 +32,18 @@ _CODE = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, 
 
 @contextmanager
 def process_left_alone() -> Iterator[None]:
-    """Put back the random state, grad mode, default dtype, threads and attention's fast path."""
+    """Put back the random state, settings of torch, the environment and the filters of warnings.
+
+    The first call in a process imports much of torch, which leaves its own in the last two.
+    """
+    environment = dict(os.environ)
     rng, own = torch.get_rng_state(), random.getstate()
     numpy_state = numpy.random.get_state()
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     fastpath = torch.backends.mha.get_fastpath_enabled()
     grad = torch.is_grad_enabled()
     try:
-        with torch.inference_mode(False):
+        with warnings.catch_warnings(), torch.inference_mode(False):
             torch.set_grad_enabled(grad)
             yield
     finally:
@@ -50,6 +56,9 @@ def process_left_alone() -> Iterator[None]:
             torch.set_default_dtype(dtype)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update((n, v) for n, v in environment.items() if os.environ.get(n) != v)
 
 
 @contextmanager
@@ -85,7 +94,7 @@ def left_alone(model: nn.Module) -> Iterator["WrittenMemory"]:
 
 @contextmanager
 def graph_left_alone(gm: nn.Module) -> Iterator[None]:
-    """Undo what runs of a graph leave in its opaque modules and in buffers that it writes.
+    """Undo what runs of a graph leave in its modules and in parameters and buffers that it writes.
 
     What observers have seen stays, and so do layers that are put in place of others.
     """
@@ -95,7 +104,7 @@ def graph_left_alone(gm: nn.Module) -> Iterator[None]:
             for node in nodes:
                 if node.op == "call_module":
                     module = gm.get_submodule(str(node.target))
-                    if is_foreign(module):
+                    if module_writes(module):
                         undo.enter_context(left_alone(module))
             undo.enter_context(attributes_left_alone(gm))
         yield

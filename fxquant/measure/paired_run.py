@@ -27,7 +27,7 @@ from fxquant.measure.row_parts import row_parts
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.weight_forms import form_of
 from fxquant.numerics.metrics import SqnrMeter
-from fxquant.passes.calibrate import run_call
+from fxquant.passes.calibrate import naming_batch, run_call
 from fxquant.report.progress import steps
 
 
@@ -81,7 +81,12 @@ def run_paired(
         for name, layer, quantized in pairs:
             hooks.append((layer, _record(results[name])))
             hooks.append((quantized, _compare(layer, results[name], run.layers[name])))
-        with _hooks(hooks), graph_left_alone(float_gm), graph_left_alone(quantized_gm):
+        with (
+            naming_batch(float_gm, lambda call=call: call),  # type: ignore[misc]
+            _hooks(hooks),
+            graph_left_alone(float_gm),
+            graph_left_alone(quantized_gm),
+        ):
             clean, noisy = Stepper(float_gm, call), Stepper(quantized_gm, call)
             run.output.add(*map(select, _run_side_by_side(clean, noisy, compared)))
     return run

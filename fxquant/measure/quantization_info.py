@@ -9,7 +9,14 @@ from typing import Any, Self
 from torch.fx import GraphModule
 
 from fxquant.config.quant_config import QuantConfig
-from fxquant.errors import AccuracyError, OptionError, check_choice, check_type
+from fxquant.errors import (
+    AccuracyError,
+    OptionError,
+    caller_level,
+    check_choice,
+    check_number,
+    check_type,
+)
 from fxquant.fusion.fused import fused_counts
 from fxquant.measure.sensitivity_row import SensitivityRow, as_number
 from fxquant.passes.decide import DEFAULT_RULE, FELL_BACK, Decision
@@ -230,9 +237,12 @@ def check_accuracy_warnings(
 
     Raises:
         AccuracyError: something is critical and `on_failure` is `"error"`.
+        OptionError: a threshold is no number.
     """
     check_type("info", info, QuantizationInfo, "Pass the record that quantize returned.")
     check_choice("on_failure", on_failure, ("error", "warn", "ignore"))
+    check_number("sqnr_warning_threshold", sqnr_warning_threshold)
+    check_number("sqnr_error_threshold", sqnr_error_threshold)
     info.warning_threshold = sqnr_warning_threshold
     info.error_threshold = sqnr_error_threshold
     critical = list(_layer_warnings(info, "critical", sqnr_error_threshold))
@@ -258,7 +268,7 @@ def check_accuracy_warnings(
         shown = info.warnings[:5]
         more = len(info.warnings) - len(shown)
         text = "\n  ".join(shown) + (f"\n  and {more} more in info.warnings" if more else "")
-        warnings.warn(f"quantization accuracy:\n  {text}", AccuracyWarning, stacklevel=4)
+        warnings.warn(f"quantization accuracy:\n  {text}", AccuracyWarning, caller_level())
     return info
 
 

@@ -159,7 +159,26 @@ def moved_only(fn: Any, tensor: Tensor) -> Tensor:
 
 
 def check_linear(linear: object) -> nn.Linear:
-    """`linear` itself, or a `WeightError` if it is no Linear layer."""
+    """`linear` itself, or a `WeightError` if it is no Linear layer, or does more than one."""
     check_type("from_float", linear, nn.Linear, "Pass the Linear layer itself.", WeightError)
     assert isinstance(linear, nn.Linear)  # for type checkers
+    more = None
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+        more = "a forward of its own"
+    elif linear._forward_hooks or linear._forward_pre_hooks:
+        more = "hooks, which the quantized layer would not run"
+    if more is not None:
+        raise WeightError(
+            "from_float",
+            found=f"a {type(linear).__name__} with {more}",
+            needed="a layer that computes x · weightᵀ + bias and nothing else",
+            remedy="Quantize the model with fxquant.quantize, which looks at its code.",
+        )
+    if nn.parameter.is_lazy(linear.weight):
+        raise WeightError(
+            "from_float",
+            found="a lazy parameter without a shape",
+            needed="a weight with values",
+            remedy="Run the layer once on real inputs, then quantize it.",
+        )
     return linear

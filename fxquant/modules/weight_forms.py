@@ -211,9 +211,14 @@ def form_of(module: nn.Module) -> LayerForm | None:
         return None
     for form in FORMS:
         if isinstance(module, form.layer) and own.forward is form.layer.forward:
-            has_weight = isinstance(module._parameters.get("weight"), Tensor)
-            return form if has_weight and form.is_plain(module) else None
+            weight = module._parameters.get("weight")
+            return form if has_real_values(weight) and form.is_plain(module) else None
     return None
+
+
+def has_real_values(weight: Tensor | None) -> bool:
+    """Whether there is a weight of real numbers, and at least one of them."""
+    return weight is not None and weight.is_floating_point() and weight.numel() > 0
 
 
 def block_names(name: str, count: int) -> list[str]:

@@ -35,7 +35,7 @@ MOST_ZERO_POINT = 1024.0  # that a fit may give: beyond, float16 has no fraction
 
 
 def check_weight(weight: Tensor, where: str = "weight") -> None:
-    """Raise a `WeightError` unless `weight` is a finite floating-point matrix."""
+    """Raise a `WeightError` unless `weight` is a dense, finite floating-point matrix."""
     check_type(where, weight, Tensor, "Pass the weight of a Linear layer.", WeightError)
     if weight.ndim != 2 or not weight.is_floating_point() or 0 in weight.shape:
         raise WeightError(
@@ -43,6 +43,13 @@ def check_weight(weight: Tensor, where: str = "weight") -> None:
             found=f"{weight.dtype} of shape {list(weight.shape)}",
             needed="a floating-point matrix [out, in] that is not empty",
             remedy="Pass the weight of a Linear layer.",
+        )
+    if weight.is_meta or weight.layout is not torch.strided:
+        raise WeightError(
+            where,
+            found="a tensor on the meta device" if weight.is_meta else f"{weight.layout}",
+            needed="a dense matrix with values",
+            remedy="Load the values first, or make it dense with to_dense().",
         )
     # A finite sum has finite terms, and needs no boolean copy; an infinite one may have them too.
     if not torch.isfinite(weight.sum(dtype=torch.float32)):

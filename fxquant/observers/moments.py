@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fxquant.errors import CalibrationError
+
 MOST_HELD = 4096  # tokens of a layer that are kept to compare results on
 BLOCK_COLUMNS = 256  # columns of a symmetric product that are computed at once
 COMPARED = 1 << 23  # elements of an output that are compared at once
@@ -112,6 +114,13 @@ class InputMoments:
 
     def hold_out(self, x: Tensor, lack: Tensor | None = None) -> int:
         """Keep tokens that choices are measured on; how many were kept."""
+        if x.shape[1] != len(self.total):
+            raise CalibrationError(
+                "a calibration batch",
+                found=f"that a layer reads {x.shape[1]} values a token",
+                needed=f"the {len(self.total)} that its weight takes",
+                remedy="Yield batches that the model runs on.",
+            )
         room = MOST_HELD - sum(len(kept) for kept, _ in self.held)
         if len(x) and room > 0:
             own = None if lack is None else lack[:room].clone()

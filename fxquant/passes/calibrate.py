@@ -80,8 +80,15 @@ def run_call(model: nn.Module, call: Call, index: int) -> object:
 
 
 @contextmanager
-def naming_batch(model: nn.Module, call: Callable[[], Call], index: int) -> Iterator[None]:
-    """Whatever `model` raises on the batch of this number becomes an error that names it.
+def naming_batch(
+    model: nn.Module, call: Callable[[], Call], index: int | None = None
+) -> Iterator[None]:
+    """Whatever `model` raises on a batch becomes an error that names it.
+
+    Args:
+        model: what runs inside.
+        call: gives the batch.
+        index: its number, where that is known.
 
     Raises:
         CalibrationError: instead of what is raised inside.
@@ -92,7 +99,7 @@ def naming_batch(model: nn.Module, call: Callable[[], Call], index: int) -> Iter
         raise
     except Exception as error:  # a model may raise anything at all
         raise CalibrationError(
-            f"calibration batch {index}",
+            "a calibration batch" if index is None else f"calibration batch {index}",
             found=f"that the model raises {type(error).__name__}: {error} on {call().describe()}",
             needed=f"a batch that {describe_inputs(model)} accepts",
             remedy="Yield the arguments of the model's forward, by position or by name.",

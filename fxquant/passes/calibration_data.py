@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from fxquant.errors import CalibrationError
 from fxquant.graph.calls import Call
@@ -51,11 +52,13 @@ def calls(
     The last batch may be cut, and nothing is drawn from `data` after it.
 
     Raises:
-        CalibrationError: `data` is no iterable of items, or an item is not a call of `model`.
+        CalibrationError: `data` is no iterable of items, or an item is not a call of `model` on
+            dense tensors.
     """
     left = num_samples
-    for item in _items(data):
+    for index, item in enumerate(_items(data)):
         call = as_call(item, model)
+        call.check_dense(f"calibration batch {index}", CalibrationError)
         if left is None:
             yield call
             continue
@@ -77,7 +80,9 @@ def _items(data: Iterable[object]) -> Iterator[object]:
             "calibration data",
             found=f"a single {type(data).__name__}",
             needed="an iterable of batches, such as a list or a DataLoader",
-            remedy="Put a single batch into a list: [batch].",
+            remedy="Put a Dataset into a DataLoader."
+            if isinstance(data, Dataset)
+            else "Put a single batch into a list: [batch].",
         )
     return iter(data)
 

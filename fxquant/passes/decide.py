@@ -35,7 +35,7 @@ from fxquant.config.skip_rules import (
 )
 from fxquant.config.targets import TARGETS
 from fxquant.graph.parameters import ParameterNode, memory_of, parameter_nodes
-from fxquant.modules.weight_forms import chosen_form, form_of, matrix_of
+from fxquant.modules.weight_forms import chosen_form, form_of, has_real_values, matrix_of
 from fxquant.numerics.integers import INT8, WIDTHS
 from fxquant.numerics.quantized_weight import ONE_GROUP, is_per_channel
 
@@ -257,6 +257,10 @@ def _why_not(node: ParameterNode) -> str:
     sizes = " x ".join(map(str, node.shape))
     if node.is_lookup:
         return "its rows are looked up by code that is no Embedding layer"
+    if not has_real_values(node.parameters[0]):
+        weight = node.parameters[0]
+        what = "without elements" if not weight.numel() else f"of {weight.dtype}"
+        return f"a weight ({sizes}) {what} cannot be rounded to integers"
     match node.product:
         case "expert":
             experts, *matrix = node.shape

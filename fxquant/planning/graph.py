@@ -1,13 +1,13 @@
 """The forecast of `quantize`, for a model that was traced."""
 
 from collections.abc import Sequence
-from functools import partial
 
 from torch.fx import GraphModule
 
 from fxquant.config.method import Recipe
 from fxquant.config.quant_config import QuantConfig
 from fxquant.graph.calls import Call
+from fxquant.passes.calibrate import naming_batch
 from fxquant.passes.decide import Decision
 from fxquant.planning.forecast import (
     NO_DATA,
@@ -27,7 +27,7 @@ from fxquant.planning.memory import (
     tracing_bytes,
     waiting_between,
 )
-from fxquant.planning.rehearsal import rehearse
+from fxquant.planning.rehearsal import Rehearsal, rehearse
 from fxquant.planning.seconds import fitting_steps, measuring_step, rounding_step, running_step
 from fxquant.planning.speed import Speed
 from fxquant.planning.work import Batches, float_bytes, layers_of
@@ -62,7 +62,11 @@ def forecast_graph(
     tracing = 0 if run is None else tracing_bytes(run)
     is_fitted, batches = recipe.rounding == "gptq", None
     if drawn:
-        run_one = partial(rehearse, gm, layers=modules)
+
+        def run_one(call: Call) -> Rehearsal | None:
+            with naming_batch(gm, lambda: call):
+                return rehearse(gm, call, modules)
+
         batches = Batches.of(drawn, run_one, has_copies=config.token_noise > 0)
     unknown = [NO_EXAMPLE] * (example is None) + [NO_DATA] * (drawn is None)
     unknown += [NO_SHAPES] * (drawn is not None and batches is None)

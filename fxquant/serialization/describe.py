@@ -58,6 +58,7 @@ class Describer:
         Raises:
             SaveError: a node, a module or a value cannot be described.
         """
+        _check_plain(gm, path or "model")
         if type(gm.graph._codegen) is not CodeGen:
             raise SaveError(
                 path or "model",

@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.errors import FxquantError, LoadError, SaveError
+from fxquant.errors import FxquantError, LoadError, SaveError, check_type
 from fxquant.graph.graph_module import check_graph
 from fxquant.graph.identity import FINGERPRINT
 from fxquant.graph.layers import NAMES_KEY
 from fxquant.graph.left_alone import process_left_alone
-from fxquant.measure.quantization_info import INFO_KEY
+from fxquant.measure.quantization_info import INFO_KEY, QuantizationInfo
 from fxquant.numerics.digest import digest_of, text_digest
 from fxquant.report.tables import plain
 from fxquant.serialization.atomic import check_replaceable, write_atomically
@@ -37,7 +37,7 @@ _MALFORMED = (
 def save_model(
     qmodel: GraphModule,
     path: str | os.PathLike[str],
-    info: Any = None,
+    info: QuantizationInfo | None = None,
     *,
     allow: tuple[str, ...] = (),
     allow_modules: tuple[type[nn.Module], ...] = (),
@@ -59,6 +59,8 @@ def save_model(
         SaveError: something in the graph cannot be described, or the file cannot be written.
     """
     check_graph("save_model", qmodel, SaveError)
+    if info is not None:
+        check_type("info", info, QuantizationInfo, "Pass what quantize returned.", SaveError)
     check_replaceable(path)
     describer = Describer(allow, allow_modules)
     graph = describer.graph(qmodel)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import LoadError
+from fxquant.errors import LoadError, SaveError
 
 
 class TensorWriter:
@@ -17,7 +17,18 @@ class TensorWriter:
         self._kept: list[Tensor] = []  # alive, so that no address is used twice
 
     def reference(self, tensor: Tensor, name: str) -> dict[str, Any]:
-        """Store `tensor` under `name`, unless its memory is stored already."""
+        """Store `tensor` under `name`, unless its memory is stored already.
+
+        Raises:
+            SaveError: it has no values in memory of its own: it is on meta, or sparse.
+        """
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            raise SaveError(
+                name,
+                found="a tensor on meta" if tensor.is_meta else f"a tensor of {tensor.layout}",
+                needed="a dense tensor with values",
+                remedy="Load the values first, or make it dense with to_dense().",
+            )
         order = _memory_order(tensor)
         dense = tensor.detach()
         dense = dense.permute(order) if order else dense.contiguous()

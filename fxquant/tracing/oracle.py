@@ -99,10 +99,11 @@ class Oracle:
         example: one call's arguments.
 
     Raises:
-        TraceError: the model does not run on the example.
+        TraceError: the model does not run on the example, or a tensor of it is not dense.
     """
 
     def __init__(self, model: nn.Module, example: Call) -> None:
+        example.check_dense(f"{type(model).__name__}.forward", TraceError)
         self.model = model
         self.spy = ProductSpy(model)
         self.answers: list[Answer] = []

@@ -88,6 +88,22 @@ def unfit_argument(arguments: list[Argument]) -> str | None:
     return None
 
 
+def unknown_argument(module: nn.Module) -> str | None:
+    """Why nobody can tell without an example what `forward` takes, or None.
+
+    Inputs in `*args` have no number, and those in `**kwargs` no names; the latter are options where
+    there are other inputs.
+    """
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    for parameter in parameters:
+        has_others = any(p.kind not in VARIADIC for p in parameters)
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            return f"its inputs are in *{parameter.name}, and no example tells how many"
+        if parameter.kind is parameter.VAR_KEYWORD and not has_others:
+            return f"its inputs are in **{parameter.name}, and no example tells which"
+    return None
+
+
 def _is_data(value: Any) -> bool:
     if isinstance(value, Tensor) or type(value) in _PLAIN:
         return True

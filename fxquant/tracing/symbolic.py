@@ -27,7 +27,14 @@ from fxquant.graph.structures import (
 from fxquant.tracing.capture import Capture, describe_error, left_out
 from fxquant.tracing.proxies import NumberProxy, TensorProxy, record_attributes, traceable
 from fxquant.tracing.replacements import FUNCTION_REPLACEMENTS
-from fxquant.tracing.signature import Argument, call, graph_arguments, placeholders, unfit_argument
+from fxquant.tracing.signature import (
+    Argument,
+    call,
+    graph_arguments,
+    placeholders,
+    unfit_argument,
+    unknown_argument,
+)
 
 
 def capture_symbolic(
@@ -41,7 +48,7 @@ def capture_symbolic(
         see_through: trace into functions that a library marked with `torch.fx.wrap`, too.
     """
     arguments = graph_arguments(module, inputs)
-    unfit = unfit_argument(arguments)
+    unfit = unfit_argument(arguments) or (unknown_argument(module) if inputs is None else None)
     if unfit is not None:
         return unfit
     tracer = _Tracer(arguments, is_verified=inputs is not None)
@@ -157,6 +164,8 @@ class _Tracer(torch.fx.Tracer):
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         """Make placeholders of the chosen arguments and bake the rest in."""
+        # In the code of the graph, `self` is the graph: no value may take its name.
+        self.graph._graph_namespace.create_name("self", None)
         values: dict[str, Any] = {}
         inputs = placeholders(self.arguments)
         for argument, default in inputs:

@@ -339,3 +339,21 @@ class HasAFixedNumberOfFrames(nn.Module):
         if x.shape[1] != times.shape[1]:
             times = nn.functional.interpolate(times.mT, size=(x.shape[1],), mode="nearest").mT
         return self.out(self.patch(x.flatten(2)) + times)
+
+
+@awkward(inputs=lambda b, n: (torch.randn(b, n, W),) * 2, blind=True)
+class PassesEverythingOn(nn.Module):
+    """A wrapper whose forward is `*args, **kwargs` alone, around a model of two inputs."""
+
+    class Inner(Base):
+        """Takes an input that may be left out."""
+
+        def forward(self, x, y=None):
+            return self.apply_both(x if y is None else x - 0.5 * y)
+
+    def __init__(self):
+        super().__init__()
+        self.inner = self.Inner()
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from tests.awkward.registry import Two, W, awkward
+from tests.awkward.registry import Two, W, awkward, tokens
 
 
 def old_norm(name, layer):
@@ -269,3 +269,47 @@ class WeightMadeFromInput(nn.Module):
     def forward(self, x):
         weight = self.maker(x).transpose(1, 2)
         return self.second(x @ weight @ x / W)
+
+
+@awkward(inputs=tokens, layers=("table", "fc", "head"), int4=("fc",))
+class TableWithAMaxNorm(nn.Module):
+    """A lookup scales rows of the table; the head, and a second lookup by function, read it too."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(50, W, max_norm=1.0)
+        self.fc, self.head = nn.Linear(W, W), nn.Linear(W, 50, bias=False)
+        self.head.weight = self.table.weight
+        self.other = nn.Parameter(torch.randn(50, W))
+
+    def forward(self, ids):
+        h = self.table(ids) + F.embedding(ids, self.other, max_norm=2.0)
+        return self.head(torch.relu(self.fc(h)))
+
+
+@awkward(layers=("first", "empty", "wide", "second"), int4=("first", "second"))
+class LayersWithoutElements(nn.Module):
+    """Layers of no inputs and of no outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(W, W), nn.Linear(W, W)
+        self.empty, self.wide = nn.Linear(W, 0), nn.Linear(0, W)
+
+    def forward(self, x):
+        h = torch.relu(self.first(x))
+        return self.second(h + self.wide(h[..., :0])), self.empty(h)
+
+
+@awkward(layers=("first", "mixer"), int4=("first",))
+class ComplexWeight(nn.Module):
+    """A layer of complex numbers between real ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(W, W)
+        self.mixer = nn.Linear(W // 2, W // 2, dtype=torch.complex64)
+
+    def forward(self, x):
+        real, imaginary = self.first(x).chunk(2, dim=-1)
+        return torch.view_as_real(self.mixer(torch.complex(real, imaginary))).flatten(-2)
