@@ -234,3 +234,46 @@ def test_a_model_may_be_a_folder_with_a_checkpoint_and_data_a_text(checkpoint, t
     assert "a text of 0 tokens" in run(*command, status=2).stderr
     assert "cannot load" in run("quantize", tmp_path, status=2).stderr
     assert "cannot be read as text" in run("quantize", *SOURCE, "--data", text, status=2).stderr
+
+
+MODEL = models.Plain()
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("build", "a name without a colon"),
+        ("model.py", "a name without a colon"),
+        (":build", "nothing before the colon"),
+        ("tests.test_cli:DATA", "'DATA' is no function but a tuple"),
+        ("tests.test_cli:", "has no ''"),
+    ],
+)
+def test_a_source_that_names_no_function_is_refused(source, text):
+    assert text in run("plan", source, status=2).stderr
+
+
+def test_a_model_may_be_named_itself():
+    record = json.loads(run("plan", "tests.test_cli:MODEL", "--group-size", 32, "--json").stdout)
+    assert {row["module"] for row in record["decisions"]} >= {"first", "second"}
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("quantize", *SOURCE, *DATA, "--min-sqnr", "nan"), "--min-sqnr: got nan"),
+        (("sensitivity", SOURCE[0], *DATA, "--group-size", 0), "group_size: got 0"),
+        (("quantize", *SOURCE, "--data", __file__), "is no folder with a tokenizer"),
+    ],
+)
+def test_an_option_that_means_nothing_is_refused_before_any_work(options, text, tmp_path):
+    file = tmp_path / "m.safetensors"
+    assert text in run(*options, "--output", file, status=2).stderr
+    assert not file.exists()
+
+
+def test_what_was_not_measured_meets_no_threshold(tmp_path):
+    file = tmp_path / "m.safetensors"
+    text = run("quantize", *SOURCE, "--min-sqnr", -5, "--output", file, status=1).stderr
+    assert "not measured, needs -5 dB" in text
+    assert not file.exists()

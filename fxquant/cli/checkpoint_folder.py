@@ -41,6 +41,15 @@ def text_batches(path: Path, folder: Path) -> list[dict[str, Tensor]]:
         OptionError: the folder has no tokenizer, or the text is empty or no text.
     """
     transformers = _transformers()
+    if not folder.is_dir():
+        raise OptionError(
+            f"--data {str(path)!r}",
+            found=f"a file, which is read as text, for the MODEL {str(folder)!r}, which is no "
+            "folder with a tokenizer",
+            needed="batches",
+            remedy="Name a function that returns them, such as path/to/file.py:function, or a "
+            ".npy or .safetensors file of inputs.",
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         ids = tokenizer(path.read_text("utf-8"), return_tensors="pt", truncation=False)["input_ids"]

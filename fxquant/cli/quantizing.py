@@ -22,7 +22,7 @@ from fxquant.cli.sources import load_data, load_source
 from fxquant.cli.torchrun import torchrun_group
 from fxquant.config.method import UNSCALED
 from fxquant.config.quant_config import QuantConfig
-from fxquant.errors import OptionError
+from fxquant.errors import OptionError, check_number
 from fxquant.exporters.stream import quantize_checkpoint
 from fxquant.measure.quantization_info import QuantizationInfo
 from fxquant.pipeline import quantize
@@ -70,6 +70,8 @@ def quantize_command(
     """Quantize MODEL and save it; under torchrun, the first process saves it and speaks."""
     with torchrun_group() as is_first, Output(as_json, is_muted=not is_first).running() as out:
         config = config_of(rules).changed(accuracy_warning="ignore")
+        if min_sqnr is not None:
+            check_number("--min-sqnr", min_sqnr)
         if dry_run:
             print_plan(out, model, data, config, memory, output)
             return
@@ -84,7 +86,8 @@ def quantize_command(
         qmodel, info = quantize(source, batches, config, average_bits=average_bits, memory=memory)
         if table:
             out.text(info.table())
-        is_refused = min_sqnr is not None and not (info.sqnr_db or -1) >= min_sqnr
+        is_enough = info.sqnr_db is not None and info.sqnr_db >= (min_sqnr or 0)
+        is_refused = min_sqnr is not None and not is_enough
         if output is not None and not is_refused and is_first:
             save_model(qmodel, output, info)
         out.text(summary(info, output, min_sqnr if is_refused else None))
@@ -206,8 +209,8 @@ def sensitivity_command(
                 remedy="Pass --data, for example package.module:function.",
             )
         report = sensitivity(
-            load_source(model), batches, bits=int(bits or 4), group_size=group_size or 128,
-            analysis=analysis, rounding=rounding,
+            load_source(model), batches, bits=int(bits or 4), rounding=rounding, analysis=analysis,
+            group_size=128 if group_size is None else group_size,
         )  # fmt: skip
         out.text(report.table())
         out.text(f"output SQNR {format_db(report.output_sqnr_db)} dB with all of them quantized")

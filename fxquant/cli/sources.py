@@ -21,6 +21,10 @@ from fxquant.cli.output import UserCodeError
 from fxquant.errors import OptionError, near_misses
 from fxquant.serialization.files import load_model, read_description
 
+_NAMED = (
+    "package.module:function, path/to/file.py:function, a folder with a checkpoint, or a "
+    ".safetensors file that fxquant saved"
+)
 FILE_BATCH_ROWS = 8  # of a batch, where a file of inputs is split
 
 
@@ -92,19 +96,27 @@ def _split(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 def call_factory(name: str, where: str) -> Any:
     """Call the function named `package.module:function` or `path/to/file.py:function`.
 
+    A model that is named itself is returned.
+
     Raises:
-        OptionError: it cannot be imported, or has no such function.
+        OptionError: it cannot be imported, or there is no such function.
         UserCodeError: its file or the function raised.
     """
     module, _, function = name.rpartition(":")
+    if not module:
+        raise OptionError(
+            f"{where} {name!r}",
+            found="nothing before the colon" if ":" in name else "a name without a colon",
+            needed=_NAMED,
+            remedy="Write the module or the file, a colon, and the name of the function.",
+        )
     try:
         names = _import(module)
     except (ImportError, ValueError, OSError) as error:
         raise OptionError(
             f"{where} {name!r}",
             found=f"that it cannot be imported: {type(error).__name__}: {error}",
-            needed="package.module:function, path/to/file.py:function, a folder with a checkpoint, "
-            "or a .safetensors file that fxquant saved",
+            needed=_NAMED,
             remedy="Check the spelling, and that the package is installed or in this folder.",
         ) from error
     except Exception as error:  # a user's file may raise anything at all
@@ -117,8 +129,18 @@ def call_factory(name: str, where: str) -> Any:
             needed="the name of a function in it",
             remedy=f"Did you mean {close[0]!r}?" if close else "Check the spelling.",
         )
+    made = getattr(names, function)
+    if isinstance(made, nn.Module):  # a model instead of what makes it
+        return made
+    if not callable(made):
+        raise OptionError(
+            f"{where} {name!r}",
+            found=f"that {function!r} is no function but a {type(made).__name__}",
+            needed="a function without arguments",
+            remedy=f"Write a function that returns {function}, and name that.",
+        )
     try:
-        return getattr(names, function)()
+        return made()
     except Exception as error:
         raise _raised(where, name, error) from error
 
