@@ -222,3 +222,55 @@ def test_inputs_that_only_an_example_tells_are_not_guessed():
         torch.testing.assert_close(graph(*arguments), subject(*arguments), atol=0.4, rtol=0)
     with pytest.raises(FxquantError, match="opaque"):
         fxquant.save_model(graph, "never.safetensors")
+
+
+@pytest.mark.parametrize("path", ["missing/report", "", None, 5])
+@pytest.mark.parametrize("kind", ["to_json", "to_csv", "to_html"])
+def test_a_report_that_cannot_be_written_is_refused(report, kind, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SaveError, match="Expected"):
+        getattr(report, kind)(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["to_json", "to_csv", "to_html"])
+def test_a_report_replaces_a_file_whole(report, kind, tmp_path):
+    file, link = tmp_path / "report", tmp_path / "link"
+    file.write_text("old")
+    file.chmod(0o600)
+    link.symlink_to(file)
+    getattr(report, kind)(link)
+    assert link.is_symlink()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert "0" in file.read_text()
+
+
+@pytest.mark.parametrize("name", ["missing/graph.svg", "missing/graph.dot", "missing/graph.html"])
+def test_a_picture_that_cannot_be_written_is_refused(quantized, name, tmp_path):
+    with pytest.raises(SaveError, match="no such file or directory"):
+        fxquant.draw(quantized[0], tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: fxquant.load_checkpoint(None),
+        lambda: fxquant.quantize_checkpoint(5, "never"),
+        lambda: fxquant.quantize_checkpoint(".", None),
+        lambda: fxquant.QuantConfig.from_dict(None),
+        lambda: fxquant.sensitivity(model(), [rows()], bits={"0": 4}),
+        lambda: fxquant.create_observer("minmax").merge(5),
+        lambda: fxquant.create_observer("minmax")([1.0]),
+        lambda: fxquant.create_observer("ema", averaging_constant="x"),
+    ],
+)
+def test_an_argument_of_a_wrong_kind_is_refused(call):
+    with pytest.raises(FxquantError, match="Expected"):
+        call()
+
+
+def test_a_selection_that_is_no_tensor_is_refused():
+    with pytest.raises(OptionError, match="select's result"):
+        fxquant.sensitivity(
+            model(), [rows()], method="exact", rounding="rtn", select=lambda output: None
+        )

@@ -1,8 +1,9 @@
 """`sensitivity`: which layer hurts, by three methods in one report."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,7 +26,7 @@ from fxquant.config.option_checks import FLOAT_BITS
 from fxquant.config.quant_config import QuantConfig
 from fxquant.config.targets import TARGETS
 from fxquant.distributed.processes import ALONE, Processes
-from fxquant.errors import check_choice, check_positive_int
+from fxquant.errors import OptionError, check_choice, check_positive_int, check_type
 from fxquant.graph.calls import Call
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
@@ -132,13 +133,28 @@ def sensitivity(
         skip_layer_names=skip_layer_names,
         skip_param_threshold=skip_param_threshold,
     )
+    if isinstance(options.bits, Mapping):
+        raise OptionError(
+            "bits",
+            found="a mapping",
+            needed="one width, which figures of single layers are of",
+            remedy="Pass one of 2, 3, 4, 5, 6 and 8.",
+        )
     processes = Processes.of(group)
     with processes.together():
         check_positive_int("num_samples", num_samples)
         return measured_sensitivity(
-            model, data, options, method=method, rounding=rounding, metric=metric, select=select,
+            model, data, options, method=method, rounding=rounding, metric=metric,
+            select=partial(_selected, select),
             num_samples=num_samples, progress=progress, processes=processes,
         )  # fmt: skip
+
+
+def _selected(select: Callable[[Any], Tensor], output: Any) -> Tensor:
+    """What the caller picks of the model's output."""
+    tensor = select(output)
+    check_type("select's result", tensor, Tensor, "Let select return a tensor.")
+    return tensor
 
 
 def measured_sensitivity(

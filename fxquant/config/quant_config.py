@@ -32,6 +32,7 @@ from fxquant.errors import (
     check_choice,
     check_number,
     check_positive_int,
+    check_type,
     near_misses,
 )
 from fxquant.numerics.quantized_weight import check_group_size
@@ -259,6 +260,7 @@ class QuantConfig:
         Raises:
             OptionError: a name or a value is not usable.
         """
+        check_type("config", data, Mapping, "Pass what to_dict returned.")
         values = dict(data)
         preset = values.pop("preset", None)
         check_option_names(values)

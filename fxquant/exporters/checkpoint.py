@@ -37,7 +37,7 @@ from fxquant.exporters.shards import write_shards
 from fxquant.exporters.source import Source
 from fxquant.exporters.stored_layer import StoredLayer
 from fxquant.exporters.verify import verify_weights
-from fxquant.serialization.atomic import write_folder_atomically
+from fxquant.report.atomic import write_folder_atomically
 
 GIGABYTE = 10**9
 TIED = "tie_word_embeddings"

@@ -16,6 +16,7 @@ from fxquant.exporters.onnx import Onnx
 from fxquant.exporters.pt2 import Pt2
 from fxquant.exporters.source import Source, source_of
 from fxquant.fusion.fused import fused_nodes
+from fxquant.graph.left_alone import process_left_alone
 
 
 class ExportFormat(Protocol):
@@ -64,10 +65,11 @@ def export(
             written, or do not read back equal. Nothing is left behind.
     """
     chosen = _format(format, options)
-    source = _source(model)
-    findings = _findings(chosen, source)
-    refuse_losses(format, findings)
-    chosen.write(source, path)
+    with process_left_alone():
+        source = _source(model)
+        findings = _findings(chosen, source)
+        refuse_losses(format, findings)
+        chosen.write(source, path)
     return findings
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fxquant.errors import OptionError
+from fxquant.errors import OptionError, check_path
 from fxquant.modules.linear import FLOAT_DTYPES
 from fxquant.serialization.container import SAFETENSORS_DTYPES
 
@@ -63,6 +63,7 @@ class FolderReader:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        check_path("folder", path)
         self.path = Path(path)
         try:
             self.config: dict[str, Any] = json.loads((self.path / CONFIG).read_text("utf-8"))

@@ -35,7 +35,7 @@ from fxquant.exporters.requirements import (
 )
 from fxquant.exporters.source import Source
 from fxquant.exporters.verify import verify_weights
-from fxquant.serialization.atomic import write_atomically
+from fxquant.report.atomic import write_atomically
 
 
 @dataclass(frozen=True)

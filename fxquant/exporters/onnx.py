@@ -35,7 +35,7 @@ from fxquant.exporters.requirements import (
 from fxquant.exporters.source import Source
 from fxquant.exporters.verify import verify_weights
 from fxquant.graph.calls import Call
-from fxquant.serialization.atomic import write_atomically, write_folder_atomically
+from fxquant.report.atomic import write_atomically, write_folder_atomically
 
 ONNX_SUFFIX = ".onnx"
 FILE, DATA = "model.onnx", "model.onnx.data"

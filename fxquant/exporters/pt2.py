@@ -24,7 +24,7 @@ from fxquant.exporters.source import Source
 from fxquant.graph.calls import Call
 from fxquant.kernels.reference import REFERENCE
 from fxquant.modules.linear_intn import QuantizedLinearIntN
-from fxquant.serialization.atomic import write_atomically
+from fxquant.report.atomic import write_atomically
 
 NAMES_FILE = "fxquant.json"  # in the file: the names of inputs and outputs, in order
 

@@ -21,7 +21,7 @@ from fxquant.config.method import Recipe, parse_method
 from fxquant.config.option_checks import check_not_fused
 from fxquant.config.quant_config import QuantConfig, as_config
 from fxquant.distributed.processes import Processes
-from fxquant.errors import OptionError
+from fxquant.errors import OptionError, check_path
 from fxquant.exporters.blockwise import Blockwise
 from fxquant.exporters.checkpoint import copy_other_files
 from fxquant.exporters.compressed_tensors import CompressedTensors
@@ -87,6 +87,7 @@ def quantize_checkpoint(
         AccuracyError: the accuracy is below what `config` asks for; no folder is left.
         ProcessGroupError: another process of the group has failed.
     """
+    check_path("target", target)
     processes = Processes.of(group)
     with processes.together():
         return _quantize(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxquant.errors import SaveError
 from fxquant.exporters.shards import METADATA, shard_name, write_index
-from fxquant.serialization.atomic import check_free_folder
+from fxquant.report.atomic import check_free_folder
 
 UNFINISHED_SUFFIX = ".unfinished"
 NOTES = ".fxquant"  # a folder for what is known of shards; removed at the end

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import CalibrationError, OptionError, check_choice
+from fxquant.errors import CalibrationError, OptionError, check_choice, check_type
 from fxquant.numerics.integers import INT8, UINT8
 from fxquant.observers.grid import Grid
 
@@ -76,8 +76,9 @@ class Observer(nn.Module):
         """Note the values of `x`, floats of any shape, and return `x` itself.
 
         Raises:
-            CalibrationError: `x` holds integers, booleans or complex numbers.
+            CalibrationError: `x` is no tensor, or holds integers, booleans or complex numbers.
         """
+        check_type(self.node_name, x, Tensor, "Observe activations.", CalibrationError)
         if not x.is_floating_point():
             raise CalibrationError(
                 self.node_name,
@@ -194,6 +195,7 @@ class Observer(nn.Module):
         Raises:
             OptionError: `other` is of another kind or has other options.
         """
+        check_type(f"{self.node_name}.merge", other, Observer, "Pass an observer.")
         if type(other) is not type(self) or self._options() != other._options():
             raise OptionError(
                 f"{self.node_name}.merge",

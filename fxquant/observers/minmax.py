@@ -5,7 +5,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fxquant.errors import OptionError
+from fxquant.errors import OptionError, check_number
 from fxquant.observers.base import Observer
 from fxquant.observers.grid import Grid
 
@@ -41,6 +41,7 @@ class MovingAverageMinMaxObserver(Observer):
         self, averaging_constant: float = 0.01, *, integer: str = "uint8", symmetric: bool = False
     ) -> None:
         super().__init__(integer=integer, symmetric=symmetric)
+        check_number("averaging_constant", averaging_constant)
         if not 0 < averaging_constant <= 1:
             raise OptionError(
                 "averaging_constant",

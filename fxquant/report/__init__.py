@@ -2,6 +2,7 @@
 
 | file | does |
 |---|---|
+| `atomic.py` | a file or folder in place at once or not at all |
 | `tables.py` | text tables, CSV and JSON files |
 | `view.py` | how results show themselves: a line, a text, a table in notebooks, files |
 | `progress.py` | bars that tell how long a step will take |

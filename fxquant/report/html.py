@@ -9,6 +9,7 @@ from typing import Any
 
 import networkx as nx
 
+from fxquant.report.atomic import write_text
 from fxquant.report.drawing import to_svg
 from fxquant.report.folding import fold_repeats
 from fxquant.report.tables import plain
@@ -42,8 +43,8 @@ class Page:
 
 
 def write_html(path: str | Path, page: Page) -> None:
-    """Write the page to `path`."""
-    Path(path).write_text(render(page), encoding="utf-8")
+    """Write the page to `path`, at once or not at all; a `SaveError` says why not."""
+    write_text(path, render(page))
 
 
 def render(page: Page) -> str:

@@ -1,6 +1,7 @@
 """Text tables and plain files of rows."""
 
 import csv
+import io
 import json
 import math
 import re
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+
+from fxquant.report.atomic import write_text
 
 SPACING = 2  # between columns
 HEADER_PADDING = 2  # tabulate makes a column at least this much wider than its header
@@ -107,13 +110,14 @@ def to_json(data: Any) -> str:
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Write `data` as JSON."""
-    Path(path).write_text(to_json(data) + "\n", encoding="utf-8")
+    """Write `data` as JSON, at once or not at all; a `SaveError` says why not."""
+    write_text(path, to_json(data) + "\n")
 
 
 def write_csv(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows of equal keys as CSV with a header."""
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
+    """Write rows of equal keys as CSV with a header, as `write_json` writes."""
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, file.getvalue())

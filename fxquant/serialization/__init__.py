@@ -12,6 +12,5 @@
 | `rebuild.py` | plain data into graphs and modules, trusting nothing |
 | `model_layers.py` | quantized layers in a model of the user's class, described without a graph |
 | `container.py` | the bytes of a safetensors file, checked as they are read |
-| `atomic.py` | a file in place at once or not at all |
 | `files.py` | `save_model`, `load_model`, `read_description` |
 """

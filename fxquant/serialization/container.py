@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import stat
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from fxquant.errors import LoadError, cause_of, check_path
 from fxquant.numerics.digest import BLOCK_BYTES, Digest
+from fxquant.report.atomic import kind_of
 
 LENGTH_BYTES = 8  # of the header's length, at the start
 LARGEST_HEADER = 100_000_000  # safetensors' own limit
@@ -171,14 +171,6 @@ def check_regular(mode: int, where: str) -> None:
     kind = kind_of(mode)
     if kind is not None:
         raise not_readable(where, kind)
-
-
-def kind_of(mode: int) -> str | None:
-    """What is at a path, in words, unless it is a regular file."""
-    if stat.S_ISREG(mode):
-        return None
-    names = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
-    return names.get(stat.S_IFMT(mode), "a device")
 
 
 def not_readable(where: str, found: str) -> LoadError:

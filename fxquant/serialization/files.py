@@ -16,8 +16,8 @@ from fxquant.graph.layers import NAMES_KEY
 from fxquant.graph.left_alone import process_left_alone
 from fxquant.measure.quantization_info import INFO_KEY, QuantizationInfo
 from fxquant.numerics.digest import digest_of, text_digest
+from fxquant.report.atomic import check_replaceable, write_atomically
 from fxquant.report.tables import plain
-from fxquant.serialization.atomic import check_replaceable, write_atomically
 from fxquant.serialization.container import DTYPE_NAMES, Container, not_readable
 from fxquant.serialization.describe import Describer
 from fxquant.serialization.rebuild import Rebuilder, damaged

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
-from fxquant.errors import OptionError
+from fxquant.errors import OptionError, check_path
 from fxquant.measure.quantization_info import INFO_KEY
+from fxquant.report.atomic import write_text
 from fxquant.report.drawing import to_dot, to_svg
 from fxquant.report.folding import fold_repeats
 from fxquant.report.html import write_html
@@ -23,13 +24,15 @@ def draw(gm: GraphModule, path: str | Path) -> None:
 
     Raises:
         OptionError: the file name ends in something else.
+        SaveError: the file cannot be written.
     """
+    check_path("path", path)
     path = Path(path)
     graph = to_networkx(gm)
     if path.suffix == ".dot":
-        path.write_text(to_dot(graph), encoding="utf-8")
+        write_text(path, to_dot(graph))
     elif path.suffix == ".svg":
-        path.write_text(to_svg(fold_repeats(graph)), encoding="utf-8")
+        write_text(path, to_svg(fold_repeats(graph)))
     elif path.suffix == ".html":
         record = gm.meta.get(INFO_KEY) or {}
         decisions, rows = record.get("decisions", []), record.get("rows", [])

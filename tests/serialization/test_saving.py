@@ -20,8 +20,8 @@ from torch import nn
 
 import fxquant
 from fxquant.errors import LoadError, SaveError
+from fxquant.report.atomic import write_atomically
 from fxquant.serialization import files
-from fxquant.serialization.atomic import write_atomically
 from tests import models
 from tests.models import WIDTH
 
@@ -113,7 +113,7 @@ def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
     path = tmp_path / "m.safetensors"
     script = f"""
     import os, signal
-    from fxquant.serialization.atomic import write_atomically
+    from fxquant.report.atomic import write_atomically
     def die(file):
         open(file, "wb").write(b"half")
         os.kill(os.getpid(), signal.SIGKILL)

@@ -19,7 +19,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from fxquant.errors import SaveError, cause_of, check_path
-from fxquant.serialization.container import kind_of
 
 try:
     import fcntl
@@ -27,13 +26,14 @@ except ImportError:  # Windows, where an open file cannot be removed anyway
     fcntl = None  # type: ignore[assignment]
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place.
 
     Raises:
         SaveError: the folder is missing or read-only, the disk is full, or something other than a
             file is at `path`; an old file is kept.
     """
+    check_path("path", path, SaveError)
     temporary = handle = None
     try:
         target = Path(os.path.realpath(path))
@@ -61,6 +61,15 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None])
             Path(temporary).unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `path` as UTF-8, at once or not at all; line ends stay as they are.
+
+    Raises:
+        SaveError: as in `write_atomically`.
+    """
+    write_atomically(path, lambda new: Path(new).write_bytes(text.encode()))
+
+
 def write_folder_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
     """Let `write` fill a temporary folder beside `path`, then put it in place.
 
@@ -68,6 +77,7 @@ def write_folder_atomically(path: str | os.PathLike[str], write: Callable[[str],
         SaveError: something is at `path` already (a folder may hold what nobody wants to lose), the
             folder around it is missing or read-only, or the disk is full.
     """
+    check_path("path", path, SaveError)
     temporary = handle = None
     try:
         target = Path(os.path.realpath(path))
@@ -137,6 +147,14 @@ def _status(target: Path) -> os.stat_result | None:
             remedy="Choose the path of a file.",
         )
     return status
+
+
+def kind_of(mode: int) -> str | None:
+    """What is at a path, in words, unless it is a regular file."""
+    if stat.S_ISREG(mode):
+        return None
+    names = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return names.get(stat.S_IFMT(mode), "a device")
 
 
 def _remove_left_over(folder: Path, prefix: str) -> None:
