@@ -44,10 +44,10 @@ def text_batches(path: Path, folder: Path) -> list[dict[str, Tensor]]:
     if not folder.is_dir():
         raise OptionError(
             f"--data {str(path)!r}",
-            found=f"a file, which is read as text, for the MODEL {str(folder)!r}, which is no "
-            "folder with a tokenizer",
-            needed="batches",
-            remedy="Name a function that returns them, such as path/to/file.py:function, or a "
+            found=f"that it cannot be read as text: the MODEL {str(folder)!r} is no folder with a "
+            "tokenizer",
+            needed="batches, or a text and such a folder",
+            remedy="Name a function that returns batches, such as path/to/file.py:function, or a "
             ".npy or .safetensors file of inputs.",
         )
     try:
