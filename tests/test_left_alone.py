@@ -363,3 +363,11 @@ def test_the_first_call_in_a_process_leaves_its_environment_and_filters_alone():
     command = [sys.executable, "-W", "ignore", "-c", FRESH]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
+
+
+def test_as_many_modules_as_there_are_may_write_in_place():
+    model = nn.Sequential(nn.Linear(W, W), *(nn.ReLU(inplace=True) for _ in range(300)))
+    data = [torch.randn(4, W)]
+    with unchanged(model, data):
+        _, info = fxquant.static_quantize(model, data, method="rtn", **QUIET)
+    assert info.selected_layers == ["0"]

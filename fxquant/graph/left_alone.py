@@ -11,7 +11,7 @@ import types
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy
@@ -78,17 +78,19 @@ def evaluate(model: nn.Module) -> None:
 
 
 @contextmanager
-def left_alone(model: nn.Module) -> Iterator["WrittenMemory"]:
-    """Whatever happens to `model` and its tensors inside is undone at the end.
+def left_alone(*models: nn.Module) -> Iterator["WrittenMemory"]:
+    """Whatever happens to the models and their tensors inside is undone at the end.
 
     Yields:
         The memory that was written so far: what shares it must take a copy to keep it.
     """
-    state, memory = _State(model), WrittenMemory(_tensors_of(model))
+    # One for all: each op inside goes through every mode that is entered.
+    memory = WrittenMemory(tensor for model in models for tensor in _tensors_of(model))
     with ExitStack() as undo:
-        undo.callback(state.put_back)
+        for model in models:
+            undo.callback(_State(model).put_back)
         undo.callback(memory.put_back)
-        with memory:
+        with memory if memory.is_watching else nullcontext():
             yield memory
 
 
@@ -100,12 +102,9 @@ def graph_left_alone(gm: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as undo:
         if isinstance(gm, GraphModule):
-            nodes = list(gm.graph.nodes)
-            for node in nodes:
-                if node.op == "call_module":
-                    module = gm.get_submodule(str(node.target))
-                    if module_writes(module):
-                        undo.enter_context(left_alone(module))
+            called = (n.target for n in gm.graph.nodes if n.op == "call_module")
+            modules = dict.fromkeys(gm.get_submodule(str(target)) for target in called)
+            undo.enter_context(left_alone(*filter(module_writes, modules)))
             undo.enter_context(attributes_left_alone(gm))
         yield
 
@@ -139,6 +138,11 @@ class WrittenMemory(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._own = {s._cdata: s for s in map(_storage, tensors) if s is not None}
         self._saved: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether there is any memory to save."""
+        return bool(self._own)
 
     def is_written(self, tensor: Tensor) -> bool:
         """Whether an op wrote into the memory of `tensor`."""
