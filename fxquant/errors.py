@@ -184,8 +184,7 @@ def check_positive_int(argument: str, value: object) -> None:
 def caller_level() -> int:
     """The `stacklevel` of a warning, raised where this is called, that shows the user's own line.
 
-    >>> caller_level()
-    1
+    It is the first one up the stack that is not in fxquant; 1 is the line of the call itself.
     """
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fxquant."):

@@ -242,7 +242,7 @@ MODEL = models.Plain()
 @pytest.mark.parametrize(
     ("source", "text"),
     [
-        ("build", "a name without a colon"),
+        ("no_folder", "a name without a colon"),  # nor a file: it would be read as one
         ("model.py", "a name without a colon"),
         (":build", "nothing before the colon"),
         ("tests.test_cli:DATA", "'DATA' is no function but a tuple"),
