@@ -10,6 +10,8 @@ from torch import Tensor
 
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float64: 1e-8}
 DEFAULT_TOLERANCE = 1e-4  # of the largest magnitude: fused ops add in another order
+# Instruction sets that multiply float activations as bfloat16.
+BFLOAT16_SETS = {"amx", "avx512_bf16"}
 FEW = 8  # elements: one number alone has no signal-to-noise ratio that means anything
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fxquant.kernels.extension import NOT_BUILT, _native
+from tests.compare import BFLOAT16_SETS
 
 
 def pytest_make_collect_report(collector):
@@ -28,6 +29,6 @@ def float32_products():
         yield
         return
     sets = _native.instruction_sets()
-    _native.use(next(name for name in sets if name != "avx512_bf16"))
+    _native.use(next(name for name in sets if name not in BFLOAT16_SETS))
     yield
     _native.use(sets[0])

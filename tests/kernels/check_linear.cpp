@@ -299,7 +299,7 @@ int main(int count, char** arguments) {
   const int cases = count > 1 ? atoi(arguments[1]) : 200;
   if (!conversions_are_right()) return printf("a conversion is wrong\n"), 1;
   for (const InstructionSet* set :
-       {avx512_bf16(), avx512_vnni(), avx2_vnni(), avx2(), neon_dot(), neon(), portable()}) {
+       {amx(), avx512_bf16(), avx512_vnni(), avx2_vnni(), avx2(), neon_dot(), neon(), portable()}) {
     if (!set) continue;
     const unsigned long long digest = digest_of_integers(*set);
     if (digest != kDigest) {

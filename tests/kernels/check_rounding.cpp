@@ -90,7 +90,7 @@ bool is_right() {
   if (!round_with(*portable(), call, clip_ratios, &expected)) return false;
   if (!round_with(*portable(), unfitted, full, &plain)) return false;
   for (const InstructionSet* set :
-       {avx512_bf16(), avx512_vnni(), avx2_vnni(), avx2(), neon_dot(), neon()}) {
+       {amx(), avx512_bf16(), avx512_vnni(), avx2_vnni(), avx2(), neon_dot(), neon()}) {
     Result found;
     if (!set) continue;
     if (!round_with(*set, call, clip_ratios, &found) || !(found == expected)) return false;

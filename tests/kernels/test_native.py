@@ -22,6 +22,7 @@ from fxquant.kernels.reference import REFERENCE, quantize_tokens
 from fxquant.numerics.grouping import activation_group
 from fxquant.numerics.integers import WIDTHS
 from fxquant.numerics.weights import quantize_weight
+from tests.compare import BFLOAT16_SETS
 
 CPU = torch.device("cpu")
 SETS = native._native.instruction_sets() if NOT_BUILT is None else []
@@ -73,7 +74,7 @@ def test_every_instruction_set_computes_what_float64_computes(
     w = weight.dequantize().double()
     for instructions in SETS:
         native._native.use(instructions)
-        seen = x.bfloat16() if instructions == "avx512_bf16" else x
+        seen = x.bfloat16() if instructions in BFLOAT16_SETS else x
         if activation == "int8":
             seen = quantize_tokens(x.float(), activation_group(group_size, i))
         expected = seen.double() @ w.T + added

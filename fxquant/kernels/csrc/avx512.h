@@ -1,5 +1,6 @@
 // AVX-512 with VNNI: tiles of at most 6 rows by 64 outputs. What multiplies float activations differs:
-// `avx512_bf16.cpp` has products of bfloat16, `avx512_vnni.cpp` of float32.
+// `avx512_bf16.cpp` has products of bfloat16, `avx512_vnni.cpp` of float32. `amx.cpp` prepares and
+// unpacks as these do, and multiplies by the CPU's matrix unit.
 #pragma once
 
 #include <immintrin.h>
@@ -11,10 +12,7 @@
 
 #define FXQUANT_AVX512
 #include "floats_avx512.h"
-#include "attention_rows.h"
 #include "blocked.h"
-#include "norm_rows.h"
-#include "rounding_rows.h"
 #include "unrolled.h"
 
 namespace fxquant {

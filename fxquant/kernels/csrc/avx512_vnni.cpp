@@ -11,6 +11,9 @@
 FXQUANT_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 
 #include "avx512.h"
+#include "attention_rows.h"
+#include "norm_rows.h"
+#include "rounding_rows.h"
 
 namespace fxquant {
 namespace {

@@ -6,11 +6,14 @@
 //   prepare_group(...)         a group of one row, from float32, zeros behind it up to `kLanes`; the
 //                              sum is null where nobody reads it
 //   prepare_bf16(...)          the same from bfloat16, if Value is that
-//   unpacking(bits)            what unpacks codes before they are multiplied, or null
+//   unpacking(bits, tiles)     what unpacks codes before so many tiles are multiplied, or null
 //   code_bytes                 of a code unpacked
 //   multiply<R, Bytes>(...)    adds the products of a span of groups to the outputs of a tile of R
 //                              rows; codes are nibbles, or else bytes (or what `unpacking` made of
 //                              them)
+//   rows_apart                 whether a row's values of a group follow each other in a tile, rather
+//                              than eight of each row in turn
+//   begin(...), end()          around the products of a call's share
 //   float_tiles                for so many tiles or more, a span is made float32 once for all of them;
 //                              0 where it never is. If not 0:
 //   float_columns              outputs of a slice of such a span, which stays in the nearest cache
@@ -41,7 +44,7 @@ struct Group {
 };
 
 struct TileGroup {
-  const uint8_t* values;  // [step][row][8]
+  const uint8_t* values;  // [step][row][8], or [row][step][8] where rows lie apart
   const float* scales;    // [row]
   const float* sums;      // [row]
 };
@@ -121,10 +124,11 @@ struct TileRow {
 template <class Mode>
 inline void prepare_row(const Call& call, const Panel& panel, const TileRow& to, int64_t group,
                         int64_t at) {
-  const int size = call.weight.group_size, stride = to.height * KR;
+  const int size = call.weight.group_size, stride = Mode::rows_apart ? KR : to.height * KR;
+  const int row_stride = Mode::rows_apart ? size : KR;
   const int64_t columns = call.weight.in_features, rest = columns - group * size;
   const int64_t offset = to.number * columns + group * size;
-  auto* values = reinterpret_cast<typename Mode::Value*>(panel.values) + at * size + to.row * KR;
+  auto* values = reinterpret_cast<typename Mode::Value*>(panel.values) + at * size + to.row * row_stride;
   float* sum =
       Mode::sums_may_cancel && call.weight.symmetric ? nullptr : &panel.sums[at + to.row];
   const int count = rest < size ? static_cast<int>(rest) : size;
@@ -173,11 +177,19 @@ void prepare(const Call& call, const Panel& panel, int64_t first, int64_t last) 
   }
 }
 
-// For modes that multiply nibbles and bytes, to which other widths are unpacked.
-struct ByteCodes {
+// For modes that multiply one step after another, and need nothing around that.
+struct OneByOne {
+  static constexpr bool rows_apart = false;
+
+  static void begin(const Weight&, int) {}
+  static void end() {}
+};
+
+// For those of them that multiply nibbles and bytes, to which other widths are unpacked.
+struct ByteCodes : OneByOne {
   static constexpr int code_bytes = 1, float_tiles = 0;
 
-  static UnpackBytes unpacking(int bits) { return unpacking_of(bits); }
+  static UnpackBytes unpacking(int bits, int) { return unpacking_of(bits); }
 };
 
 // For those of them that multiply one group after another, by `multiply_group<R, Bytes>(...)`.
@@ -213,9 +225,8 @@ struct ByHeight {
   Multiply tall, low;
 
   template <class Mode>
-  static ByHeight of(const Weight& weight, int tallest) {
-    const auto of_rows =
-        weight.bits == 4 ? multiply_by_rows<Mode, false> : multiply_by_rows<Mode, true>;
+  static ByHeight of(bool has_nibbles, int tallest) {
+    const auto of_rows = has_nibbles ? multiply_by_rows<Mode, false> : multiply_by_rows<Mode, true>;
     return {tallest, of_rows(tallest), of_rows(tallest - 1)};
   }
 
@@ -228,8 +239,8 @@ struct ByHeight {
 
 // Some groups of a block, unpacked into `buffer` where the mode wants that.
 template <class Mode>
-Span span_of(const Weight& weight, int64_t block, int64_t group, int groups, uint8_t* buffer) {
-  const auto unpack = Mode::unpacking(weight.bits);
+Span span_of(const Weight& weight, int64_t block, int64_t group, int groups, UnpackBytes unpack,
+             uint8_t* buffer) {
   Span span{};
   span.groups = groups, span.steps = weight.steps(), span.middle = 1 << (weight.bits - 1);
   span.grid = weight.data + (block * weight.groups() + group) * weight.group_bytes();
@@ -297,7 +308,10 @@ void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last)
   alignas(64) uint8_t unpacked[kWideSpanInputs * NR * Mode::code_bytes];
   alignas(64) float floats[Mode::float_tiles ? kWideSpanInputs * NR : 1];
   const int tallest = (panel.rows + panel.tiles - 1) / panel.tiles;
-  const ByHeight by_codes = ByHeight::of<Mode>(weight, tallest);
+  const UnpackBytes unpack = Mode::unpacking(weight.bits, panel.tiles);
+  const bool has_nibbles = weight.bits == 4 && !unpack;
+  const ByHeight by_codes = ByHeight::of<Mode>(has_nibbles, tallest);
+  Mode::begin(weight, tallest);
   while (first < last) {
     const int64_t block = first / panel.tiles;
     const int begin = static_cast<int>(first % panel.tiles);
@@ -316,12 +330,12 @@ void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last)
 
     const Tiles tiles{panel, begin, end, outputs};
     const bool as_floats = Mode::float_tiles > 0 && end - begin >= Mode::float_tiles;
-    const int inputs = weight.bits == 4 && !as_floats ? kSpanInputs : kWideSpanInputs;
+    const int inputs = has_nibbles && !as_floats ? kSpanInputs : kWideSpanInputs;
     const int span_groups = weight.group_size < inputs ? inputs / weight.group_size : 1;
     for (int64_t g = 0; g < weight.groups(); g += span_groups) {
       const int64_t left = weight.groups() - g;
       const int groups = left < span_groups ? static_cast<int>(left) : span_groups;
-      const Span span = span_of<Mode>(weight, block, g, groups, unpacked);
+      const Span span = span_of<Mode>(weight, block, g, groups, unpack, unpacked);
       if constexpr (Mode::float_tiles > 0) {
         if (as_floats) {
           const ByHeight by_floats = ByHeight::of_floats<Mode>(tallest);
@@ -340,6 +354,7 @@ void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last)
       store_floats(y, columns / shares, call.y, call.y_type, offset);
     }
   }
+  Mode::end();
 }
 
 template <class Mode>

@@ -6,6 +6,11 @@
 
 #include <cpuid.h>
 
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fxquant {
 namespace {
 
@@ -18,6 +23,21 @@ bool has_f16c() {
 bool has_vnni_of_avx() {
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+bool has_matrix_unit() {
+  unsigned a, b, c, d;
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kNeeded) == kNeeded;
+}
+
+bool may_use_tiles() {
+#ifdef __linux__
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace
@@ -36,6 +56,8 @@ bool has_avx512_vnni() {
 }
 
 bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+
+bool has_amx() { return has_avx512_bf16() && has_matrix_unit() && may_use_tiles(); }
 
 }  // namespace fxquant
 

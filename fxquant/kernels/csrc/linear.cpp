@@ -72,12 +72,14 @@ Call rows_of(const Call& call, int64_t first, int64_t rows) {
 bool repeat_portably(const Call& call, int64_t row);
 
 bool linear_in(Scratch& scratch, const Call& call, const InstructionSet& set) {
-  const Kernel& kernel = call.int8 ? set.int8_kernel : set.float_kernel;
+  const Kernel& kernel = set.kernel_for(call);
   const Weight& weight = call.weight;
   const int64_t groups = weight.groups(), panels = (call.rows + MC - 1) / MC;
   if (panels == 0) return true;
   const int64_t height = (call.rows + panels - 1) / panels;
-  const size_t value_bytes = height * groups * weight.group_size * kernel.value_bytes;
+  // One row of a group more: a kernel may read lower tiles as if they were as high as the others.
+  const size_t values = (height * groups + 1) * weight.group_size;
+  const size_t value_bytes = values * kernel.value_bytes;
   const size_t grid_bytes = height * groups * sizeof(float);
   uint8_t* memory = scratch.take(value_bytes + 2 * grid_bytes);
   if (!memory) return false;
@@ -118,7 +120,7 @@ bool linear_in_own(const Call& call, const InstructionSet& set) {
 }  // namespace
 
 bool linear(const Call& call, const InstructionSet& set) {
-  const int threads = threads_of(call, call.int8 ? set.int8_kernel : set.float_kernel);
+  const int threads = threads_of(call, set.kernel_for(call));
   if (threads == 1 || call.rows < kRowsOfThread * threads) return linear_in_own(call, set);
   // Threads that share no rows never wait for each other.
   bool done = true;

@@ -74,7 +74,7 @@ struct Panel {
   int rows;
   int tiles;
   int64_t groups;
-  uint8_t* values;  // of a tile: [group][step][row][8], int8, bfloat16 or float32
+  uint8_t* values;  // of a tile: [group][step][row][8] or [group][row][step][8], int8, bfloat16 or float32
   float* scales;    // of a tile: [group][row]; of int8 values
   float* sums;      // of a tile: [group][row]; of the values as prepared
 
@@ -121,9 +121,18 @@ struct InstructionSet {
   // See norm.h: norms the rows first .. last - 1.
   void (*norm_rows)(const Norm&, int64_t first, int64_t last, uint8_t* scratch);
   int64_t (*norm_scratch_bytes)(const Norm&);
+  // Takes the place of the int8 kernel, with the same bits, from so many rows on.
+  int64_t many_rows = INT64_MAX;
+  Kernel many_rows_int8_kernel{};
+
+  const Kernel& kernel_for(const Call& call) const {
+    if (!call.int8) return float_kernel;
+    return call.rows < many_rows ? int8_kernel : many_rows_int8_kernel;
+  }
 };
 
 // Null where the compiler or the CPU does not have it.
+const InstructionSet* amx();
 const InstructionSet* avx512_bf16();
 const InstructionSet* avx512_vnni();
 const InstructionSet* avx2_vnni();

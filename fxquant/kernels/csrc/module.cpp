@@ -7,10 +7,8 @@ namespace {
 const InstructionSet* chosen = nullptr;
 
 struct Candidates {
-  const InstructionSet* sets[7] = {avx512_bf16(), avx512_vnni(),
-                                   avx2_vnni(),   avx2(),
-                                   neon_dot(),    neon(),
-                                   portable()};
+  const InstructionSet* sets[8] = {amx(),  avx512_bf16(), avx512_vnni(), avx2_vnni(),
+                                   avx2(), neon_dot(),    neon(),        portable()};
 };
 
 const Candidates& candidates() {
