@@ -8,7 +8,7 @@
 The model is a Llama made from a config, with seeded random weights: 30 layers of width 576, 9
 heads, 3 of them for keys and values, a vocabulary of 49,152. The data are 64 windows of 256 tokens.
 `--small` takes models and data that are done in seconds. Rows: `forward` (the float model reads the
-data once), `trace`, methods of `static_quantize`, tracing included, `folder`: a Llama of 1.1
+data once), `trace`, methods of `quantize`, tracing included, `folder`: a Llama of 1.1
 billion parameters (22 layers of width 2048) in bfloat16, from disk to disk without data, and the
 other libraries of `scale_peers.py` that are installed. How good a result is, all are asked on the
 same tokens, which none of them has seen: since the weights are random, as the SQNR of the logits
@@ -46,7 +46,7 @@ from fxquant.numerics.digest import digest_of
 from fxquant.numerics.metrics import SqnrMeter
 
 METHODS = ("forward", "trace", "rtn", "gptq", "best", "folder", *scale_peers.PACKAGES)
-QUANTIZING = ("rtn", "gptq", "best")  # methods of `static_quantize`
+QUANTIZING = ("rtn", "gptq", "best")  # methods of `quantize`
 DEFAULT = ("forward", "trace", "gptq", "best")
 CONFIG = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -82,7 +82,7 @@ def token_batches(
 
 
 def run(
-    method: str, model: nn.Module, batches: list[dict[str, Tensor]]
+    method: str, model: nn.Module, batches: list[dict[str, Tensor]], memory: str | None = None
 ) -> tuple[nn.Module | None, dict[str, Any]]:
     """Do what a row stands for; the quantized model, and more about it."""
     if method == "forward":
@@ -93,7 +93,9 @@ def run(
     if method == "trace":
         gm = fxquant.trace(model, batches[0])
         return None, {"coverage": fxquant.trace_report(gm).coverage}
-    qmodel, info = fxquant.static_quantize(model, batches, method=method, accuracy_warning="ignore")
+    qmodel, info = fxquant.quantize(
+        model, batches, method=method, accuracy_warning="ignore", memory=memory
+    )
     state = qmodel.state_dict()
     digests = [digest_of(name, str(t.dtype), t) for name, t in sorted(state.items())]
     return qmodel, {
@@ -141,7 +143,11 @@ def status_bytes(field: str) -> int:
 
 
 def measure(
-    method: str, sizes: dict[str, int], data: tuple[int, int, int], folder: Path
+    method: str,
+    sizes: dict[str, int],
+    data: tuple[int, int, int],
+    bound: str | None,
+    folder: Path,
 ) -> dict[str, Any]:
     """One row, in this process, which may be one of several.
 
@@ -149,6 +155,7 @@ def measure(
         method: of `METHODS`.
         sizes: of the model.
         data: windows, their length, and rows of a batch.
+        bound: what is given as `memory`.
         folder: with the folders `small` and `large`, for `folder`.
     """
     # Imports and code paths are paid for once, by a small model.
@@ -165,9 +172,9 @@ def measure(
             work = partial(run_peer, scale_peers.prepared(method, model, folder / method), batches)
         else:
             run(method, tiny, few)
-            work = partial(run, method, model, batches)
+            work = partial(run, method, model, batches, bound)
         if method in QUANTIZING:
-            plan = partial(fxquant.plan, model, data=batches, method=method)
+            plan = partial(fxquant.plan, model, batches, method=method, memory=bound)
     before, began, cpu = status_bytes("VmRSS"), time.perf_counter(), time.process_time()
     qmodel, more = work()
     memory = max(status_bytes("VmHWM") - before, 1) / 1e6
@@ -218,6 +225,7 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", help=", ".join(METHODS))
     parser.add_argument("--small", action="store_true", help="a model that takes seconds")
     parser.add_argument("--layers", type=int, help="other than the model has")
+    parser.add_argument("--memory", help="that quantizing is given: 400MB")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--processes", type=int, default=1, help="that share each row")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -231,7 +239,8 @@ def main() -> None:
     peers = scale_peers.installed() if processes == 1 else []
     methods = arguments.methods or [*DEFAULT, *peers]
     if arguments.inside is not None:
-        row = measure_as(arguments.inside, processes, arguments.folder, methods[0], sizes, data)
+        work = methods[0], sizes, data, arguments.memory
+        row = measure_as(arguments.inside, processes, arguments.folder, *work)
         print(json.dumps(row))
         return
     with tempfile.TemporaryDirectory() as name:

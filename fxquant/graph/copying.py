@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from fxquant.errors import TraceError
+from fxquant.graph.parameters import memory_of
 
 M = TypeVar("M", bound=nn.Module)
 DEPTH = 6  # of containers in which tensors are looked for
@@ -46,6 +47,20 @@ def copy_owning_tensors(module: M, *, keep: Callable[[nn.Module], bool] | None =
         if keep is not None and keep(part):
             shared |= {id(p) for p in part.parameters(recurse=False)}
     return _copy(module, lambda tensor: id(tensor) not in shared, frozen=False)
+
+
+def own_memory(module: nn.Module, *, apart_from: nn.Module) -> None:
+    """Move parameters and buffers that lie in the memory of another module's to their own.
+
+    Args:
+        module: whose tensors stay the same objects.
+        apart_from: the other module.
+    """
+    others = (*apart_from.parameters(), *apart_from.buffers())
+    taken = {memory_of(tensor) for tensor in others}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if memory_of(tensor) in taken:
+            tensor.data = tensor.data.clone()
 
 
 def _copy(module: M, is_own: Callable[[Tensor], bool], frozen: bool) -> M:

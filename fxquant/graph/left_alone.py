@@ -121,6 +121,16 @@ def attributes_left_alone(gm: GraphModule) -> Iterator[None]:
         yield
 
 
+def written_tensors(gm: GraphModule) -> Iterator[Tensor]:
+    """The tensors that runs of a graph may write into: those that are then put back."""
+    nodes = list(gm.graph.nodes)
+    if any(writes(node) for node in nodes):
+        yield from _attributes(gm, nodes)
+    called = {gm.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"}
+    for module in filter(module_writes, called):
+        yield from _tensors_of(module)
+
+
 def _attributes(gm: GraphModule, nodes: Iterable[Node]) -> Iterator[Tensor]:
     """The tensors that the nodes of a graph read from it."""
     for node in nodes:

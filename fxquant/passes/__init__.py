@@ -21,7 +21,7 @@ Each leaves a legal graph and never changes its input.
 | `quantize_sequentially.py` | layers quantized in the order in which they run |
 | `turns.py`, `paired_batches.py` | which layers together, and batches from turn to turn |
 | `held_values.py` | what waits between turns: in memory up to a bound, else in a file |
-| `arenas.py` | memory for it, which does not fall to pieces |
+| `freed_memory.py` | memory that was freed, given back to the system |
 | `collect_moments.py`, `opaque_layers.py` | the moments of layers at a turn |
 | `rewrite.py` | quantized layers in the place of float ones, and back |
 | `pack_parameters.py` | which parameters of a user's model the layers of a graph can hold |

@@ -2,13 +2,12 @@
 
 The file has no name: whatever ends the process, nothing is left of it. Tensors come back bit for
 bit and with the strides they had, and those that shared memory share it again, so that a result
-does not depend on the bound. What waits in memory is copied there into mappings of its own (see
-`arenas.py`).
+does not depend on the bound.
 """
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import CalibrationError
-from fxquant.passes.arenas import Arenas, bytes_of
 
 Values = dict[Any, Any]
 
@@ -60,7 +58,6 @@ class HeldValues:
         self._shared = {_address(t.detach()) for t in shared if _is_plain(t.detach())}
         self._held: dict[int, tuple[list[Values], int]] = {}
         self._away: dict[int, tuple[list[Values], _FilePlace]] = {}
-        self._arenas = Arenas()
         self._room: dict[int, tuple[int, int]] = {}  # of a batch: where, and how many bytes
         self._file: IO[bytes] | None = None
         self._end = 0
@@ -80,6 +77,10 @@ class HeldValues:
 
         _changed(values, note)
         size = sum(tensor.untyped_storage().nbytes() for tensor in memory.values())
+        if self.most_bytes is None or self.held_bytes + size <= self.most_bytes:
+            self._held[key] = values, size
+            self.held_bytes += size
+            return
         numbers = {address: i for i, address in enumerate(memory)}
 
         def away(leaf: Any) -> Any:
@@ -88,11 +89,6 @@ class HeldValues:
             number = numbers[_address(leaf)]
             return _AwayTensor(number, leaf.dtype, leaf.shape, leaf.stride(), leaf.storage_offset())
 
-        if self.most_bytes is None or self.held_bytes + size <= self.most_bytes:
-            copies = self._arenas.copies([tensor.untyped_storage() for tensor in memory.values()])
-            self._held[key] = _back(_changed(values, away), copies), size
-            self.held_bytes += size
-            return
         self._away[key] = _changed(values, away), self._write(key, size, memory.values())
 
     def take(self, key: int) -> list[Values] | None:
@@ -110,7 +106,15 @@ class HeldValues:
         if key not in self._away:
             return None
         values, place = self._away[key]
-        return _back(values, [self._read(offset, size) for offset, size in place.parts])
+        memory = [self._read(offset, size) for offset, size in place.parts]
+
+        def back(leaf: Any) -> Any:
+            if not isinstance(leaf, _AwayTensor):
+                return leaf
+            tensor = torch.empty(0, dtype=leaf.dtype)
+            return tensor.set_(memory[leaf.storage], leaf.offset, leaf.size, leaf.stride)
+
+        return _changed(values, back)
 
     @property
     def file_bytes(self) -> int:
@@ -118,9 +122,7 @@ class HeldValues:
         return self._end
 
     def close(self) -> None:
-        """Give the file back, and the memory."""
-        self._held.clear()
-        self._arenas = Arenas()
+        """Give the file back."""
         if self._file is not None:
             self._file.close()
 
@@ -137,7 +139,7 @@ class HeldValues:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="fxquant-", buffering=0)  # noqa: SIM115
             for tensor in tensors:
-                data = bytes_of(tensor.untyped_storage()).numpy().data
+                data = _bytes_of(tensor.untyped_storage())
                 written = 0
                 while written < len(data):
                     written += os.pwrite(self._file.fileno(), data[written:], offset + written)
@@ -155,22 +157,10 @@ class HeldValues:
     def _read(self, offset: int, size: int) -> torch.UntypedStorage:
         assert self._file is not None  # it was written to
         storage = torch.empty(size, dtype=torch.uint8).untyped_storage()
-        data, done = bytes_of(storage).numpy().data, 0
+        data, done = _bytes_of(storage), 0
         while done < size:
             done += os.preadv(self._file.fileno(), [data[done:]], offset + done)
         return storage
-
-
-def _back(values: list[Values], memory: Sequence[torch.UntypedStorage]) -> list[Values]:
-    """The same with tensors on `memory` in the place of what stands for them."""
-
-    def back(leaf: Any) -> Any:
-        if not isinstance(leaf, _AwayTensor):
-            return leaf
-        tensor = torch.empty(0, dtype=leaf.dtype)
-        return tensor.set_(memory[leaf.storage], leaf.offset, leaf.size, leaf.stride)
-
-    return _changed(values, back)
 
 
 def _changed(values: list[Values], change: Callable[[Any], Any]) -> list[Values]:
@@ -203,3 +193,8 @@ def _is_plain(value: Any) -> bool:
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> memoryview:
+    view = torch.empty(0, dtype=torch.uint8).set_(storage)
+    return view.numpy().data

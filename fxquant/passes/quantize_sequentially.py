@@ -15,7 +15,7 @@ a turn (see `fxquant/distributed`).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +29,7 @@ from torch.fx import GraphModule
 from fxquant.distributed.parts import parts_of
 from fxquant.distributed.processes import ALONE, Processes
 from fxquant.graph.calls import Call
-from fxquant.graph.copying import copy_owning_tensors, copy_sharing_tensors
+from fxquant.graph.copying import copy_sharing_tensors, own_memory
 from fxquant.graph.layers import (
     Site,
     keep_bias_absent,
@@ -37,7 +37,12 @@ from fxquant.graph.layers import (
     replace_layer,
     sites,
 )
-from fxquant.graph.left_alone import attributes_left_alone, graph_left_alone, left_alone
+from fxquant.graph.left_alone import (
+    attributes_left_alone,
+    graph_left_alone,
+    left_alone,
+    written_tensors,
+)
 from fxquant.graph.stepper import narrowest_place
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.weight_forms import chosen_form, form_of
@@ -52,6 +57,7 @@ from fxquant.passes.block_moments import (
 from fxquant.passes.calibrate import run_call
 from fxquant.passes.collect_moments import collect, empty_moments_of
 from fxquant.passes.decide import Decision
+from fxquant.passes.freed_memory import FreedMemory
 from fxquant.passes.held_values import HeldValues
 from fxquant.passes.layer_maker import Blocks, naming
 from fxquant.passes.observe_inputs import InputWatcher, Seen
@@ -135,7 +141,7 @@ def quantize_sequentially(
     """
     bits = {d.module: d.bits for d in decisions if d.bits is not None}
     chosen = {s.module for s in sites(gm) if form_of(s.module) and s.name in bits}
-    rewritten = copy_owning_tensors(gm, keep=chosen.__contains__)
+    rewritten = _copy_to_change(gm, chosen)
     freeze(rewritten)
     float_gm = copy_sharing_tensors(gm, frozen=True)
     models = (float_gm, rewritten)
@@ -144,9 +150,27 @@ def quantize_sequentially(
     run = _Run(float_gm, rewritten, bits, fitter, watcher or InputWatcher(gm, ()), held, processes)
     with closing(held), graph_left_alone(float_gm), attributes_left_alone(rewritten):
         run.over(calls, held_out, noisy)
+    run.freed.give_back()
+    own_memory(rewritten, apart_from=gm)
     share_tables(rewritten)
     rewritten.recompile()
     return rewritten
+
+
+def _copy_to_change(gm: GraphModule, chosen: Collection[nn.Module]) -> GraphModule:
+    """A copy of the graph on which layers are swapped while data runs.
+
+    What no run writes into lies in the memory of `gm` until all layers are made: meanwhile most of
+    what a run holds is needed, and an embedding can be larger than all of that.
+    """
+    kept = {id(p) for module in chosen for p in module.parameters(recurse=False)}
+    written = set(map(id, written_tensors(gm)))
+
+    def is_own(tensor: Tensor) -> bool:
+        can_wait = type(tensor) is nn.Parameter and tensor.layout is torch.strided
+        return id(tensor) not in kept and (id(tensor) in written or not can_wait)
+
+    return copy_sharing_tensors(gm, is_own=is_own)
 
 
 class _Run:
@@ -169,6 +193,7 @@ class _Run:
         self.parts: list[range] = []
         self.later: dict[str, list[LayerMoments]] = {}
         self.turns: list[Turn] = []
+        self.freed = FreedMemory()
 
     def over(
         self, calls: Sequence[Call], held_out: Sequence[Call], noisy: Sequence[Call] | None
@@ -311,6 +336,7 @@ class _Run:
                 batch.run_ahead(ahead)
                 if is_whole and is_last:
                     batch.forget()
+            self.freed.give_back()
 
     def _narrowest_after(self, turn: Turn) -> int:
         """To where the float graph goes when a turn is over: it waits for no layer."""
