@@ -215,7 +215,9 @@ def make_layers(
     if config.method != "auto" or not held_out or not selected(calibrated.decisions):
         return made
     rounded = _with_activations(_round(calibrated, config, ROUNDED), calibrated, config)
-    fitted_db, rounded_db = (output_sqnr(gm, m.gm, held_out).db for m in (made, rounded))
+    fitted_db, rounded_db = (
+        output_sqnr(gm, m.gm, held_out, processes=calibrated.processes).db for m in (made, rounded)
+    )
     if rounded_db > fitted_db:
         why = f"better than gptq: {fitted_db:.2f} dB on held-out data"
         return replace(rounded, method=f"rtn ({why})")
@@ -296,5 +298,7 @@ def _measured(
     )
     if info.selected_layers:
         observers = calibrated.watcher.observers
-        add_figures(info, gm, made.gm, fitted, held_out, observers, original, result)
+        add_figures(
+            info, gm, made.gm, fitted, held_out, observers, original, result, calibrated.processes
+        )
     return result, info

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 from torch.fx import GraphModule
 
+from fxquant.distributed.processes import ALONE, Processes
 from fxquant.graph.calls import Call
 from fxquant.graph.layers import sites
 from fxquant.measure.paired_run import LayerErrors, PairedRun, output_sqnr, run_paired
@@ -26,6 +27,7 @@ def measure_rows(
     observers: Mapping[str, Observer] | None = None,
     *,
     compares_nodes: bool = True,
+    processes: Processes = ALONE,
 ) -> tuple[list[SensitivityRow], PairedRun]:
     """The cost of each quantized layer, by one paired pass over `calls`.
 
@@ -36,11 +38,14 @@ def measure_rows(
         calls: batches; without any, only weights are compared.
         observers: the calibrated observer of each layer's input.
         compares_nodes: whether the run compares nodes that call no quantized layer, too.
+        processes: that share the batches, unless nodes are compared.
 
     Returns:
         One row for each quantized layer, and the paired run with the output's errors.
     """
-    run = run_paired(float_gm, quantized_gm, calls, compares_nodes=compares_nodes)
+    run = run_paired(
+        float_gm, quantized_gm, calls, compares_nodes=compares_nodes, processes=processes
+    )
     layers = {s.name: s.module for s in sites(float_gm) if form_of(s.module)}
     quantized = {
         s.name: s.module for s in sites(quantized_gm) if isinstance(s.module, QuantizedLayer)
@@ -62,6 +67,7 @@ def add_figures(
     observers: Mapping[str, Observer],
     original: GraphModule,
     result: GraphModule,
+    processes: Processes = ALONE,
 ) -> None:
     """Write what the layers and the output cost into a record that has its decisions.
 
@@ -75,17 +81,20 @@ def add_figures(
         original: the graph before norms were folded into it. They are rounded to the dtype of
             parameters there, so that the output is compared with this one.
         result: the graph that the caller gets: the rewritten form, or that fused.
+        processes: that share the batches; the figures do not depend on how many there are.
     """
     calls = held_out or fitted
     info.rows, run = measure_rows(
-        float_gm, quantized_gm, info.decisions, calls, observers, compares_nodes=False
-    )
+        float_gm, quantized_gm, info.decisions, calls, observers,
+        compares_nodes=False, processes=processes,
+    )  # fmt: skip
     is_same = original is float_gm and result is quantized_gm
-    output = run.output if is_same else output_sqnr(original, result, calls)
+    output = run.output if is_same else output_sqnr(original, result, calls, processes=processes)
     info.sqnr_db = info.fitted_sqnr_db = output.db_or_none
     if held_out:
         as_many = leading_rows(fitted, info.heldout_samples)
-        info.fitted_sqnr_db = output_sqnr(original, result, as_many).db_or_none
+        meter = output_sqnr(original, result, as_many, processes=processes)
+        info.fitted_sqnr_db = meter.db_or_none
 
 
 def _row(

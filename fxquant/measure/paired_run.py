@@ -7,15 +7,18 @@ model, the error at its output splits into two parts:
         cumulative          introduced             arrived
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxquant.distributed.parts import parts_of
+from fxquant.distributed.processes import ALONE, Processes
 from fxquant.graph.calls import Call
 from fxquant.graph.layers import Site, layer_arguments, sites, unbatched
 from fxquant.graph.left_alone import graph_left_alone
@@ -30,6 +33,9 @@ from fxquant.numerics.metrics import SqnrMeter
 from fxquant.passes.calibrate import naming_batch, run_call
 from fxquant.report.progress import steps
 
+C = TypeVar("C")
+T = TypeVar("T")
+
 
 @dataclass
 class LayerErrors:
@@ -39,14 +45,33 @@ class LayerErrors:
     arrived: SqnrMeter = field(default_factory=SqnrMeter)
     cumulative: SqnrMeter = field(default_factory=SqnrMeter)
 
+    def merge(self, other: "LayerErrors") -> None:
+        """Add the errors on other batches."""
+        self.introduced.merge(other.introduced)
+        self.arrived.merge(other.arrived)
+        self.cumulative.merge(other.cumulative)
+
 
 @dataclass(frozen=True)
 class PairedRun:
     """Errors by layer name, of nodes of the outermost graph, and of the model's output."""
 
     layers: dict[str, LayerErrors]
-    nodes: dict[Node, SqnrMeter]
-    output: SqnrMeter
+    nodes: dict[Node, SqnrMeter] = field(default_factory=dict)
+    output: SqnrMeter = field(default_factory=SqnrMeter)
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> "PairedRun":
+        """A run without batches of layers of these names."""
+        return cls({name: LayerErrors() for name in names})
+
+    def merge(self, other: "PairedRun") -> None:
+        """Add the errors on other batches."""
+        for name, errors in other.layers.items():
+            self.layers[name].merge(errors)
+        for node, meter in other.nodes.items():
+            self.nodes.setdefault(node, SqnrMeter()).merge(meter)
+        self.output.merge(other.output)
 
 
 @torch.no_grad()
@@ -57,6 +82,7 @@ def run_paired(
     select: Callable[[Any], Tensor] = main_output,
     *,
     compares_nodes: bool = True,
+    processes: Processes = ALONE,
 ) -> PairedRun:
     """Compare two graphs of the same model, node by node.
 
@@ -66,6 +92,7 @@ def run_paired(
         calls: the batches; large ones run in parts.
         select: picks the tensor of the model's output that is compared.
         compares_nodes: whether nodes that call no quantized layer are compared, too.
+        processes: that share the batches, unless nodes are compared; all get the result.
 
     Returns:
         Signal and noise of every quantized layer that ran, of every node of `quantized_gm` with a
@@ -73,23 +100,41 @@ def run_paired(
         pass, and every quantized layer once more in float.
     """
     pairs = _layer_pairs(float_gm, quantized_gm)
-    run = PairedRun({name: LayerErrors() for name, _, _ in pairs}, {}, SqnrMeter())
-    compared = _Compared(run, quantized_gm) if compares_nodes else None
-    for call in row_parts(float_gm, steps(calls, "measuring")):
-        results: dict[str, list[Tensor]] = {name: [] for name, _, _ in pairs}
-        hooks: list[tuple[nn.Module, Any]] = []
-        for name, layer, quantized in pairs:
-            hooks.append((layer, _record(results[name])))
-            hooks.append((quantized, _compare(layer, results[name], run.layers[name])))
-        with (
-            naming_batch(float_gm, lambda call=call: call),  # type: ignore[misc]
-            _hooks(hooks),
-            graph_left_alone(float_gm),
-            graph_left_alone(quantized_gm),
-        ):
-            clean, noisy = Stepper(float_gm, call), Stepper(quantized_gm, call)
-            run.output.add(*map(select, _run_side_by_side(clean, noisy, compared)))
-    return run
+    names = [name for name, _, _ in pairs]
+
+    def over(part: Sequence[Call]) -> PairedRun:
+        run = PairedRun.of(names)
+        compared = _Compared(run, quantized_gm) if compares_nodes else None
+        for call in part:
+            results: dict[str, list[Tensor]] = {name: [] for name in names}
+            hooks: list[tuple[nn.Module, Any]] = []
+            for name, layer, quantized in pairs:
+                hooks.append((layer, _record(results[name])))
+                hooks.append((quantized, _compare(layer, results[name], run.layers[name])))
+            with (
+                naming_batch(float_gm, lambda call=call: call),  # type: ignore[misc]
+                _hooks(hooks),
+                graph_left_alone(float_gm),
+                graph_left_alone(quantized_gm),
+            ):
+                clean, noisy = Stepper(float_gm, call), Stepper(quantized_gm, call)
+                run.output.add(*map(select, _run_side_by_side(clean, noisy, compared)))
+        return run
+
+    total = PairedRun.of(names)
+    for run in _shared(row_parts(float_gm, calls), over, ALONE if compares_nodes else processes):
+        total.merge(run)
+    return total
+
+
+def _shared(
+    items: Iterable[C], over: Callable[[Sequence[C]], T], processes: Processes
+) -> Iterable[T]:
+    """What `over` says of parts of the batches, in their order; each part is one process's."""
+    batches = list(items)
+    parts = [batches[part.start : part.stop] for part in parts_of(len(batches))]
+    tasks = [partial(over, part) for part in parts]
+    return steps(processes.in_order(tasks), "measuring", total=len(tasks))
 
 
 def _lone_sites(gm: GraphModule, run: PairedRun) -> list[Site]:
@@ -198,15 +243,30 @@ def output_sqnr(
     quantized_gm: GraphModule,
     calls: Iterable[Call],
     select: Callable[[Any], Tensor] = main_output,
+    processes: Processes = ALONE,
 ) -> SqnrMeter:
     """The error of the model's output alone, under the same random state on both sides.
 
     Large batches run in parts.
+
+    Args:
+        float_gm: the traced model.
+        quantized_gm: its quantized form.
+        calls: the batches.
+        select: picks the tensor of the model's output that is compared.
+        processes: that share the batches; all get the result.
     """
-    meter = SqnrMeter()
-    for expected, found in _outputs(float_gm, quantized_gm, calls, select):
-        meter.add(expected, found)
-    return meter
+
+    def over(part: Sequence[tuple[int, Call]]) -> SqnrMeter:
+        meter = SqnrMeter()
+        for index, call in part:
+            meter.add(*_pair(float_gm, quantized_gm, call, index, select))
+        return meter
+
+    total = SqnrMeter()
+    for meter in _shared(enumerate(row_parts(float_gm, calls)), over, processes):
+        total.merge(meter)
+    return total
 
 
 def output_error(
@@ -218,17 +278,17 @@ def output_error(
 ) -> float:
     """The same in a metric of `OutputError`: smaller is better."""
     meter = OutputError(metric)
-    for expected, found in _outputs(float_gm, quantized_gm, calls, select):
-        meter.add(expected, found)
+    for index, call in enumerate(row_parts(float_gm, calls)):
+        meter.add(*_pair(float_gm, quantized_gm, call, index, select))
     return meter.value
 
 
-def _outputs(
+def _pair(
     float_gm: GraphModule,
     quantized_gm: GraphModule,
-    calls: Iterable[Call],
+    call: Call,
+    index: int,
     select: Callable[[Any], Tensor],
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for index, call in enumerate(row_parts(float_gm, calls)):
-        expected = select(run_call(float_gm, call, index))
-        yield expected, select(run_call(quantized_gm, call, index))
+) -> tuple[Tensor, Tensor]:
+    expected = select(run_call(float_gm, call, index))
+    return expected, select(run_call(quantized_gm, call, index))

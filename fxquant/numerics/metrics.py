@@ -33,6 +33,21 @@ class SqnrMeter:
         self._signal += squared_sum(reference)
         self._noise += squared_sum(approximation - reference)
 
+    def merge(self, other: "SqnrMeter") -> None:
+        """Add what another meter has seen."""
+        self._signal += other._signal
+        self._noise += other._noise
+        self._count += other._count
+        self.has_other_shapes |= other.has_other_shapes
+
+    def __getstate__(self) -> tuple[float, float, int, bool]:
+        """Plain numbers, which are small in a pickle."""
+        return self._signal.item(), self._noise.item(), self._count, self.has_other_shapes
+
+    def __setstate__(self, state: tuple[float, float, int, bool]) -> None:
+        signal, noise, self._count, self.has_other_shapes = state
+        self._signal, self._noise = torch.tensor([signal, noise], dtype=torch.float64)
+
     @property
     def noise(self) -> float:
         """The noise power so far."""

@@ -49,7 +49,7 @@ def test_two_processes_have_the_bits_of_one(shared, name):
         assert found["state"].keys() == alone["state"].keys()
         for key, tensor in alone["state"].items():
             assert torch.equal(found["state"][key], tensor), key
-        assert (found["said"], found["db"]) == (alone["said"], alone["db"])
+        assert (found["said"], found["figures"]) == (alone["said"], alone["figures"])
 
 
 def test_layers_that_are_measured_by_two_processes_have_the_errors_of_one(shared):

@@ -51,7 +51,8 @@ def seeded(make):
 def state_of(result):
     """What must be the same to the bit, and what is said of it."""
     qmodel, info = result
-    return {"state": dict(qmodel.state_dict()), "said": str(info.decisions), "db": info.sqnr_db}
+    figures = info.sqnr_db, info.fitted_sqnr_db, str(info.rows)
+    return {"state": dict(qmodel.state_dict()), "said": str(info.decisions), "figures": figures}
 
 
 def tokens():
