@@ -17,19 +17,23 @@ RESIDENT = Path("/proc/self/statm")  # pages, of which the second number are in 
 
 
 class FreedMemory:
-    """Gives back what was freed, as soon as the process has grown by `MOST_GROWN` bytes.
+    """Gives back what was freed, when the process has grown by `MOST_GROWN` bytes.
 
     Pages that are given back must be cleared by the system before they serve again, which costs
     more than asking: so they are kept as long as they are few.
+
+    Args:
+        bound: bytes of values that wait in memory; the process may grow by a quarter of it at most.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bound: int | None = None) -> None:
+        self._most = MOST_GROWN if bound is None else min(MOST_GROWN, bound // 4)
         self._least = resident_bytes() or 0
 
     def give_back(self) -> None:
         """Look at how large the process is, and give back what it does not use if that is much."""
         self._least = min(self._least, resident_bytes() or 0)
-        if (resident_bytes() or 0) > self._least + MOST_GROWN:
+        if (resident_bytes() or 0) > self._least + self._most:
             give_back_freed()
             self._least = resident_bytes() or 0
 

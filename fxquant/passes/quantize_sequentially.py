@@ -193,7 +193,7 @@ class _Run:
         self.parts: list[range] = []
         self.later: dict[str, list[LayerMoments]] = {}
         self.turns: list[Turn] = []
-        self.freed = FreedMemory()
+        self.freed = FreedMemory(held.most_bytes)
 
     def over(
         self, calls: Sequence[Call], held_out: Sequence[Call], noisy: Sequence[Call] | None

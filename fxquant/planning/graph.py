@@ -57,7 +57,8 @@ def forecast_graph(
         tracing_seconds: how long tracing took.
     """
     layers, modules = layers_of(gm, decisions, config)
-    made = sum(layer.saved_bytes for layer in layers.values()) + float_bytes(gm, modules)
+    kept_float = float_bytes(gm, modules)
+    made = sum(layer.saved_bytes for layer in layers.values()) + kept_float
     run = None if example is None else rehearse(gm, example, modules)
     tracing = 0 if run is None else tracing_bytes(run)
     is_fitted, batches = recipe.rounding == "gptq", None
@@ -83,7 +84,8 @@ def forecast_graph(
     if is_fitted:
         bound = None if most_bytes is None else int(most_bytes * WAITING_SHARE)
         waiting = waiting_between(batches, bound)
-        peaks.append(waiting.held + fitting_bytes(layers, batches))
+        # What stays float is copied when all layers have been fitted.
+        peaks.append(waiting.held + fitting_bytes(layers, batches) - kept_float)
         steps += fitting_steps(layers, batches, speed)
     else:
         flops = sum(batch.flops for batch in batches.fitted)

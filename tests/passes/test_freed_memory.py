@@ -43,6 +43,10 @@ def test_nothing_is_given_back_before_the_process_has_grown(monkeypatch):
         now[0] = size
         freed.give_back()
     assert asked == [151]  # 61 more than the least
+    bounded = FreedMemory(120)
+    now[0] += 31
+    bounded.give_back()
+    assert asked == [151, now[0]]
 
 
 def test_a_system_that_does_not_tell_is_left_alone(monkeypatch, tmp_path):
