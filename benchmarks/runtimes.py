@@ -5,8 +5,9 @@
 all-MiniLM-L6-v2 (the extra `minilm`), quantized by fxquant with integer zero points, which every
 format holds, and calibrated on 384 sentences of one book; one row is rounded without data. What
 fxquant exported to ONNX is run by ONNX Runtime and by OpenVINO; beside it stand INT4 files that
-ONNX Runtime's quantizer and NNCF made of the same float model, which need no data. Every library
-takes part if it is installed.
+ONNX Runtime's quantizer and NNCF made of the same float model, which need no data, and NNCF's W8A8,
+calibrated on the same sentences; ours with 8 bits needs none. Every library takes part if it is
+installed.
 
 `to float` is the SQNR of the mean-pooled embedding against the float model on 256 sentences that
 calibration did not see, `to ours` that against our graph in float32. Candidates take turns, medians
@@ -34,6 +35,7 @@ from minilm import batches, embeddings, model_folder, sentences
 
 GROUP = 128
 KEEP = ["pooler"]
+ACTIVATIONS = ("float32", "int8", "fastest")  # in OpenVINO
 MEGABYTE = 10**6
 Batch = dict[str, Tensor]
 Run = Callable[[Batch], Tensor]  # gives token embeddings [sentences, length, 384]
@@ -82,16 +84,18 @@ def in_onnx_runtime(path: Path) -> Run:
     return run
 
 
-def in_openvino(model: Any, *, exact: bool = True) -> Run:
+def in_openvino(model: Any, activations: str = "float32") -> Run:
     """An ONNX file, or a model of its own, in OpenVINO.
 
     Args:
         model: what it compiles.
-        exact: keep activations in float32, rather than rounding them to 8 bits on the fly.
+        activations: "float32"; "int8", which rounds them on the fly; or "fastest", what OpenVINO
+            chooses by itself, bfloat16 where the CPU has products of it.
     """
     config: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    config["INFERENCE_PRECISION_HINT"] = "f32"
-    config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0 if exact else GROUP
+    if activations != "fastest":
+        config["INFERENCE_PRECISION_HINT"] = "f32"
+        config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0 if activations == "float32" else GROUP
     request = openvino.Core().compile_model(model, "CPU", config).create_infer_request()
     names = {name for value in request.model_inputs for name in value.names}
 
@@ -118,7 +122,11 @@ def float_onnx(model: torch.nn.Module, example: Batch, path: Path) -> None:
 
 
 def ours(
-    graph: torch.fx.GraphModule, without_data: torch.fx.GraphModule, example: Batch, folder: Path
+    graph: torch.fx.GraphModule,
+    without_data: torch.fx.GraphModule,
+    eight: torch.fx.GraphModule,
+    example: Batch,
+    folder: Path,
 ) -> Iterator[tuple[str, Run, float]]:
     """The graphs of fxquant and the files that it exports: a name, how to run it, megabytes."""
     saved = folder / "ours.safetensors"
@@ -131,6 +139,12 @@ def ours(
         if isinstance(layer, fxquant.QuantizedLinearInt4):
             layer.activation = "int8"
     yield "fxquant W4A8", in_torch(dynamic), size_of(saved)
+    for name, plain in (("W4A16", graph), ("W4A8", dynamic)):
+        fast = fxquant.fuse(plain).bfloat16()
+        yield f"fxquant {name}, fused, bfloat16", in_torch(fast), size_of(saved)
+    fxquant.save_model(eight, saved)
+    fast = fxquant.fuse(eight).bfloat16()
+    yield "fxquant W8A8, fused, bfloat16", in_torch(fast), size_of(saved)
     if onnxruntime is None:
         return
     for level in (0, 4):
@@ -141,15 +155,18 @@ def ours(
         yield name, in_onnx_runtime(path), size_of(path)
     if openvino is not None:
         path = folder / "ours-0.onnx"
-        for exact in (True, False):
-            name = f"fxquant's ONNX in OpenVINO{'' if exact else ', int8 activations'}"
-            yield name, in_openvino(str(path), exact=exact), size_of(path)
+        for activations in ACTIVATIONS:
+            name = f"fxquant's ONNX in OpenVINO, {activations}"
+            yield name, in_openvino(str(path), activations), size_of(path)
 
 
 def theirs(
-    model: torch.nn.Module, example: Batch, folder: Path
+    model: torch.nn.Module, calibration: list[Batch], folder: Path
 ) -> Iterator[tuple[str, Run, float]]:
-    """The runtimes' own INT4 of the float model: a name, how to run it, megabytes."""
+    """The runtimes' own INT4 and INT8 of the float model: a name, how to run it, megabytes."""
+    example = calibration[0]
+    half = copy.deepcopy(model).bfloat16()
+    yield "bfloat16 in torch", in_torch(half), sum(p.nbytes for p in half.parameters()) / MEGABYTE
     if onnxruntime is None:
         return
     made_by = importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer")
@@ -167,16 +184,26 @@ def theirs(
         yield name, in_onnx_runtime(small), size_of(small)
     if openvino is None or nncf is None:
         return
-    yield "float32 in OpenVINO", in_openvino(str(path)), size_of(path.parent)
+    yield "float in OpenVINO, float32", in_openvino(str(path)), size_of(path.parent)
+    yield "float in OpenVINO, fastest", in_openvino(str(path), "fastest"), size_of(path.parent)
     mode = nncf.CompressWeightsMode.INT4_ASYM
     read = openvino.Core().read_model(str(path))
     compressed = nncf.compress_weights(read, mode=mode, ratio=1.0, group_size=GROUP)
     file = folder / "nncf.xml"
     openvino.save_model(compressed, file, compress_to_fp16=False)
     size = size_of(file) + size_of(file.with_suffix(".bin"))
-    for exact in (True, False):
-        name = f"NNCF's INT4 in OpenVINO{'' if exact else ', int8 activations'}"
-        yield name, in_openvino(compressed, exact=exact), size
+    for activations in ACTIVATIONS:
+        name = f"NNCF's INT4 in OpenVINO, {activations}"
+        yield name, in_openvino(compressed, activations), size
+    given = [{name: batch[name].numpy() for name in batch} for batch in calibration]
+    read = openvino.Core().read_model(str(path))
+    eight = nncf.quantize(
+        read, nncf.Dataset(given), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(given)
+    )
+    file = folder / "nncf-8.xml"
+    openvino.save_model(eight, file, compress_to_fp16=False)
+    size = size_of(file) + size_of(file.with_suffix(".bin"))
+    yield "NNCF's W8A8 in OpenVINO, fastest", in_openvino(eight, "fastest"), size
 
 
 def main() -> None:
@@ -192,16 +219,19 @@ def main() -> None:
     heldout = batches(sentences("heldout", 256), folder)
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
         example = calibration[0]
-        options = {
-            "symmetric": False, "modules_to_not_convert": KEEP, "target": "onnx",
-            "accuracy_warning": "ignore",
+        plain = {
+            "symmetric": False, "modules_to_not_convert": KEEP, "accuracy_warning": "ignore",
         }  # fmt: skip
+        options = {**plain, "target": "onnx"}
         graph, _ = fxquant.static_quantize(model, calibration, method=arguments.method, **options)
         without_data, _ = fxquant.quantize(model, example_inputs=example, **options)
+        eight, _ = fxquant.quantize(
+            model, example_inputs=example, bits=8, activation_bits=8, **plain
+        )
         size = sum(p.nbytes for p in model.parameters()) / MEGABYTE
         candidates: list[tuple[str, Run, float]] = [("float32 in torch", in_torch(model), size)]
-        candidates += ours(graph, without_data, example, Path(temporary))
-        candidates += theirs(model, example, Path(temporary))
+        candidates += ours(graph, without_data, eight, example, Path(temporary))
+        candidates += theirs(model, calibration, Path(temporary))
         expected, own = embeddings(model, heldout), embeddings(graph, heldout)
         one = {name: tensor[:1] for name, tensor in heldout[0].items()}
         runs: dict[str, Callable[[], Any]] = {}

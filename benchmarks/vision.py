@@ -12,11 +12,12 @@ layer with fewer inputs gets 8 bits.
 
 `time` is that of two pictures at once over that of the float model in torch; candidates take turns,
 medians count: of the processor's time on one thread, of the clock's on several. Where OpenVINO and
-NNCF are installed, their float model and their 8-bit one (weights and static activations,
-calibrated on the same pictures) stand in the same table.
+NNCF are installed, their float model (in float32, and in what OpenVINO chooses) and their 8-bit one
+(weights and static activations, calibrated on the same pictures) stand in the same table.
 """
 
 import argparse
+import copy
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ MODELS = {
     "resnet18": "resnet18",
     "mobilenetv3": "mobilenetv3_small_100",
     "convnext": "convnext_tiny",
+    "vit": "vit_small_patch16_224",
 }
 Run = Callable[[Tensor], Tensor]
 BATCHES, BATCH, TIMED = 6, 8, 2
@@ -51,6 +53,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "4 bits, gptq": {"bits": 4, "method": "gptq"},
 }  # fmt: skip
 
+FAST = ("8 bits", "8 bits, dynamic activations")  # also timed fused and in bfloat16
+
 
 def pictures(count: int, size: int, seed: int) -> list[Tensor]:
     """Batches of pictures [batch, 3, size, size]."""
@@ -64,7 +68,8 @@ def pictures(count: int, size: int, seed: int) -> list[Tensor]:
 def made(name: str, data: list[Tensor]) -> nn.Module:
     """A model in evaluation mode whose norms have the statistics of the data."""
     torch.manual_seed(0)
-    model: nn.Module = timm.create_model(MODELS[name], pretrained=False, drop_rate=0.0)
+    sizes = {"img_size": data[0].shape[-1]} if name == "vit" else {}
+    model: nn.Module = timm.create_model(MODELS[name], pretrained=False, drop_rate=0.0, **sizes)
     for part in model.modules():
         if isinstance(part, _BatchNorm):
             part.momentum = 1.0
@@ -87,18 +92,27 @@ def quantized(model: nn.Module, data: list[Tensor], method: str) -> torch.fx.Gra
     )[0]
 
 
+def in_bfloat16(model: nn.Module) -> Run:
+    """A copy of a module in bfloat16."""
+    half = copy.deepcopy(model).bfloat16()
+    return lambda x: half(x.bfloat16()).float()
+
+
 def theirs(model: nn.Module, data: list[Tensor]) -> Iterator[tuple[str, Run]]:
     """What OpenVINO runs, if it is installed."""
     try:
         openvino, nncf = map(importlib.import_module, ("openvino", "nncf"))
     except ImportError:
         return
-    config = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    exactly = {**threads, "INFERENCE_PRECISION_HINT": "f32"}
     exact = openvino.convert_model(model, example_input=data[0])
     pictures_of_data = nncf.Dataset(data, lambda batch: batch.numpy())
-    for name, made in (
-        ("OpenVINO, float32", exact),
-        ("OpenVINO, 8 bits, static (NNCF)", nncf.quantize(exact, pictures_of_data)),
+    eight = nncf.quantize(exact, pictures_of_data)
+    for name, made, config in (
+        ("OpenVINO, float32", exact, exactly),
+        ("OpenVINO, its own choice", exact, threads),
+        ("OpenVINO, 8 bits, static (NNCF)", eight, threads),
     ):
         request = openvino.Core().compile_model(made, "CPU", config).create_infer_request()
         yield name, lambda x, run=request.infer: torch.from_numpy(run([x.numpy()])[0].copy())
@@ -119,8 +133,13 @@ def main() -> None:
     table: list[dict[str, Any]] = []
     for name in arguments.model:
         model = made(name, data)
-        candidates: dict[str, Run] = {"float32": model}
-        candidates |= {method: quantized(model, data, method) for method in arguments.method}
+        candidates: dict[str, Run] = {"float32": model, "bfloat16": in_bfloat16(model)}
+        graphs = {method: quantized(model, data, method) for method in arguments.method}
+        candidates |= graphs
+        for method in FAST:
+            if method in graphs:
+                fast = in_bfloat16(fxquant.fuse(graphs[method]))
+                candidates[f"{method}, fused, bfloat16"] = fast
         candidates |= dict(theirs(model, data))
         rows: list[dict[str, Any]] = []
         with torch.inference_mode():
