@@ -21,7 +21,7 @@ from fxquant.tracing.capture import describe_error
 from fxquant.tracing.other_values import other_values
 from fxquant.tracing.products import ProductSpy
 from fxquant.tracing.results import difference, kept
-from fxquant.tracing.variations import COMPARED_ROWS, LONG, SHORT, Axis, free_axes
+from fxquant.tracing.variations import COMPARED_ROWS, LONG, SHORT, Axis, free_axes, is_large
 
 SEED = 20_000
 
@@ -109,6 +109,7 @@ class Oracle:
         self.spy = ProductSpy(model)
         self.answers: list[Answer] = []
         self.called: set[nn.Module] = set()
+        self._tried: dict[tuple[torch.Size, ...], tuple[Call, tuple[Any, ...] | None]] = {}
         with process_left_alone():
             self.example = self._smallest(example)
             self.axes = free_axes(self.example, self._accepts)
@@ -189,10 +190,12 @@ class Oracle:
             if axis.is_long:
                 shorter = axis.resized(short, SHORT)
                 short = shorter if self._accepts(shorter) else short
+        if is_large(self.example) and self.axes and self.axes[0].is_batch:
+            one = self.axes[0].resized(short, 1)
+            short = one if self._accepts(one) else short
         for axis in self.axes:
-            for size in axis.sizes():
-                call = axis.resized(short, size)
-                results = self._run(call)
+            for size in axis.sizes(is_large=is_large(self.example)):
+                call, results = self._tried_before(axis.resized(short, size))
                 if results is not None:
                     label = describe_axis(axis, size)
                     longer = axis.resized(self.example, size) if short is not self.example else None
@@ -200,14 +203,20 @@ class Oracle:
         if len(self.axes) > 1:  # two at once: one row of another length
             batch, other = self.axes[0], self.axes[1]
             size = max(1, min(other.size, LONG) // 2)
-            call = other.resized(batch.resized(short, 1), size)
-            results = self._run(call)
+            call, results = self._tried_before(other.resized(batch.resized(short, 1), size))
             if results is not None:
                 label = f"one row and {describe_axis(other, size)}"
                 self.answers.append(Answer((call,), label, results, other))
 
     def _accepts(self, call: Call) -> bool:
-        return self._run(call) is not None
+        return self._tried_before(call)[1] is not None
+
+    def _tried_before(self, call: Call) -> tuple[Call, tuple[Any, ...] | None]:
+        """A call of the same sizes that was made, or this one, and what the model returned."""
+        sizes = tuple(tensor.shape for tensor in call.tensors())
+        if sizes not in self._tried:
+            self._tried[sizes] = (call, self._run(call))
+        return self._tried[sizes]
 
     def _run(self, *calls: Call, must_run: bool = False) -> tuple[Any, ...] | None:
         try:

@@ -20,6 +20,7 @@ LENGTH_DIMS = 3  # of a tensor with more, the second dimension is no length
 LONG = 32  # beyond it, comparing at sizes around it costs more than it tells
 SHORT = 24
 COMPARED_ROWS = 3  # of a batch that are enough to compare
+LARGE = 1_000_000  # elements of a call of which a run costs too much to make it many times
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,20 @@ class Axis:
 
         return call.map(resize)
 
-    def sizes(self) -> list[int]:
-        """Other sizes to try: the model may treat 1, less and more in another way."""
+    def sizes(self, *, is_large: bool = False) -> list[int]:
+        """Other sizes to try: the model may treat 1, less and more in another way.
+
+        Args:
+            is_large: whether the example is large: then no larger ones are tried.
+        """
         n = self.size
         if n > LONG:  # the example itself was long
             wanted: tuple[int, ...] = (1, 7, SHORT)
         else:
             wanted = (1, 2, 3) if self.is_batch else (1, n // 2, n - 1, n + 1, 2 * n + 1)
-        return [s for s in dict.fromkeys(wanted) if s > 0 and s != n]
+        others = [s for s in dict.fromkeys(wanted) if s > 0 and s != n]
+        smaller = [s for s in others if s < n]
+        return smaller if is_large and smaller else others
 
 
 def candidate_axes(call: Call) -> Iterator[list[Axis]]:
@@ -114,8 +121,9 @@ def free_axes(call: Call, accepts: Callable[[Call], bool]) -> list[Axis]:
     short = _shortened(call, [alternatives[0] for alternatives in candidates], accepts)
     for alternatives in candidates:
         for axis in alternatives:
-            example = call if axis.size > LONG else short
-            if any(accepts(axis.resized(example, size)) for size in _trials(axis)):
+            example = call if axis.is_long else short
+            trials = _trials(axis, is_large=is_large(call))
+            if any(accepts(axis.resized(example, size)) for size in trials):
                 found.append(axis)
                 break
         if len(found) == MOST_AXES:
@@ -124,17 +132,26 @@ def free_axes(call: Call, accepts: Callable[[Call], bool]) -> list[Axis]:
 
 
 def _shortened(call: Call, axes: list[Axis], accepts: Callable[[Call], bool]) -> Call:
-    """The call with all its lengths cut, where the model takes that."""
+    """The call with all its lengths cut, a large one to one row, where the model takes that."""
     short = call
     for axis in axes:
         if axis.is_long:
             short = axis.resized(short, SHORT)
+        elif axis.is_batch and is_large(call):
+            short = axis.resized(short, 1)
     return short if short is not call and accepts(short) else call
 
 
-def _trials(axis: Axis) -> list[int]:
+def is_large(call: Call) -> bool:
+    """Whether a run of a model on the call, such as a film, may take seconds."""
+    return sum(tensor.numel() for tensor in call.tensors()) > LARGE
+
+
+def _trials(axis: Axis, *, is_large: bool) -> list[int]:
     """Sizes of which a model that takes others than the example's takes one."""
     near = axis.size - 1 if axis.size > 2 else axis.size + 1
+    if axis.is_batch and is_large and axis.size > 1:
+        return [1]
     if axis.is_batch:
         return [size for size in (near, 2 * axis.size) if size != axis.size]
     return [SHORT, near] if axis.is_long else [near]

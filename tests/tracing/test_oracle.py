@@ -42,3 +42,26 @@ def test_a_model_that_takes_long_inputs_only_is_asked_at_these(least):
     assert [axis.size for axis in oracle.axes] == [3, 256][: 1 + takes_255]
     assert {(1, 256), (2, 256)} <= set(sizes)
     assert ((3, 255) in sizes) is takes_255
+
+
+def test_a_large_example_runs_with_few_rows_and_each_size_once():
+    sizes: list[tuple[int, ...]] = []
+
+    class Film(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            sizes.append(tuple(x.shape))
+            return self.fc(x).mean(2)
+
+    oracle = Oracle(Film(), Call((torch.randn(3, 5, 20_000, 4),)))
+    whole = [size for size in sizes if size == (3, 5, 20_000, 4)]
+    assert len(whole) == 2  # the example, and other values right after it
+    others = [size for size in sizes if size not in whole]
+    assert len(set(others)) == len(others)
+    assert [size for size in others if size[0] > 1] == [(2, 5, 20_000, 4)]
+    assert not [size for size in others if size[1] > 5 or size[2] > 20_000]
+    assert [axis.size for axis in oracle.axes] == [3, 5, 20_000]
+    assert {answer.call.tensors()[0].shape[1] for answer in oracle.answers} == {1, 2, 4, 5}
