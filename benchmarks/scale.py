@@ -96,13 +96,14 @@ def run(
     qmodel, info = fxquant.quantize(
         model, batches, method=method, accuracy_warning="ignore", memory=memory
     )
-    state = qmodel.state_dict()
-    digests = [digest_of(name, str(t.dtype), t) for name, t in sorted(state.items())]
-    return qmodel, {
-        "SQNR dB": info.sqnr_db,
-        "layers": len(info.selected_layers),
-        "digest": sha256("".join(digests).encode()).hexdigest()[:12],
-    }
+    return qmodel, {"SQNR dB": info.sqnr_db, "layers": len(info.selected_layers)}
+
+
+def digest(qmodel: nn.Module) -> str:
+    """Of all that a model holds."""
+    state = sorted(qmodel.state_dict().items())
+    digests = [digest_of(name, str(t.dtype), t) for name, t in state]
+    return sha256("".join(digests).encode()).hexdigest()[:12]
 
 
 def run_peer(
@@ -182,6 +183,7 @@ def measure(
     row = {"what": method, "memory beside the model, MB": memory, "CPU s": seconds, "wall s": wall}
     if qmodel is not None:  # after the run, in whose figures it must not show
         row["unseen SQNR, dB"] = unseen_sqnr(sizes, qmodel, data)
+        row["digest"] = digest(qmodel)
     if plan is not None:  # as well
         forecast = plan().forecast
         row |= {

@@ -21,6 +21,7 @@ Each leaves a legal graph and never changes its input.
 | `quantize_sequentially.py` | layers quantized in the order in which they run |
 | `turns.py`, `paired_batches.py` | which layers together, and batches from turn to turn |
 | `held_values.py` | what waits between turns: in memory up to a bound, else in a file |
+| `float_products.py` | quantized layers that multiply in float32 meanwhile |
 | `freed_memory.py` | memory that was freed, given back to the system |
 | `collect_moments.py`, `opaque_layers.py` | the moments of layers at a turn |
 | `rewrite.py` | quantized layers in the place of float ones, and back |

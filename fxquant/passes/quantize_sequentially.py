@@ -57,6 +57,7 @@ from fxquant.passes.block_moments import (
 from fxquant.passes.calibrate import run_call
 from fxquant.passes.collect_moments import collect, empty_moments_of
 from fxquant.passes.decide import Decision
+from fxquant.passes.float_products import multiply_as_made, multiply_in_float
 from fxquant.passes.freed_memory import FreedMemory
 from fxquant.passes.held_values import HeldValues
 from fxquant.passes.layer_maker import Blocks, naming
@@ -150,6 +151,7 @@ def quantize_sequentially(
     run = _Run(float_gm, rewritten, bits, fitter, watcher or InputWatcher(gm, ()), held, processes)
     with closing(held), graph_left_alone(float_gm), attributes_left_alone(rewritten):
         run.over(calls, held_out, noisy)
+    multiply_as_made(rewritten)
     run.freed.give_back()
     own_memory(rewritten, apart_from=gm)
     share_tables(rewritten)
@@ -382,7 +384,9 @@ class _Run:
                 return self.fitter.fit(site.name, blocks, index, self.bits[site.name], moments)
 
         costs = [blocks.inputs**2 * (blocks.inputs + blocks.rows) for _, blocks, _, _ in work]
-        return self.processes.share(costs, [partial(fit, *own) for own in work])
+        fitted = self.processes.share(costs, [partial(fit, *own) for own in work])
+        self.freed.give_back()
+        return fitted
 
     def _swap(self, site: Site, fitted: Sequence[Any]) -> None:
         with naming(site.name):
@@ -390,6 +394,7 @@ class _Run:
         if site.is_inside:
             keep_bias_absent(site.module, made)
         replace_layer(site.module, made.eval())
+        multiply_in_float(site.module)
 
     def _moments_of_later_calls(self, calls: Sequence[Call]) -> dict[str, list[LayerMoments]]:
         """Of layers that several nodes call: the moments of all inputs but the first, in float."""

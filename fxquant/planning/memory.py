@@ -106,9 +106,17 @@ def measuring_bytes(batches: Batches) -> int:
 
 
 def _measured_at_once(batch: Rehearsal) -> int:
-    rows = max(1, MOST_ELEMENTS * batch.rows // max(batch.largest, 1))
     whole = 2 * (batch.peak + FLOAT * batch.largest)
-    return whole * min(rows, batch.rows) // batch.rows
+    return whole * _rows_at_once(batch) // batch.rows
+
+
+def _rows_at_once(batch: Rehearsal) -> int:
+    return min(max(1, MOST_ELEMENTS * batch.rows // max(batch.largest, 1)), batch.rows)
+
+
+def parts_at_once(batch: Rehearsal) -> int:
+    """In how many parts of its rows a batch is measured."""
+    return -(-batch.rows // _rows_at_once(batch))
 
 
 def tracing_bytes(example: Rehearsal) -> int:

@@ -6,7 +6,9 @@ attention in one kernel), which is little in models whose layers are wide.
 
 from collections.abc import Mapping, Sequence
 
+from fxquant.distributed.parts import parts_of
 from fxquant.planning.forecast import Step
+from fxquant.planning.memory import parts_at_once
 from fxquant.planning.rehearsal import Rehearsal
 from fxquant.planning.speed import Speed
 from fxquant.planning.work import Batches, LayerWork
@@ -18,7 +20,8 @@ HELD_RUNS = 3  # of held-out rows: float, quantized, each layer in float on the 
 def fitting_steps(layers: Mapping[str, LayerWork], batches: Batches, speed: Speed) -> list[Step]:
     """Running the batches up to the last layer, summing moments, and solving."""
     typical = _typical(layers)
-    rate, quantized_rate = speed.flops(typical), speed.quantized_flops(typical)
+    # Meanwhile quantized layers multiply in float32, as moments do.
+    rate, float_rate = speed.flops(typical), speed.moment_flops(typical)
     products = sum(batch.layers_flops for batch in batches.all)
     sums = 0.0
     for index, reading in enumerate(batches.readings):
@@ -28,8 +31,8 @@ def fitting_steps(layers: Mapping[str, LayerWork], batches: Batches, speed: Spee
     solved = [layer for layer in layers.values() if not layer.is_lookup]
     parts = max(1, batches.parts)
     return [
-        Step("running batches", products / rate + products / quantized_rate, parts),
-        Step("summing moments", sums / speed.moment_flops(typical), parts),
+        Step("running batches", products / rate + products / float_rate, parts),
+        Step("summing moments", sums / float_rate, parts),
         Step("fitting layers", sum(map(speed.solving, solved)), max(1, len(solved))),
     ]
 
@@ -79,11 +82,13 @@ def measuring_step(
     """
     typical = _typical(layers)
     rate, quantized_rate = speed.flops(typical), speed.quantized_flops(typical)
-    flops = _flops(batches.held_out or batches.fitted)
+    measured = batches.held_out or batches.fitted
+    flops, parts = _flops(measured), parts_of(sum(map(parts_at_once, measured)))
     fitted = FITTED_ROWS_MEASURED if batches.held_out else 0
     in_float = HELD_RUNS - 1 + fitted / 2 + further_runs
     quantized = 1 + fitted / 2 + further_runs
-    return Step("measuring", flops * (in_float / rate + quantized / quantized_rate))
+    seconds = flops * (in_float / rate + quantized / quantized_rate)
+    return Step("measuring", seconds, max(1, len(parts)))
 
 
 def _flops(batches: Sequence[Rehearsal]) -> int:
