@@ -102,7 +102,7 @@ def test_layers_of_one_input_share_its_moments(graph):
     assert len(made) == 1
 
 
-def test_what_an_input_lacks_becomes_the_shift_of_each_output(graph):
+def test_what_an_input_lacks_becomes_the_shift_of_each_output(graph, float32_products):
     class Chain(nn.Module):
         def __init__(self):
             super().__init__()

@@ -15,6 +15,8 @@ from tests.models import WIDTH
 
 X = [torch.randn(16, 5, WIDTH), torch.randn(7, 5, WIDTH)]
 QUIET = {"group_size": 32, "skip_param_threshold": 0, "accuracy_warning": "ignore"}
+# What layers read while others are fitted is compared with what the result computes.
+pytestmark = pytest.mark.usefixtures("float32_products")
 
 
 def seen_moments(model):
