@@ -11,7 +11,8 @@ after: `expect_values(eq, "line 764 of masking_utils.py", "if mask.any():")`
 What is right for all inputs is taken: a check whose other way raises, and a question whose answer
 depends on sizes and weights alone. Where the other way computes something else, a graph of one way
 refuses inputs that the model takes. It is taken only where none of many calls with other values
-goes that way (`other_values.py`): padded masks, other tokens, zeros, large numbers.
+goes that way (`other_values.py`: padded masks, other tokens, zeros, large numbers), and where the
+graph has every layer of the model: one that runs only on the other way is there for such inputs.
 """
 
 import os

@@ -26,14 +26,14 @@ from torch.fx import GraphModule
 from fxquant.graph.calls import Call
 from fxquant.graph.effects import calls_foreign_functions
 from fxquant.graph.identity import FINGERPRINT, fingerprint
-from fxquant.graph.layers import user_name
+from fxquant.graph.layers import is_layer, user_name
 from fxquant.graph.left_alone import (
     evaluate,
     left_alone,
     process_left_alone,
     structure_left_alone,
 )
-from fxquant.graph.parameters import IDLE
+from fxquant.graph.parameters import IDLE, memory_of
 from fxquant.graph.shapes import record_shapes
 from fxquant.tracing.assemble import assemble
 from fxquant.tracing.bare_parameters import BARE, READ_ONLY
@@ -266,6 +266,7 @@ class _Search:
             verdict = found.verdict
             if verdict.wrong is None and capture.branches:
                 other_way = oracle.judge_values(found.gm, capture.compared)
+                other_way = other_way or _without_layer(found.gm, self.prepared)
                 if other_way is not None:
                     place = capture.branches[0]
                     reason = f"it branches on values of its inputs at {place} ({other_way})"
@@ -315,3 +316,13 @@ def graph_of(model: nn.Module, example: Call | None) -> GraphModule:
     if isinstance(model, GraphModule) and REPORT_KEY in model.meta:
         return model
     return trace(model, example)
+
+
+def _without_layer(gm: GraphModule, prepared: nn.Module) -> str | None:
+    """Which layer a graph of one way lost: the model has it for inputs that go the other way."""
+    held = {memory_of(parameter) for parameter in gm.parameters()}
+    for name, module in prepared.named_modules():
+        own = [memory_of(parameter) for parameter in module.parameters(recurse=False)]
+        if is_layer(module) and own and not held.intersection(own):
+            return f"layer {name} runs only there"
+    return None

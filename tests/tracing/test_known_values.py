@@ -155,3 +155,18 @@ def test_a_branch_that_other_tokens_turn_stays_the_models_own():
     tokens = torch.randint(4, 64, (2, 5))
     report = fxquant.trace_report(fxquant.trace(OneTokenIsAnotherWay().eval(), tokens))
     assert report.opaque
+
+
+def test_a_branch_with_a_layer_of_its_own_stays_the_models_own():
+    class Rare(Layers):
+        def forward(self, x):
+            x = self.first(x)
+            return self.second(x) if x.abs().max() > 1e9 else x
+
+    model = Rare().eval()
+    gm = fxquant.trace(model, torch.randn(2, 5, W))
+    report = fxquant.trace_report(gm)
+    assert report.opaque
+    assert "layer second runs only there" in str(report.attempts)
+    large = torch.full((2, 5, W), 1e12)
+    assert torch.equal(gm(large), model(large))
