@@ -63,7 +63,7 @@ _TABLE: tuple[Op, ...] = (
     *_rows("chunk split unbind split_with_sizes tensor_split", view=True, scale="split"),
     *_rows("expand slice select getitem narrow expand_as", view=True, scale="move"),
     *_rows("repeat_interleave index_select getattr", scale="move"),
-    *_rows("diagonal unfold view_as as_strided strided_view real imag view_as_real", view=True),
+    *_rows("diagonal unfold view_as as_strided real imag view_as_real", view=True),
     # dtype and device only
     *_rows("to float half bfloat16 double type type_as", view=True, cast=True, scale="homogeneous"),
     *_rows("_to_copy", cast=True, scale="homogeneous"),

@@ -20,6 +20,7 @@ from fxquant.tracing.variations import COMPARED_ROWS
 FLOAT = 4  # bytes of a float32
 ALLOCATOR_SHARE = 1.2  # of what is held: freed memory that the process keeps
 FACTOR_COPIES = 6  # of inputs x inputs in float32: the second moments on their way to their factor
+FITTING_COPIES = 2  # of the same, while rows are fitted: the moments and their factor
 ROUNDING_COPIES = 8  # of the rows that are fitted at once, in float32
 CHECKED_BYTES = 20  # an element of a layer, where its error is measured: twice float64 and float32
 KEPT_ANSWERS = 6  # of the model, that a graph is compared with
@@ -88,10 +89,11 @@ def _shifted(own: Sequence[LayerWork]) -> list[int]:
 
 
 def _solving(own: Sequence[LayerWork]) -> int:
-    """Temporaries of the costliest layer's solution."""
+    """Temporaries of the costliest layer's solution: most are gone when the factor is there."""
     inputs, most = own[0].inputs, max(layer.rows for layer in own) * own[0].inputs
     fitted = ROUNDING_COPIES * FLOAT * min(most, FITTED_ELEMENTS)
-    return FACTOR_COPIES * FLOAT * inputs**2 + max(fitted, CHECKED_BYTES * most)
+    square = FLOAT * inputs**2
+    return max(FACTOR_COPIES * square, FITTING_COPIES * square + max(fitted, CHECKED_BYTES * most))
 
 
 def statistics_bytes(layers: Mapping[str, LayerWork], readings: Sequence[Reading]) -> int:

@@ -16,7 +16,6 @@ from fxquant.errors import LoadError, SaveError, near_misses
 from fxquant.graph.grouped_matmul import grouped_matmul
 from fxquant.graph.loops import loop
 from fxquant.graph.saved_ops import saved_functions, saved_methods, saved_overload
-from fxquant.graph.strided_view import strided_view
 from fxquant.graph.structures import (
     dtype_limit,
     expect_constant,
@@ -44,7 +43,6 @@ FXQUANT_FUNCTIONS: tuple[Callable[..., Any], ...] = (
     named_tuple,
     output_dict,
     grouped_matmul,
-    strided_view,
     loop,
     merge_attention_masks,
     quantize_activation,

@@ -23,7 +23,6 @@
 | `einsum.py`, `grouped.py` | products that are layers in another form: an einsum, experts |
 | `bare_parameters.py` | which layers have a parameter of the user's as their whole weight |
 | `oracle.py`, `variations.py` | the user's own model on the example and on other sizes |
-| `other_values.py` | other values of an example, which may turn a branch |
 | `results.py` | what is kept of a result, and how two differ |
 | `needed.py`, `guards.py` | which sizes a graph has to refuse, and the checks that do it |
 | `products.py`, `coverage.py` | which weights are factors of products, and which the graph sees |

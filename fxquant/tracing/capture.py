@@ -19,9 +19,6 @@ class Capture:
         left_out: outputs that a graph cannot hold.
         has_short_loops: whether a loop over a size was unrolled because it has too few rounds in
             the example to tell what a round does.
-        branches: places where the forward branches on values; the graph goes the example's way and
-            refuses inputs that would go another.
-        compared: whole numbers with which values are compared there.
         was_asked: whether the forward asked if it is being compiled, and was told that it is.
     """
 
@@ -32,8 +29,6 @@ class Capture:
     fixed: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     has_short_loops: bool = False
-    branches: list[str] = field(default_factory=list)
-    compared: list[int] = field(default_factory=list)
     was_asked: bool = False
 
 

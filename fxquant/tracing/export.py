@@ -24,7 +24,6 @@ from fxquant.graph.grouped_matmul import LIBRARY_OPS
 from fxquant.graph.layers import WRAPPED
 from fxquant.graph.left_alone import left_alone
 from fxquant.graph.shapes import MODULE_PATH
-from fxquant.graph.strided_view import strided_view
 from fxquant.graph.structures import (
     expect_constant,
     is_named_tuple,
@@ -35,7 +34,7 @@ from fxquant.graph.structures import (
 from fxquant.tracing.capture import Capture, describe_error, left_out
 from fxquant.tracing.each_entry import EachEntry
 from fxquant.tracing.export_surroundings import CompilerQuestions, quiet_export
-from fxquant.tracing.known_values import ASSERTION, KnownValues, in_example, write_check
+from fxquant.tracing.known_values import ASSERTION, KnownValues, write_check
 from fxquant.tracing.loop_marks import LoopMarks
 from fxquant.tracing.rolling import CannotRollError, roll_loops
 from fxquant.tracing.signature import (
@@ -132,8 +131,6 @@ def _attempt(
         is_short = marks is not None and marks.has_short_loops
         fixed = _fixed_sizes(arguments, free)
         was_asked = questions.were_asked and not questions.as_in_eager_mode
-        if values is not None:
-            capture = replace(capture, branches=values.branches, compared=values.compared)
         return replace(capture, fixed=fixed, has_short_loops=is_short, was_asked=was_asked)
     except (CannotRollError, _UnsupportedError) as error:
         return str(error)
@@ -334,18 +331,9 @@ def _copy_nodes(graph: Graph, gm: GraphModule, environment: dict[Node, Any]) -> 
         else:
             copied = graph.node_copy(node, lambda n: environment[n])
             copied.target = LIBRARY_OPS.get(str(copied.target), copied.target)
-            if copied.target is aten.as_strided.default and len(copied.args) == 3:
-                copied.target = strided_view
-                copied.args = (*copied.args, _order_in_memory(node.args[0].meta["val"]))
             copied.meta = {MODULE_PATH: innermost_module(node)}
             environment[node] = copied
     return None
-
-
-def _order_in_memory(tensor: Tensor) -> tuple[int, ...]:
-    """The dimensions of an exported tensor as they lie in memory, the outermost first."""
-    strides = [in_example(stride) for stride in tensor.stride()]
-    return tuple(sorted(range(tensor.ndim), key=lambda d: -strides[d]))
 
 
 def _inline(graph: Graph, node: Node, environment: dict[Node, Any]) -> Any:

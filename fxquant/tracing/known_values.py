@@ -8,11 +8,9 @@ refused in plain words.
 before (from `torch.export`): `_assert_scalar(eq, "Runtime assertion failed for expression ...")`
 after: `expect_values(eq, "line 764 of masking_utils.py", "if mask.any():")`
 
-What is right for all inputs is taken: a check whose other way raises, and a question whose answer
-depends on sizes and weights alone. Where the other way computes something else, a graph of one way
-refuses inputs that the model takes. It is taken only where none of many calls with other values
-goes that way (`other_values.py`: padded masks, other tokens, zeros, large numbers), and where the
-graph has every layer of the model: one that runs only on the other way is there for such inputs.
+Only what is right for other inputs too is taken: a check whose other way raises, and a question
+whose answer depends on sizes and weights alone. Where the other way computes something else, a
+graph of one way would refuse inputs that the model takes, so there is none.
 """
 
 import os
@@ -31,7 +29,6 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
 from fxquant.graph.effects import is_random
-from fxquant.graph.ops import op_name
 from fxquant.graph.structures import expect_values
 from fxquant.tracing.branches import Place, only_raises, user_place
 
@@ -39,21 +36,14 @@ aten = torch.ops.aten
 ASSERTION = aten._assert_scalar.default
 _DECIDED = "propagate_real_tensors"  # how torch calls an answer that it took from the values
 _SYMBOL = re.compile(r"\b[a-z]+\d+\b")  # a number whose value is not known: u0, zuf1
-_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "isin", "sub", "rsub")
 _LINE = re.compile(r'File "(.+)", line (\d+), in .*\n\s*(.*)')
 
 
 class KnownValues:
-    """Lets an export know the values of its example, and notes the branches that they decide.
-
-    Attributes:
-        branches, compared: see `fault`.
-    """
+    """Lets an export know the values of its example, and notes the branches that they decide."""
 
     def __init__(self) -> None:
-        self._decisions: list[tuple[Collection[Any], Place, bool]] = []
-        self.branches: list[str] = []
-        self.compared: list[int] = []
+        self._branches: list[tuple[Collection[Any], Place]] = []
 
     @contextmanager
     def known(self) -> Iterator[None]:
@@ -69,7 +59,7 @@ class KnownValues:
             if text.startswith(_DECIDED):
                 place, is_answer = user_place(), text.endswith(("== True", "== False"))
                 if not (is_answer and only_raises(place)):  # else it is one number of many
-                    self._decisions.append((free_unbacked_symbols(condition), place, is_answer))
+                    self._branches.append((free_unbacked_symbols(condition), place))
             return defer(env, condition, text, *args, **kwargs)
 
         def fill(dst: Tensor, src: Tensor | None) -> None:
@@ -90,12 +80,8 @@ class KnownValues:
             ShapeEnv.guard_or_defer_runtime_assert = defer  # type: ignore
 
     def fault(self, program: ExportedProgram) -> str | None:
-        """What makes the program one for the example alone, in words, or None.
-
-        Sets `branches`, the places where other inputs may go another way, which the program checks,
-        and `compared`, the whole numbers with which values are compared there.
-        """
-        if not self._decisions:
+        """The branch that other inputs may take in another way, in words, or None."""
+        if not self._branches:
             return None
         given = {
             spec.arg.name
@@ -107,26 +93,12 @@ class KnownValues:
             if node.target is ASSERTION:  # its text is the only place that keeps the symbols
                 for symbol in _SYMBOL.findall(str(node.args[1])):
                     asserted.setdefault(symbol, []).append(node)
-        for symbols, place, is_answer in self._decisions:
+        for symbols, place in self._branches:
             for symbol in map(str, symbols):
                 checks = asserted.get(symbol)
                 if checks is None or any(_depends_on_values(node, given) for node in checks):
-                    if checks is None or not is_answer:
-                        return f"it branches on values of its inputs at {place}"
-                    if str(place) not in self.branches:
-                        self.branches.append(str(place))
-                    numbers = sorted({n for check in checks for n in _compared_with(check)})
-                    self.compared += [n for n in numbers if n not in self.compared]
+                    return f"it branches on values of its inputs at {place}"
         return None
-
-
-def _compared_with(node: Node) -> Iterator[int]:
-    """The whole numbers in comparisons of tensors that a number depends on."""
-    waiting = [node]
-    for source in waiting:
-        if op_name(source) in _COMPARISONS and isinstance(source.meta.get("val"), Tensor):
-            yield from (a for a in source.args if type(a) is int)
-        waiting += [n for n in source.all_input_nodes if n not in waiting]
 
 
 def _depends_on_values(node: Node, given: set[str]) -> bool:
@@ -140,15 +112,6 @@ def _depends_on_values(node: Node, given: set[str]) -> bool:
         if not is_size:  # sizes of other tensors may count values
             waiting += [n for n in read if n not in waiting]
     return False
-
-
-def in_example(number: Any) -> int:
-    """What a number of an export is in the example."""
-    if not isinstance(number, torch.SymInt):
-        return int(number)
-    node = number.node
-    env = node.shape_env
-    return int(node.expr.xreplace({**env.backed_var_to_val, **env.real_tensor_prop_unbacked_vals}))
 
 
 def write_check(graph: Graph, assertion: Node, condition: Any) -> None:

@@ -18,7 +18,6 @@ from fxquant.errors import ShapeError, TraceError
 from fxquant.graph.calls import Call
 from fxquant.graph.left_alone import evaluate, left_alone, process_left_alone
 from fxquant.tracing.capture import describe_error
-from fxquant.tracing.other_values import other_values
 from fxquant.tracing.products import ProductSpy
 from fxquant.tracing.results import difference, kept
 from fxquant.tracing.variations import COMPARED_ROWS, LONG, SHORT, Axis, free_axes, is_large
@@ -148,22 +147,6 @@ class Oracle:
             if wrong is not None:
                 return wrong, None
         return None, None
-
-    def judge_values(self, gm: nn.Module, compared: Sequence[int] = ()) -> str | None:
-        """How a graph differs from the model, or what it refuses, at other values; or None.
-
-        Args:
-            gm: a graph that agrees with the model at all sizes, or refuses some.
-            compared: numbers with which the model compares values.
-        """
-        with process_left_alone():
-            for label, call in other_values(self.example, compared):
-                answer = self.ask(call, label)
-                if answer is not None:
-                    wrong, refusal = self.compare(gm, answer)
-                    if wrong or refusal:
-                        return f"at {label}: {wrong or refusal}"
-        return None
 
     def ask(self, call: Call, label: str) -> Answer | None:
         """The model's answer to a further call, or None where it does not take it."""

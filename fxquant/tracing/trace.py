@@ -13,7 +13,7 @@ A loop over a size whose rounds all do the same becomes one node, for any size (
 Another one is unrolled: a graph for one length, which refuses others, can be saved and the model's
 own code cannot. Where other batches would be refused the model's own code stays all the same.
 A check by value (`if x.isnan().any(): raise`) is one of the graph's, too (see `known_values.py`); a
-branch on values is one where no value that is tried goes the other way.
+branch on values is not.
 Without example inputs a graph is taken only where nothing of the forward can have been lost.
 """
 
@@ -26,14 +26,14 @@ from torch.fx import GraphModule
 from fxquant.graph.calls import Call
 from fxquant.graph.effects import calls_foreign_functions
 from fxquant.graph.identity import FINGERPRINT, fingerprint
-from fxquant.graph.layers import is_layer, user_name
+from fxquant.graph.layers import user_name
 from fxquant.graph.left_alone import (
     evaluate,
     left_alone,
     process_left_alone,
     structure_left_alone,
 )
-from fxquant.graph.parameters import IDLE, memory_of
+from fxquant.graph.parameters import IDLE
 from fxquant.graph.shapes import record_shapes
 from fxquant.tracing.assemble import assemble
 from fxquant.tracing.bare_parameters import BARE, READ_ONLY
@@ -96,8 +96,7 @@ def trace(model: nn.Module, example_inputs: object = None) -> GraphModule:
             attempts=chosen.attempts,
             opaque=describe_opaque(gm, chosen.opaque),
             left_out=chosen.left_out,
-            refused=[f"{r.label}: {r.reason}" for r in chosen.verdict.refused]
-            + [f"values that go another way at {place}" for place in chosen.branches],
+            refused=[f"{r.label}: {r.reason}" for r in chosen.verdict.refused],
             unreached=weight.unreached,
             read_only=sorted(set(gm.meta.pop(READ_ONLY, []))),
             bare=gm.meta.pop(BARE, {}),
@@ -116,7 +115,6 @@ class _Found:
     verdict: Verdict
     left_out: list[str] = field(default_factory=list)
     opaque: dict[str, str] = field(default_factory=dict)
-    branches: list[str] = field(default_factory=list)
     attempts: list[str] = field(default_factory=list)
 
     @property
@@ -221,7 +219,7 @@ class _Search:
                 reasons.append(capture)
                 self.attempts.append(f"model: export: {capture}")
                 if "GuardOnDataDependent" in capture:
-                    yield from self._exported_with_known_values(oracle, call)
+                    yield from self._exported_with_known_values(call)
                     return
                 continue
             if capture.has_short_loops:
@@ -237,7 +235,7 @@ class _Search:
                     yield self._judged(capture, "export")
                 if self.best is None and not knew_values:
                     knew_values = True
-                    yield from self._exported_with_known_values(oracle, call)
+                    yield from self._exported_with_known_values(call)
         yield from self._exported_at_refused_sizes(oracle)
 
     def _exported_at_refused_sizes(self, oracle: Oracle) -> Iterator[_Found]:
@@ -255,33 +253,21 @@ class _Search:
             if not isinstance(capture, str):
                 yield self._judged(capture, "export")
 
-    def _exported_with_known_values(self, oracle: Oracle, call: Call) -> Iterator[_Found]:
-        longer = (c for c, are_sizes_free in export_examples(oracle) if are_sizes_free)
-        for example in dict.fromkeys((call, *longer)):
-            capture = capture_export(self.prepared, example, answers=(True,), are_values_known=True)
-            if isinstance(capture, str):
-                self.attempts.append(f"model: export with known values: {capture}")
-                return
-            found = self._judged(capture, "export")
-            verdict = found.verdict
-            if verdict.wrong is None and capture.branches:
-                other_way = oracle.judge_values(found.gm, capture.compared)
-                other_way = other_way or _without_layer(found.gm, self.prepared)
-                if other_way is not None:
-                    place = capture.branches[0]
-                    reason = f"it branches on values of its inputs at {place} ({other_way})"
-                    yield replace(found, verdict=Verdict(reason))
-                    return
-            if verdict.wrong is None and verdict.refused:  # it would refuse sizes, besides values
-                found = replace(found, verdict=Verdict(f"it refuses {verdict.refused[0].label}"))
-            yield found
-            if not verdict.refused:
-                return
+    def _exported_with_known_values(self, call: Call) -> Iterator[_Found]:
+        capture = capture_export(self.prepared, call, answers=(True,), are_values_known=True)
+        if isinstance(capture, str):
+            self.attempts.append(f"model: export with known values: {capture}")
+            return
+        found = self._judged(capture, "export")
+        refused = found.verdict.refused
+        if found.verdict.wrong is None and refused:  # it would refuse sizes, besides values
+            found = replace(found, verdict=Verdict(f"it refuses {refused[0].label}"))
+        yield found
 
     def _judged(self, capture: Capture, way: str) -> _Found:
         opaque = dict(capture.opaque)
         gm = canonicalize(assemble(capture, self.prepared), self.prepared)
-        found = _Found(gm, way, Verdict(None), capture.left_out, opaque, capture.branches)
+        found = _Found(gm, way, Verdict(None), capture.left_out, opaque)
         if self.oracle is None:
             return found
         needed = needed_guards(gm, capture.guards, capture.fixed, self.oracle)
@@ -316,13 +302,3 @@ def graph_of(model: nn.Module, example: Call | None) -> GraphModule:
     if isinstance(model, GraphModule) and REPORT_KEY in model.meta:
         return model
     return trace(model, example)
-
-
-def _without_layer(gm: GraphModule, prepared: nn.Module) -> str | None:
-    """Which layer a graph of one way lost: the model has it for inputs that go the other way."""
-    held = {memory_of(parameter) for parameter in gm.parameters()}
-    for name, module in prepared.named_modules():
-        own = [memory_of(parameter) for parameter in module.parameters(recurse=False)]
-        if is_layer(module) and own and not held.intersection(own):
-            return f"layer {name} runs only there"
-    return None

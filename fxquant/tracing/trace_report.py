@@ -45,8 +45,7 @@ class TraceReport(View):
         read_only: layers whose weight other code than their own multiplies with.
         bare: those of them whose weight is one parameter as it is, by the layer's name.
         left_out: outputs that a graph cannot hold.
-        refused: sizes that the model takes and the graph refuses, with the reason, and the places
-            where other values than any that were tried would go a way that the graph refuses.
+        refused: sizes that the model takes and the graph refuses, with the reason.
         product_elements: elements of all parameters that are factors of a product, by kind; tied
             ones count once.
         traced_elements: those of them that the graph can see, by kind.

@@ -61,7 +61,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
-def test_architectures(name, dtype, tmp_path):
+def test_architectures(name, dtype, tmp_path, float32_products):
     torch.manual_seed(0)
     model, inputs = zoo.build(name, dtype), zoo.inputs(name)
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}

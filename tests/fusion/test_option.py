@@ -63,8 +63,8 @@ def test_the_output_is_measured_on_the_fused_graph(model, data, monkeypatch):
     measured = []
     monkeypatch.setattr(
         "fxquant.measure.measured_rows.output_sqnr",
-        lambda *given, real=fxquant.measure.paired_run.output_sqnr: (
-            measured.append(given[1]) or real(*given)
+        lambda *given, real=fxquant.measure.paired_run.output_sqnr, **options: (
+            measured.append(given[1]) or real(*given, **options)
         ),
     )
     made, info = fxquant.quantize(model, data, fuse=True, method="rtn", **OPTIONS)

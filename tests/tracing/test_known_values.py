@@ -69,29 +69,6 @@ class CutsATable(Layers):
         return self.second(self.first(x) + self.table[32 - span : 32 - span + x.shape[1]])
 
 
-class MarksMayBeMore(Layers):
-    """A mask of zeros and ones has one meaning, one with twos another."""
-
-    def forward(self, x, mask):
-        h = self.first(x)
-        if (mask > 1).any():
-            h = h + self.second(h.mean(1, keepdim=True))
-        if x.shape[1] % 4:
-            h = nn.functional.pad(h, (0, 0, 0, 4 - x.shape[1] % 4))
-        return (self.second(h)[:, : x.shape[1]]) * mask[..., None]
-
-
-class PaddingIsAnotherWay(Layers):
-    def forward(self, x, mask):
-        return self.first(x) if mask.all() else self.second(x * mask[..., None])
-
-
-class OneTokenIsAnotherWay(Layers):
-    def forward(self, tokens):
-        x = self.table[tokens]
-        return self.second(x) if (tokens[:, 0] == 3).all() else self.first(x)
-
-
 def traced(cls):
     torch.manual_seed(0)
     model = cls().eval()
@@ -121,52 +98,3 @@ def test_what_the_model_refuses_the_graph_refuses_in_words(value, code):
 @pytest.mark.parametrize("cls", [Branches, CountsHits, ComparesANumber, RefusesBothOnly])
 def test_a_branch_that_other_inputs_may_take_stays_the_models_own(cls):
     assert fxquant.trace_report(traced(cls)).opaque
-
-
-@pytest.mark.parametrize("length", [5, 8])
-def test_a_branch_that_no_tried_value_turns_is_a_check_of_the_graph(tmp_path, length):
-    torch.manual_seed(0)
-    model = MarksMayBeMore().eval()
-    x, mask = torch.randn(2, length, W), torch.ones(2, length, dtype=torch.long)
-    gm = fxquant.trace(model, {"x": x, "mask": mask})
-    assert not fxquant.trace_report(gm).opaque
-    assert "if (mask > 1).any()" in fxquant.trace_report(gm).refused[0]
-    fxquant.save_model(gm, tmp_path / "model.fxq")
-    loaded = fxquant.load_model(tmp_path / "model.fxq")
-    for size in (1, 4, 7, 12):
-        x, mask = torch.randn(3, size, W), torch.ones(3, size, dtype=torch.long)
-        mask[0, size // 2 :] = 0
-        torch.testing.assert_close(loaded(x, mask), model(x, mask))
-    mask[1, 0] = 2
-    with pytest.raises(TraceError, match=r"values for which .*if \(mask > 1\).any"):
-        loaded(x, mask)
-
-
-def test_a_branch_that_padding_turns_stays_the_models_own():
-    torch.manual_seed(0)
-    inputs = {"x": torch.randn(2, 5, W), "mask": torch.ones(2, 5, dtype=torch.long)}
-    report = fxquant.trace_report(fxquant.trace(PaddingIsAnotherWay().eval(), inputs))
-    assert report.opaque
-    assert "at padding on the right" in str(report.attempts)
-
-
-def test_a_branch_that_other_tokens_turn_stays_the_models_own():
-    torch.manual_seed(0)
-    tokens = torch.randint(4, 64, (2, 5))
-    report = fxquant.trace_report(fxquant.trace(OneTokenIsAnotherWay().eval(), tokens))
-    assert report.opaque
-
-
-def test_a_branch_with_a_layer_of_its_own_stays_the_models_own():
-    class Rare(Layers):
-        def forward(self, x):
-            x = self.first(x)
-            return self.second(x) if x.abs().max() > 1e9 else x
-
-    model = Rare().eval()
-    gm = fxquant.trace(model, torch.randn(2, 5, W))
-    report = fxquant.trace_report(gm)
-    assert report.opaque
-    assert "layer second runs only there" in str(report.attempts)
-    large = torch.full((2, 5, W), 1e12)
-    assert torch.equal(gm(large), model(large))
