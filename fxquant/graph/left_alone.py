@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxquant.graph.effects import module_writes, writes
@@ -102,9 +102,7 @@ def graph_left_alone(gm: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as undo:
         if isinstance(gm, GraphModule):
-            called = (n.target for n in gm.graph.nodes if n.op == "call_module")
-            modules = dict.fromkeys(gm.get_submodule(str(target)) for target in called)
-            undo.enter_context(left_alone(*filter(module_writes, modules)))
+            undo.enter_context(left_alone(*_writing_modules(gm)))
             undo.enter_context(attributes_left_alone(gm))
         yield
 
@@ -112,10 +110,9 @@ def graph_left_alone(gm: nn.Module) -> Iterator[None]:
 @contextmanager
 def attributes_left_alone(gm: GraphModule) -> Iterator[None]:
     """Undo what the ops of a graph write into its parameters and buffers."""
-    nodes = list(gm.graph.nodes)
+    memory = WrittenMemory(_written_attributes(gm))
     with ExitStack() as undo:
-        if any(writes(node) for node in nodes):
-            memory = WrittenMemory(_attributes(gm, nodes))
+        if memory.is_watching:
             undo.callback(memory.put_back)
             undo.enter_context(memory)
         yield
@@ -123,17 +120,23 @@ def attributes_left_alone(gm: GraphModule) -> Iterator[None]:
 
 def written_tensors(gm: GraphModule) -> Iterator[Tensor]:
     """The tensors that runs of a graph may write into: those that are then put back."""
-    nodes = list(gm.graph.nodes)
-    if any(writes(node) for node in nodes):
-        yield from _attributes(gm, nodes)
-    called = {gm.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"}
-    for module in filter(module_writes, called):
+    yield from _written_attributes(gm)
+    for module in _writing_modules(gm):
         yield from _tensors_of(module)
 
 
-def _attributes(gm: GraphModule, nodes: Iterable[Node]) -> Iterator[Tensor]:
-    """The tensors that the nodes of a graph read from it."""
-    for node in nodes:
+def _writing_modules(gm: GraphModule) -> Iterator[nn.Module]:
+    """The modules that a graph calls and that write in place, each once."""
+    called = (n.target for n in gm.graph.nodes if n.op == "call_module")
+    modules = dict.fromkeys(gm.get_submodule(str(target)) for target in called)
+    return filter(module_writes, modules)
+
+
+def _written_attributes(gm: GraphModule) -> Iterator[Tensor]:
+    """The tensors that a graph reads from itself, where one of its ops writes."""
+    if not any(writes(node) for node in gm.graph.nodes):
+        return
+    for node in gm.graph.nodes:
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             value = getattr(gm.get_submodule(owner), name)

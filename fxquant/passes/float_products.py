@@ -1,8 +1,8 @@
 """Quantized layers that multiply in float32 while others are fitted to what they give.
 
 Kernels are made for few rows, and round activations to bfloat16 where a CPU multiplies these. A run
-over data has many rows: there it is faster to dequantize a weight and to multiply in float32, and
-what is fitted does not depend on what kernels the CPU has.
+over data has many rows: there most CPUs are faster at dequantizing a weight and multiplying in
+float32, and what is fitted does not depend on what kernels the CPU has.
 """
 
 from functools import partial
