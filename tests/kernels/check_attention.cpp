@@ -130,8 +130,7 @@ bool is_right() {
   call.q = q.matrices, call.k = k.matrices, call.v = v.matrices;
   const std::vector<uint8_t> mask = make_mask(call, &call.mask);
   call.mask.data = mask.data();
-  for (const InstructionSet* set : {amx(), avx512_bf16(), avx512_vnni(), avx2_vnni(), avx2(), neon_dot(),
-                                    neon(), portable()}) {
+  for (const InstructionSet* set : instruction_sets()) {
     if (!set) continue;
     const Tensor y(call.batch, call.heads, call.queries, call.value_width, call.type);
     call.y = y.matrices;

@@ -298,8 +298,7 @@ int main(int count, char** arguments) {
   using namespace fxquant;
   const int cases = count > 1 ? atoi(arguments[1]) : 200;
   if (!conversions_are_right()) return printf("a conversion is wrong\n"), 1;
-  for (const InstructionSet* set :
-       {amx(), avx512_bf16(), avx512_vnni(), avx2_vnni(), avx2(), neon_dot(), neon(), portable()}) {
+  for (const InstructionSet* set : instruction_sets()) {
     if (!set) continue;
     const unsigned long long digest = digest_of_integers(*set);
     if (digest != kDigest) {

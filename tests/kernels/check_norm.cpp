@@ -45,8 +45,7 @@ bool is_right() {
   call.x = x.memory.data(), call.weight = weight.memory.data();
   call.residual = has_residual ? residual.memory.data() : nullptr;
   call.bias = has_bias ? bias.memory.data() : nullptr;
-  for (const InstructionSet* set : {amx(), avx512_bf16(), avx512_vnni(), avx2_vnni(), avx2(), neon_dot(),
-                                    neon(), portable()}) {
+  for (const InstructionSet* set : instruction_sets()) {
     if (!set) continue;
     Numbers sums(count, call.type, 0), y(count, call.type, 0);
     call.y = y.memory.data(), call.sums = has_residual ? sums.memory.data() : nullptr;

@@ -89,8 +89,7 @@ bool is_right() {
   unfitted.refits = 0;
   if (!round_with(*portable(), call, clip_ratios, &expected)) return false;
   if (!round_with(*portable(), unfitted, full, &plain)) return false;
-  for (const InstructionSet* set :
-       {amx(), avx512_bf16(), avx512_vnni(), avx2_vnni(), avx2(), neon_dot(), neon()}) {
+  for (const InstructionSet* set : instruction_sets()) {
     Result found;
     if (!set) continue;
     if (!round_with(*set, call, clip_ratios, &found) || !(found == expected)) return false;

@@ -2,6 +2,7 @@
 // what an instruction set offers.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -140,6 +141,10 @@ const InstructionSet* avx2();
 const InstructionSet* neon_dot();
 const InstructionSet* neon();
 const InstructionSet* portable();
+
+// All of them, the fastest first; null where the compiler or the CPU does not have one.
+using InstructionSets = std::array<const InstructionSet*, 8>;
+const InstructionSets& instruction_sets();
 
 // False when memory runs out.
 bool linear(const Call& call, const InstructionSet& set);

@@ -6,20 +6,10 @@ namespace {
 
 const InstructionSet* chosen = nullptr;
 
-struct Candidates {
-  const InstructionSet* sets[8] = {amx(),  avx512_bf16(), avx512_vnni(), avx2_vnni(),
-                                   avx2(), neon_dot(),    neon(),        portable()};
-};
-
-const Candidates& candidates() {
-  static const Candidates all;
-  return all;
-}
-
-PyObject* instruction_sets(PyObject*, PyObject*) {
+PyObject* names_of_sets(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
   if (!names) return nullptr;
-  for (const InstructionSet* set : candidates().sets) {
+  for (const InstructionSet* set : instruction_sets()) {
     if (!set) continue;
     PyObject* name = PyUnicode_FromString(set->name);
     if (!name || PyList_Append(names, name) < 0) {
@@ -33,7 +23,7 @@ PyObject* instruction_sets(PyObject*, PyObject*) {
 }
 
 PyObject* use(PyObject*, PyObject* name) {
-  for (const InstructionSet* set : candidates().sets) {
+  for (const InstructionSet* set : instruction_sets()) {
     if (!set) continue;
     PyObject* candidate = PyUnicode_FromString(set->name);
     if (!candidate) return nullptr;
@@ -54,7 +44,7 @@ PyCFunction fast(Function* function) {
 }
 
 PyMethodDef methods[] = {
-    {"instruction_sets", instruction_sets, METH_NOARGS,
+    {"instruction_sets", names_of_sets, METH_NOARGS,
      "The names of the instruction sets that this build and this CPU have, fastest first."},
     {"use", use, METH_O, "Multiply and round with the instruction set of this name from now on."},
     {"linear", fast(py_linear), METH_FASTCALL, "Compute a product into memory the caller owns."},
@@ -91,7 +81,7 @@ const InstructionSet& in_use() { return *chosen; }
 
 PyMODINIT_FUNC PyInit__native() {
   using namespace fxquant;
-  for (const InstructionSet* set : candidates().sets) {
+  for (const InstructionSet* set : instruction_sets()) {
     if (!chosen) chosen = set;
   }
   return PyModule_Create(&definition);
