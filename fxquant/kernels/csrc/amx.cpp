@@ -51,12 +51,13 @@ constexpr int kChunkCodes = kUnitRows * kWord;
 
 // A `Product` says what is multiplied, and what a group's sums add to the outputs:
 //   Value, Sum             the types of a prepared value and of a sum
-//   multiply<V>()          adds the products with a vector of outputs to tile V
+//   speed, prepare_...     as of a `Mode`, see blocked.h
+//   dot<V>()               adds the products with a vector of outputs to tile V
 //   add(...)               adds the product of a group to 16 outputs of a row
 //   unpack_nibbles(...)    makes of nibbles what the unit multiplies
 //   unpack_wider(bits)     what does so with codes of other widths
 template <class Product>
-struct MatrixUnit {
+struct MatrixUnit : Product {
   using Value = typename Product::Value;
   using Sum = typename Product::Sum;
   static constexpr int MR = kUnitRows, float_tiles = 0, code_bytes = sizeof(Value);
@@ -108,13 +109,13 @@ struct MatrixUnit {
       asm volatile("" ::: "memory");  // GCC 12 does not know that loading a tile reads memory
       _tile_loadd(4, x + at, row_bytes);
       _tile_loadd(5, from, kWord);
-      Product::template multiply<0>();
+      Product::template dot<0>();
       _tile_loadd(6, from + 64, kWord);
-      Product::template multiply<1>();
+      Product::template dot<1>();
       _tile_loadd(7, from + 128, kWord);
-      Product::template multiply<2>();
+      Product::template dot<2>();
       _tile_loadd(5, from + 192, kWord);
-      Product::template multiply<3>();
+      Product::template dot<3>();
     }
   }
 
@@ -155,12 +156,12 @@ struct MatrixUnit {
   }
 };
 
-struct Bf16Product {
-  using Value = uint16_t;
+struct Bf16Product : Bf16Pairs {
   using Sum = float;
+  static constexpr int speed = 600;
 
   template <int V>
-  static void multiply() {
+  static void dot() {
     if constexpr (V == 0) _tile_dpbf16ps(0, 4, 5);  // GCC takes only literal numbers
     if constexpr (V == 1) _tile_dpbf16ps(1, 4, 6);
     if constexpr (V == 2) _tile_dpbf16ps(2, 4, 7);
@@ -181,21 +182,28 @@ struct Bf16Product {
       prefetch(codes + kAhead);
       unrolled<4>([&](auto pair) {
         for (int at = 0; at < kWord; at += 64) {
-          _mm512_store_si512(pairs + kWord * pair + at, Bf16Pairs::pairs_at(codes + at, pair));
+          _mm512_store_si512(pairs + kWord * pair + at, pairs_at(codes + at, pair));
         }
       });
     }
   }
 
-  static UnpackBytes unpack_wider(int bits) { return Bf16Pairs::unpacking(bits, 1); }
+  static UnpackBytes unpack_wider(int bits) { return unpacking(bits, 1); }
 };
 
 struct Int8Product {
   using Value = int8_t;
   using Sum = int32_t;
+  static constexpr int speed = 1000;
+  static constexpr bool sums_may_cancel = false;
+
+  static void prepare_group(const float* x, int size, int8_t* to, int stride, float* scale,
+                            float* sum) {
+    Int8Mode::prepare_group(x, size, to, stride, scale, sum);
+  }
 
   template <int V>
-  static void multiply() {
+  static void dot() {
     if constexpr (V == 0) _tile_dpbssd(0, 4, 5);  // GCC takes only literal numbers
     if constexpr (V == 1) _tile_dpbssd(1, 4, 6);
     if constexpr (V == 2) _tile_dpbssd(2, 4, 7);
@@ -240,30 +248,6 @@ struct Int8Product {
   }
 };
 
-struct FloatMode : MatrixUnit<Bf16Product> {
-  static constexpr int speed = 600;
-  static constexpr bool sums_may_cancel = true;
-
-  static void prepare_group(const float* x, int size, uint16_t* to, int stride, float* scale,
-                            float* sum) {
-    Bf16Pairs::prepare_group(x, size, to, stride, scale, sum);
-  }
-
-  static void prepare_bf16(const uint16_t* x, int size, uint16_t* to, int stride, float* sum) {
-    Bf16Pairs::prepare_bf16(x, size, to, stride, sum);
-  }
-};
-
-struct Int8TileMode : MatrixUnit<Int8Product> {
-  static constexpr int speed = 1000;
-  static constexpr bool sums_may_cancel = false;
-
-  static void prepare_group(const float* x, int size, int8_t* to, int stride, float* scale,
-                            float* sum) {
-    Int8Mode::prepare_group(x, size, to, stride, scale, sum);
-  }
-};
-
 }  // namespace
 
 const InstructionSet* amx() {
@@ -271,8 +255,8 @@ const InstructionSet* amx() {
     const InstructionSet* others = has_amx() ? avx512_bf16() : nullptr;
     if (!others) return others;
     static InstructionSet own = *others;
-    own.name = "amx", own.float_kernel = kernel_of<FloatMode>();
-    own.many_rows = kManyRows, own.many_rows_int8_kernel = kernel_of<Int8TileMode>();
+    own.name = "amx", own.float_kernel = kernel_of<MatrixUnit<Bf16Product>>();
+    own.many_rows = kManyRows, own.many_rows_int8_kernel = kernel_of<MatrixUnit<Int8Product>>();
     return static_cast<const InstructionSet*>(&own);
   }();
   return set;

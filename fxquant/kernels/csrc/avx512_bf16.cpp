@@ -25,7 +25,7 @@ inline __m512 dot_bf16(__m512 sum, __m512i codes, __m512i x) {
   return sum;
 }
 
-struct FloatMode : Bf16Pairs {
+struct FloatMode : Bf16Pairs, OneByOne {
   static constexpr int MR = 6, speed = 230;
 
   template <int R, bool Bytes>

@@ -6,7 +6,7 @@
 namespace fxquant {
 namespace {
 
-struct Bf16Pairs : OneByOne {
+struct Bf16Pairs {
   using Value = uint16_t;  // bfloat16
   static constexpr int code_bytes = 2, float_tiles = 0;
   static constexpr bool sums_may_cancel = true;
