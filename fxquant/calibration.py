@@ -17,7 +17,7 @@ from fxquant.passes.calibrate import calibrate, run_call
 from fxquant.passes.calibration_data import check_batches
 from fxquant.passes.decide import Decision
 from fxquant.passes.fold_norms import FoldedNorm
-from fxquant.passes.observe_inputs import InputWatcher, expected_inputs
+from fxquant.passes.observe_inputs import InputWatcher, expected_inputs, of_blocks
 from fxquant.passes.scale_channels import FoldedScale, scale_channels
 from fxquant.passes.simulate import SimulatedActivations, SimulatedWeights
 from fxquant.passes.token_noise import noisy_copies
@@ -59,14 +59,17 @@ class Calibrated:
 
     @property
     def inputs(self) -> dict[str, InputStatistics]:
-        """What is known of the layers' inputs.
+        """What is known of the inputs of layers' blocks of rows.
 
         What the data told, drawn towards what the graph promises where there were few tokens;
         without data that promise.
         """
         promised = expected_inputs(self.gm)
-        seen = self.watcher.statistics
-        return {**promised, **{name: s.steadied(promised.get(name)) for name, s in seen.items()}}
+        seen = {
+            name: [part.steadied(promised.get(name)) for part in statistics]
+            for name, statistics in self.watcher.statistics.items()
+        }
+        return {**promised, **of_blocks(seen)}
 
 
 def calibrated_on(

@@ -30,7 +30,7 @@ from fxquant.passes.decide import Decision, add_notes, decide
 from fxquant.passes.fitted_layers import FittedLayers
 from fxquant.passes.fitted_widths import FittedWidths
 from fxquant.passes.fold_norms import FoldedNorm, fold_norms
-from fxquant.passes.observe_inputs import InputWatcher
+from fxquant.passes.observe_inputs import InputWatcher, of_blocks
 from fxquant.passes.pack_parameters import bare_layers
 from fxquant.passes.quantize_activations import with_activations
 from fxquant.passes.quantize_sequentially import quantize_sequentially
@@ -269,7 +269,8 @@ def _with_activations(made: Rewritten, calibrated: Calibrated, config: QuantConf
     if config.activation_bits is None:
         return made
     watcher, is_dynamic = calibrated.watcher, config.observer == DYNAMIC
-    gm, notes = with_activations(made.gm, watcher.observers, watcher.statistics, is_dynamic)
+    statistics = of_blocks(watcher.statistics)
+    gm, notes = with_activations(made.gm, watcher.observers, statistics, is_dynamic)
     return replace(made, gm=gm, decisions=add_notes(made.decisions, notes))
 
 

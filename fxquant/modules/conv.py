@@ -230,8 +230,8 @@ def patches(conv: Any, input: Tensor) -> list[Tensor]:
     ):
         x = x.unfold(axis, (size - 1) * spread + 1, step)[..., ::spread]
     x = _some_places(x, dims)  # [batch, channels, *places, *kernel]
-    x = x.unflatten(1, (conv.groups, -1)).movedim((0, 1), (1, 0))
-    return [group.movedim(1, 1 + dims).flatten(1 + dims).flatten(0, dims) for group in x]
+    x = x.unflatten(1, (conv.groups, -1)).movedim((1, 2), (0, 2 + dims))
+    return list(x.flatten(2 + dims).flatten(1, 1 + dims))
 
 
 def outputs_at_patches(conv: Any, output: Tensor, *_: Any) -> list[Tensor]:

@@ -62,6 +62,8 @@ class LayerForm:
             or since several tokens add up to one output.
         bias: gives the bias, one number a row, or None; None where rows have no bias.
         block_word: what several blocks are called.
+        is_routed: whether the model chooses which block a token goes to; otherwise all blocks see
+            equally many tokens.
         scaled: gives, of a layer and a factor for each channel of its output (as many as a bias
             has), the weight that multiplies the output by it; None where no one weight does.
         outputs: gives, of a layer, how many these channels are, and how many dimensions an output
@@ -82,6 +84,7 @@ class LayerForm:
     bias: Callable[[Any], Tensor | None] | None = lambda layer: layer.bias
     blocks: Callable[[Any], int] = lambda layer: 1
     block_word: str = "blocks"
+    is_routed: bool = False
     scaled: Callable[[Any, Tensor], Tensor] | None = None
     outputs: Callable[[Any], tuple[int, int]] | None = None
     is_plain: Callable[[Any], bool] = lambda layer: True
@@ -194,6 +197,7 @@ FORMS = (
         bias=lambda layer: None if layer.bias is None else layer.bias.flatten(),
         blocks=lambda layer: layer.experts,
         block_word="experts",
+        is_routed=True,
     ),
     *(_convolution(layer) for layer in CONVOLUTIONS),
     *(_transposed(layer) for layer in TRANSPOSED),

@@ -109,7 +109,7 @@ class FittedLayers:
         weights = [block.weight for block in fitted if block.weight is not None]
         if not weights:
             return self._plain.quantize(name, layer, bits)
-        return blocks.finish(weights, [block.bias for block in fitted])
+        return blocks.joined(weights, [block.bias for block in fitted])
 
     def _kept_bias(self, name: str, corrected: Tensor | None, own: Tensor | None) -> Tensor | None:
         return bias_in_target(corrected, own, self.config, takes_new=name not in self.bare)

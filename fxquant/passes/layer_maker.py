@@ -73,32 +73,31 @@ class Blocks:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer, self.form = layer, chosen_form(layer)
-        matrix = self.form.matrix(layer).detach()
+        self.matrix = self.form.matrix(layer).detach()
         self.count = self.form.blocks(layer)
-        self.rows, self.inputs = matrix.shape[0] // self.count, matrix.shape[1]
-        self.matrices = matrix.split(self.rows)
+        self.rows, self.inputs = self.matrix.shape[0] // self.count, self.matrix.shape[1]
+        self.matrices = self.matrix.split(self.rows)
         bias = None if self.form.bias is None else self.form.bias(layer)
-        self.biases: list[Tensor | None] = [None] * self.count
-        if bias is not None:
-            self.biases = list(bias.detach().split(self.rows))
+        self.bias = None if bias is None else bias.detach()
+        self.biases: Sequence[Tensor | None] = [None] * self.count
+        if self.bias is not None:
+            self.biases = self.bias.split(self.rows)
 
-    def finish(
-        self,
-        weights: list[QuantizedWeight],
-        biases: list[Tensor | None],
-        table: QuantizedLinear | None = None,
+    def joined(
+        self, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]
     ) -> QuantizedLayer:
         """The quantized layer of quantized blocks and the biases [rows] that belong to them."""
-        return self.form.quantized(
-            self.layer, QuantizedWeight.joined(weights), self._joined(biases), table
-        )
+        bias, given = None, [bias for bias in biases if bias is not None]
+        if given:
+            zeros = given[0].new_zeros(self.rows)
+            bias = torch.cat([zeros if bias is None else bias for bias in biases])
+        return self.finish(QuantizedWeight.joined(weights), bias)
 
-    def _joined(self, biases: list[Tensor | None]) -> Tensor | None:
-        given = [bias for bias in biases if bias is not None]
-        if not given:
-            return None
-        zeros = given[0].new_zeros(self.rows)
-        return torch.cat([zeros if bias is None else bias for bias in biases])
+    def finish(
+        self, weight: QuantizedWeight, bias: Tensor | None, table: QuantizedLinear | None = None
+    ) -> QuantizedLayer:
+        """The quantized layer of all quantized rows, their bias, and a layer that holds them."""
+        return self.form.quantized(self.layer, weight, bias, table)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from fxquant.graph.effects import writes_before
 from fxquant.graph.layers import Site, is_plain_linear, layer_arguments, sites
 from fxquant.modules.weight_forms import block_names, form_of
 from fxquant.observers import Observer, create_observer
-from fxquant.observers.input_statistics import SAMPLE, InputStatistics
+from fxquant.observers.input_statistics import InputStatistics
 from fxquant.passes.calibrate import run_call
 from fxquant.passes.layer_maker import Blocks
 from fxquant.passes.padding import fitting_mask, padding_mask
@@ -35,7 +35,8 @@ class SeenInput:
 
     Attributes:
         ranges: of all its elements; None where they are not asked for.
-        statistics: channel by channel, of what each block of rows multiplies.
+        statistics: channel by channel, of what blocks of rows multiply: of all in one where all
+            blocks see equally many tokens, or else one of each.
     """
 
     ranges: Observer | None
@@ -64,8 +65,8 @@ class InputWatcher:
     Attributes:
         observers: by the name of a layer that multiplies its input. Linear layers that read one
             value share the object.
-        statistics: by the names of blocks of rows (see `block_names`), shared in the same way.
-            Those of several blocks keep no sample of tokens. Layers that look rows up have none.
+        statistics: by the name of a layer as `SeenInput` has them, shared in the same way. Those of
+            several blocks keep no sample of tokens. Layers that look rows up have none.
         leaders: of each value that is read, the first layer that reads it, by name.
         seen: what is known of each of these values.
     """
@@ -97,13 +98,7 @@ class InputWatcher:
         self.seen: Seen = {name: self._empty(name) for name in first}
         readers = [(name, self.seen[site.name]) for name, site in leaders.items()]
         self.observers = {name: s.ranges for name, s in readers if s.ranges is not None}
-        self.statistics = {
-            block: statistics
-            for name, seen in readers
-            for block, statistics in zip(
-                block_names(name, len(seen.statistics)), seen.statistics, strict=True
-            )
-        }
+        self.statistics = {name: seen.statistics for name, seen in readers if seen.statistics}
 
     def add(
         self,
@@ -135,8 +130,12 @@ class InputWatcher:
             blocks = self._blocks[name]
             assert blocks.form.reads is not None  # lookups are not watched
             reads = blocks.form.reads(blocks.layer, *arguments)
-            for x, statistics in zip(reads, own.statistics, strict=True):
-                statistics.add(x, fitting_mask(padding, x))
+            mask = fitting_mask(padding, reads[0])
+            if len(reads) > 1 == len(own.statistics):
+                own.statistics[0].add(torch.stack(reads, -2), mask)
+            else:
+                for x, statistics in zip(reads, own.statistics, strict=True):
+                    statistics.add(x, fitting_mask(padding, x))
 
     def merge(self, seen: Seen) -> None:
         """Add what is known of a part of the data, as if it came after what was seen before."""
@@ -198,9 +197,13 @@ class InputWatcher:
         ranges, statistics = None, list[InputStatistics]()
         if self._observer is not None:
             ranges = _observer_at(site, self._observer)
-        if self._has_statistics:  # of several blocks without a sample of tokens
-            size = SAMPLE if blocks.count == 1 else 0
-            statistics = [InputStatistics(blocks.inputs, size) for _ in range(blocks.count)]
+        if self._has_statistics and blocks.count == 1:
+            statistics = [InputStatistics(blocks.inputs)]
+        elif self._has_statistics and blocks.form.is_routed:
+            shapes = [(blocks.inputs,)] * blocks.count
+            statistics = [InputStatistics(*shape, sample_size=0) for shape in shapes]
+        elif self._has_statistics:
+            statistics = [InputStatistics(blocks.count, blocks.inputs, sample_size=0)]
         return SeenInput(ranges, statistics)
 
 
@@ -223,11 +226,21 @@ def observe_inputs(
             out.
 
     Returns:
-        The statistics by name. Layers that share an input share the object; it is collected once.
+        The statistics by the names of blocks of rows (see `block_names`). Layers that share an
+        input share the object; it is collected once.
     """
     watcher = InputWatcher(gm, names)
     watcher.run(gm, calls)
-    return watcher.statistics
+    return of_blocks(watcher.statistics)
+
+
+def of_blocks(statistics: Mapping[str, Sequence[InputStatistics]]) -> dict[str, InputStatistics]:
+    """Statistics by the name of a layer, as an `InputWatcher` has them, by the names of blocks."""
+    found: dict[str, InputStatistics] = {}
+    for name, of_layer in statistics.items():
+        blocks = [block for part in of_layer for block in part.by_block()]
+        found.update(zip(block_names(name, len(blocks)), blocks, strict=True))
+    return found
 
 
 def expected_inputs(gm: GraphModule) -> Mapping[str, InputStatistics]:

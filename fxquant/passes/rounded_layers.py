@@ -107,17 +107,15 @@ class RoundedLayers:
             self.without_groups.add(name)
         if weights is None:
             weights = self._weights(name, blocks, bits)
-        names = block_names(name, blocks.count)
-        work = zip(names, blocks.matrices, weights, blocks.biases, strict=True)
-        biases = [self._corrected_bias(name, part, *block) for part, *block in work]
-        made = blocks.finish(weights, biases, table)
+        weight = QuantizedWeight.joined(weights)
+        made = blocks.finish(weight, self._corrected_bias(name, blocks, weight), table)
         self._tied.add(name, layer, bits, made)
         return made
 
     def _weights(self, name: str, blocks: Blocks, bits: int) -> list[QuantizedWeight]:
         """The rounded blocks of a layer that is not tied to another one."""
         if is_per_channel(bits, self.config.group_size, blocks.inputs):
-            return [int8_in_target(matrix, self.config) for matrix in blocks.matrices]
+            return int8_in_target(blocks.matrix, self.config).split(blocks.rows)
         rounded = zip(block_names(name, blocks.count), blocks.matrices, strict=True)
         return [
             exact_in_target(self._round(blocks, part, matrix, bits), matrix, self.config)
@@ -135,22 +133,25 @@ class RoundedLayers:
         """Whether `"hqq"` cannot be taken, as rows have one group."""
         return self.rounding == "hqq" and self.config.group_size in (ONE_GROUP, blocks.inputs)
 
-    def _corrected_bias(
-        self, name: str, part: str, matrix: Tensor, weight: QuantizedWeight, bias: Tensor | None
-    ) -> Tensor | None:
-        """The bias of a block of rows that the target can hold."""
-        corrected = _corrected(matrix, weight, bias, self.statistics.get(part))
-        return bias_in_target(corrected, bias, self.config, takes_new=name not in self.bare)
+    def _corrected_bias(self, name: str, blocks: Blocks, weight: QuantizedWeight) -> Tensor | None:
+        """The bias of a layer, of which `weight` are all rows, that the target can hold."""
+        seen = [self.statistics.get(part) for part in block_names(name, blocks.count)]
+        means = [statistics.mean for statistics in seen if statistics is not None]
+        corrected = _corrected(blocks, weight, torch.stack(means)) if means else blocks.bias
+        return bias_in_target(corrected, blocks.bias, self.config, takes_new=name not in self.bare)
 
 
-def _corrected(
-    matrix: Tensor, weight: QuantizedWeight, bias: Tensor | None, statistics: InputStatistics | None
-) -> Tensor | None:
-    """The bias with which the mean output of a block is the float one's."""
-    if statistics is None:
-        return bias
-    rows = rows_of_block(matrix.shape[1])
-    parts = zip(matrix.split(rows), weight.split(rows), strict=True)
-    lost = torch.cat([(w.float() - q.dequantize()) @ statistics.mean for w, q in parts])
-    base = 0 if bias is None else bias.float()
-    return (base + lost).to(matrix.dtype)
+def _corrected(blocks: Blocks, weight: QuantizedWeight, means: Tensor) -> Tensor:
+    """The bias with which the mean output of each row is the float one's.
+
+    Args:
+        blocks: of a layer.
+        weight: its quantized rows.
+        means: of what each block multiplies, [blocks, inputs].
+    """
+    size = rows_of_block(blocks.inputs)
+    places = torch.arange(len(blocks.matrix)) // blocks.rows
+    parts = zip(blocks.matrix.split(size), weight.parts(), places.split(size), strict=True)
+    lost = torch.cat([torch.linalg.vecdot(w.float() - q, means[block]) for w, q, block in parts])
+    base = 0 if blocks.bias is None else blocks.bias.float()
+    return (base + lost).to(blocks.matrix.dtype)

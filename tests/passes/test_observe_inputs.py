@@ -1,5 +1,7 @@
+import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxquant
 from fxquant.graph.calls import Call
@@ -64,3 +66,50 @@ def test_layers_after_a_norm_need_no_data():
     seen = observe_inputs(gm, ["a"], [Call((torch.randn(400, 50, 8),))])["a"]
     assert torch.allclose(found["a"].mean, seen.mean, atol=0.05)
     assert torch.allclose(found["a"].mean_square, seen.mean_square, rtol=0.05, atol=0.02)
+
+
+class Grouped(nn.Module):
+    def __init__(self, groups):
+        super().__init__()
+        self.conv = nn.Conv2d(16, 32, 3, padding=1, groups=groups)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("groups", [2, 16])
+def test_groups_of_a_convolution_are_watched_in_one_and_are_those_of_each_group(groups):
+    model, batches = Grouped(groups), [torch.randn(2, 16, 6, 5), torch.randn(1, 16, 4, 4) + 1]
+    gm = fxquant.trace(model, batches[0])
+    found = observe_inputs(gm, ["conv"], [Call((x,)) for x in batches])
+    assert list(found) == [f"conv[{group}]" for group in range(groups)]
+    for group, statistics in enumerate(found.values()):
+        alone = InputStatistics(16 // groups * 9)
+        for x in batches:
+            own = x.chunk(groups, 1)[group]
+            alone.add(nn.functional.unfold(own, 3, padding=1).movedim(1, -1))
+        assert statistics.tokens == alone.tokens
+        for name in ("mean", "mean_square", "mean_abs", "lowest", "highest"):
+            assert torch.allclose(getattr(statistics, name), getattr(alone, name), atol=1e-6)
+            steady = statistics.steadied().mean_square
+            assert torch.allclose(steady, alone.steadied().mean_square, atol=1e-6)
+
+
+class Counted(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_a_depthwise_convolution_costs_does_not_grow_with_its_channels():
+    def calls(channels):
+        model = nn.Sequential(nn.Conv2d(channels, channels, 3, groups=channels), nn.Flatten())
+        x = [torch.randn(1, channels, 5, 5), torch.randn(2, channels, 5, 5)]
+        with Counted() as counted:
+            _, info = fxquant.static_quantize(model, x, method="rtn", on_failure="ignore")
+        assert info.decisions[0].action == "int8"
+        return counted.calls
+
+    assert calls(512) < calls(128) + 384
