@@ -103,13 +103,15 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.filterwarnings("ignore::fxquant.AccuracyWarning")
 def test_what_a_depthwise_convolution_costs_does_not_grow_with_its_channels():
     def calls(channels):
         model = nn.Sequential(nn.Conv2d(channels, channels, 3, groups=channels), nn.Flatten())
         x = [torch.randn(1, channels, 5, 5), torch.randn(2, channels, 5, 5)]
         with Counted() as counted:
-            _, info = fxquant.static_quantize(model, x, method="rtn", on_failure="ignore")
+            _, info = fxquant.static_quantize(model, x, method="rtn")
         assert info.decisions[0].action == "int8"
         return counted.calls
 
+    calls(8)  # the first call of a process does more
     assert calls(512) < calls(128) + 384
