@@ -60,6 +60,12 @@ BOTH: dict[str, dict[str, Any]] = {
     "book and built-in text: gptq, asymmetric": {"method": "gptq", "symmetric": False},
     "book and built-in text: best, asymmetric": {"method": "best", "symmetric": False},
 }
+# The text that fxquant ships, without the languages that are measured on.
+OTHER_LANGUAGES: dict[str, dict[str, Any]] = {
+    "built-in text without these languages: gptq, asymmetric": {
+        "method": "gptq", "symmetric": False,
+    },
+}  # fmt: skip
 # The book, and copies of some of its batches with half of the tokens drawn at random.
 NOISY: dict[str, dict[str, Any]] = {
     "token noise: gptq, asymmetric": {"method": "gptq", "symmetric": False, "token_noise": 0.5},
@@ -101,6 +107,9 @@ def candidates(subject: Subject) -> Iterator[tuple[str, Callable[[], nn.Module]]
     only = replace(subject, calibration=subject.built_in, samples=MANY)
     for name, options in BUILT_IN.items():
         yield name, lambda options=options: static(only, options)
+    without = replace(only, calibration=subject.other_languages)
+    for name, options in OTHER_LANGUAGES.items():
+        yield name, lambda options=options: static(without, options)
     both = replace(only, calibration=[*subject.calibration, *subject.built_in])
     for name, options in BOTH.items():
         yield name, lambda options=options: static(both, options)

@@ -7,7 +7,7 @@ below. All of them come with this repository or with Python: `texts/README.md` s
 import ast
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -19,6 +19,7 @@ from torch import Tensor
 
 import fxquant
 from fxquant.demo.language_model import CONTEXT, calibration_tokens, heldout_tokens
+from fxquant.texts.calibration_text import REGISTERS
 
 T = TypeVar("T")
 
@@ -27,6 +28,7 @@ TEXTS = Path(__file__).parent / "texts"
 BOOK_CALIBRATION = slice(0, 260)
 BOOK_HELDOUT = slice(0, 268)
 MEASURED_MODULES = ("argparse", "ast", "collections", "heapq", "tarfile")  # their source code
+MEASURED_LANGUAGES = ("chinese", "german", "spanish", "russian")
 SHORTEST, LONGEST = 30, 300  # characters of a piece
 
 
@@ -80,9 +82,16 @@ def book_held_out() -> Source:
     return Source("same book", lambda: _decoded(heldout_tokens()[BOOK_HELDOUT]))
 
 
-def built_in_text() -> Source:
-    """What `fxquant.calibration_text` has for those without data."""
-    return Source("built-in text", lambda: "\n\n".join(fxquant.calibration_text(256)), "\n\n")
+def built_in_text(count: int | None = None, *, without: Collection[str] = ()) -> Source:
+    """What `fxquant.calibration_text` has for those without data.
+
+    Args:
+        count: of passages; all of them by default.
+        without: registers that are left out.
+    """
+    registers = [name for name in REGISTERS if name not in without]
+    text = "\n\n".join(fxquant.calibration_text(count, registers))
+    return Source("built-in text", lambda: text, "\n\n")
 
 
 def library() -> Source:

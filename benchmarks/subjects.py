@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sources import Source, book_for_calibration, book_held_out, built_in_text, other_sources
+from sources import (
+    MEASURED_LANGUAGES,
+    Source,
+    book_for_calibration,
+    book_held_out,
+    built_in_text,
+    other_sources,
+)
 from torch import Tensor, nn
 
 import fxquant
@@ -23,7 +30,8 @@ from fxquant.passes.decide import decide
 from fxquant.passes.rewrite import rewrite
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-WINDOWS, SENTENCES = 128, 384  # for calibration, at most
+WINDOWS, SENTENCES = 128, 384  # of the book for calibration, at most
+PASSAGES = len(fxquant.calibration_text())  # of the text that fxquant ships
 SAME = "same book"
 
 
@@ -35,7 +43,8 @@ class Subject:
         model: float.
         graph: the same, traced.
         calibration: batches of the book.
-        built_in: batches of the text that fxquant ships.
+        built_in: batches of the text that fxquant ships, as many passages as it gives by default.
+        other_languages: the same without the languages that are measured on.
         samples: how many rows of them are used.
         figure: its name.
         measure: that figure of a quantized model by source, `SAME` first.
@@ -47,6 +56,7 @@ class Subject:
     graph: torch.fx.GraphModule
     calibration: list[Any]
     built_in: list[Any]
+    other_languages: list[Any]
     samples: int
     figure: str
     measure: Callable[[nn.Module], dict[str, float]]
@@ -86,6 +96,16 @@ def token_count(batches: list[Any]) -> int:
     return sum(int(mask.sum()) for mask in masks)
 
 
+def built_in_batches(batches: Callable[[Source, int], list[Any]]) -> tuple[list[Any], list[Any]]:
+    """Those of the text that fxquant ships, and of that without the languages measured on."""
+    sources = (
+        built_in_text(PASSAGES),
+        built_in_text(PASSAGES, without=MEASURED_LANGUAGES),
+    )
+    first, second = (batches(source, PASSAGES) for source in sources)
+    return first, second
+
+
 def language_model(pieces: int) -> Subject:
     """The embedded one: how much less its predictions diverge than with plain rounding.
 
@@ -123,8 +143,8 @@ def language_model(pieces: int) -> Subject:
         return {name: 1 - found / plain[name] for name, found in divergences(quantized).items()}
 
     figure = "gap closed (1 - divergence / that of plain rounding)"
-    built_in = batches(built_in_text(), WINDOWS)
-    return Subject(model, graph, calibration, built_in, WINDOWS, figure, measure, batches)
+    built_in, others = built_in_batches(batches)
+    return Subject(model, graph, calibration, built_in, others, WINDOWS, figure, measure, batches)
 
 
 @torch.inference_mode()
@@ -162,8 +182,10 @@ def minilm(pieces: int) -> Subject:
 
     graph = fxquant.trace(model, calibration[0])
     samples = sum(len(batch["input_ids"]) for batch in calibration)
-    built_in = batches(built_in_text(), SENTENCES)
-    return Subject(model, graph, calibration, built_in, samples, "dB", measure, batches, ["pooler"])
+    built_in, others = built_in_batches(batches)
+    return Subject(
+        model, graph, calibration, built_in, others, samples, "dB", measure, batches, ["pooler"]
+    )
 
 
 SUBJECTS = {"language model": language_model, "minilm": minilm}

@@ -2,11 +2,14 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import fxquant
 
 OTHERS = ["dictionaries", "documentation", "speeches", "source code", "languages"]
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -28,6 +31,24 @@ def test_no_piece_to_measure_on_is_one_of_calibration(sources):
         assert len(set(pieces)) > 120
         assert not calibration.intersection(pieces)
         assert source.windows(64).shape == (64, 256)
+
+
+def test_the_built_in_text_has_no_run_of_characters_that_is_measured_on(sources):
+    measured = [sources.book_held_out(), *sources.other_sources()]
+    spaced, chinese = _runs("\n".join(source.text() for source in measured))
+    shared = {}
+    for passage in fxquant.calibration_text(None):
+        its_spaced, its_chinese = _runs(passage)
+        shared[passage] = (its_spaced & spaced) | (its_chinese & chinese)
+    assert not [(passage, *runs) for passage, runs in shared.items() if runs]
+
+
+def _runs(text: str) -> tuple[set[str], set[str]]:
+    """All runs of 40 characters, without case and with single spaces, and of 12 Chinese ones."""
+    folded = " ".join(text.casefold().split())
+    chinese = re.sub(r"[^\u4e00-\u9fff]", "", text)
+    spaced = {folded[i : i + 40] for i in range(len(folded) - 39)}
+    return spaced, {chinese[i : i + 12] for i in range(len(chinese) - 11)}
 
 
 def test_it_prints_the_worst_and_the_mean_of_other_sources(tmp_path):
