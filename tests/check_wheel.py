@@ -21,6 +21,7 @@ def main() -> None:
     assert NOT_BUILT is None, NOT_BUILT
     assert command("--version").strip().endswith(fxquant.__version__)
     findings = {f["what"]: f["found"] for f in json.loads(command("doctor", "--json"))["findings"]}
+    assert len(fxquant.calibration_text()) == 512
     assert "native" in findings["INT4 product"], findings
     assert json.loads(command("demo", "--json"))["reload_is_identical"] is True
     print(f"wheel: fxquant {fxquant.__version__}, {findings['C++ kernel']}")

@@ -26,7 +26,7 @@ def calibration_text(
             WordPiece tokenizer. Registers take turns, so that any number is a mixture.
         registers: of which; all of them by default: prose, drama, verse, speeches, everyday
             (news, letters, talk, instructions), documentation, source code, data (logs, tables,
-            mark-up, formulas), chinese, german, russian, spanish, and languages, which are 80
+            mark-up, formulas), chinese, german, russian, spanish, and languages, which are 74
             others.
 
     Returns:
