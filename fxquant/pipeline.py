@@ -18,7 +18,7 @@ from fxquant.errors import OptionError, check_choice
 from fxquant.graph.calls import Call
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
 from fxquant.measure.quantization_info import INFO_KEY, QuantizationInfo, check_accuracy_warnings
-from fxquant.passes.calibration_data import calls, check_batches
+from fxquant.passes.calibration_data import DEFAULT_ROWS, check_batches, drawn_calls
 from fxquant.stages import run_stages
 from fxquant.swap import swap_modules
 from fxquant.tracing.offload import loaded
@@ -47,7 +47,7 @@ def static_quantize(
     skip_layer_types: Sequence[TypeRule] | None = None,
     skip_layer_names: Sequence[str] | None = None,
     skip_param_threshold: int | None = None,
-    num_calibration_samples: int = 150,
+    num_calibration_samples: int | None = None,
     token_noise: float = 0.0,
     fuse: bool = False,
     accuracy_warning: str = "warn",
@@ -266,7 +266,7 @@ def _allocated(
     model = loaded(model)
     check_initialized(model)
     with process_left_alone(), structure_left_alone(model):
-        drawn = list(calls(data, model, config.num_calibration_samples))
+        drawn = drawn_calls(data, model, config.num_calibration_samples)
         check_batches(drawn)
         gm = graph_of(model, example or drawn[0])
     options = QuantConfig(
@@ -286,7 +286,7 @@ def _allocated(
         options,
         method="gradient",
         rounding=config.method if config.method in UNSCALED else "auto",
-        num_samples=config.num_calibration_samples,
+        num_samples=config.num_calibration_samples or DEFAULT_ROWS,
         processes=processes,
     )
     bits = allocate(report, average_bits=average_bits)

@@ -23,7 +23,7 @@ from fxquant.measure.paired_run import output_sqnr
 from fxquant.measure.quantization_info import QuantizationInfo
 from fxquant.measure.sizes import MEGABYTE, model_bytes
 from fxquant.modules.layer import QuantizedLayer
-from fxquant.passes.calibration_data import calls
+from fxquant.passes.calibration_data import drawn_calls
 from fxquant.passes.check_alike import check_alike
 from fxquant.passes.check_weights import check_has_values, check_weights
 from fxquant.passes.decide import Decision, add_notes, decide
@@ -128,7 +128,7 @@ def _quantize_with_data(
     most_bytes: int | None,
     processes: Processes,
 ) -> tuple[GraphModule, QuantizationInfo]:
-    drawn = list(calls(data, model, config.num_calibration_samples))
+    drawn = drawn_calls(data, model, config.num_calibration_samples)
     check_alike(processes, model, config, drawn)
     traced = graph_of(model, example or (drawn[0] if drawn else None))
     gm, decisions, norms = _decided(traced, config)

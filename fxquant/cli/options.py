@@ -64,7 +64,8 @@ _RULES = (
     click.option("--skip-param-threshold", type=int, metavar="N",
                  help="Layers with fewer parameters stay float.  [default: 1024]"),
     click.option("--samples", type=int, metavar="N",
-                 help="Calibration samples used at most.  [default: 150]"),
+                 help="Calibration samples used at most.  [default: 150, of short texts as many as "
+                 "have 30,000 tokens]"),
     click.option("--token-noise", type=float, metavar="SHARE",
                  help="Fit layers to copies of the batches besides, with this share of the tokens "
                  "drawn at random.  [default: 0]"),

@@ -34,7 +34,7 @@ from fxquant.graph.calls import Call
 from fxquant.graph.left_alone import process_left_alone
 from fxquant.measure.quantization_info import QuantizationInfo, check_accuracy_warnings
 from fxquant.measure.sizes import MEGABYTE
-from fxquant.passes.calibration_data import calls
+from fxquant.passes.calibration_data import drawn_calls
 from fxquant.passes.check_alike import call_digests
 from fxquant.passes.decide import Decision, add_notes, decide
 from fxquant.passes.token_noise import check_has_batches
@@ -116,7 +116,7 @@ def _quantize(
             check_has_batches(made.token_noise)
         else:
             fitting = for_blocks(made, recipe)
-            drawn = list(calls(data, weights.model, made.num_calibration_samples))
+            drawn = drawn_calls(data, weights.model, made.num_calibration_samples)
             blockwise = Blockwise(weights, decisions, fitting, drawn, most_bytes, processes)
         rounding = "rtn" if recipe.rounding == "gptq" else recipe.rounding
         writer = FolderWriter(weights, decisions, made, rounding)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import ceil
 from typing import Any
 
 import torch
@@ -10,9 +11,15 @@ from torch.utils.data import Dataset
 
 from fxquant.errors import CalibrationError
 from fxquant.graph.calls import Call
+from fxquant.passes.padding import padding_mask
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+# What calibration uses by default: so many rows, and of short texts more, until there are so many
+# tokens. `docs/accuracy.md` has the measurement.
+DEFAULT_ROWS = 150
+DEFAULT_TOKENS = 30_000
+ID_DTYPES = (torch.int32, torch.int64)
 
 
 def as_call(item: object, model: nn.Module | None = None) -> Call:
@@ -66,6 +73,48 @@ def calls(
         left -= call.row_count
         if left <= 0:
             return
+
+
+def drawn_calls(
+    data: Iterable[object], model: nn.Module, num_samples: int | None = None
+) -> list[Call]:
+    """The calls that calibration uses.
+
+    Args:
+        data: as for `calls`, like `model`.
+        model: that is called.
+        num_samples: rows, at most. None stands for 150 rows, and for rows of ids of tokens for as
+            many as have 30,000 tokens, if these are more.
+
+    Raises:
+        CalibrationError: as `calls`.
+    """
+    if num_samples is not None:
+        return list(calls(data, model, num_samples))
+    found, rows, tokens = list[Call](), 0, 0
+    for call in calls(data, model):
+        count, missing = call.row_count, max(DEFAULT_ROWS - rows, 0)
+        own = _token_count(call)
+        if own:
+            missing = max(missing, ceil((DEFAULT_TOKENS - tokens) * count / own))
+        found.append(call.rows(0, min(count, missing)))
+        if missing <= count:
+            break
+        rows, tokens = rows + count, tokens + own
+    return found
+
+
+def _token_count(call: Call) -> int:
+    """How many ids of tokens [rows, tokens] a call has, without padding, one a row at least."""
+    ids = [
+        value.numel()
+        for _, value in call.leaves()
+        if isinstance(value, Tensor) and value.ndim == 2 and value.dtype in ID_DTYPES
+    ]
+    if not ids:
+        return 0
+    mask = padding_mask(call)
+    return max(call.row_count, max(ids) if mask is None else int(mask.sum()))
 
 
 def describe_inputs(model: nn.Module) -> str:

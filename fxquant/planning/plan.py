@@ -19,7 +19,7 @@ from fxquant.graph.calls import Call
 from fxquant.graph.left_alone import process_left_alone, structure_left_alone
 from fxquant.measure.quantization_info import QuantizationInfo
 from fxquant.measure.sizes import MEGABYTE, model_bytes
-from fxquant.passes.calibration_data import calls, check_batches
+from fxquant.passes.calibration_data import check_batches, drawn_calls
 from fxquant.passes.decide import decide
 from fxquant.planning.folder import forecast_folder, take_dtypes
 from fxquant.planning.forecast import Forecast, format_bytes, format_seconds
@@ -133,7 +133,7 @@ def _plan_model(
     with process_left_alone(), structure_left_alone(model):
         drawn = None
         if data is not None:
-            drawn = list(calls(data, model, config.num_calibration_samples))
+            drawn = drawn_calls(data, model, config.num_calibration_samples)
             check_batches(drawn)
         example = None if example_inputs is None else Call.of(example_inputs)
         if example is None and drawn:
@@ -174,7 +174,7 @@ def _plan_folder(
         drawn, fitting = None, config
         if data is not None:
             fitting = for_blocks(config, recipe)
-            drawn = list(calls(data, weights.model, config.num_calibration_samples))
+            drawn = drawn_calls(data, weights.model, config.num_calibration_samples)
             check_batches(drawn)
         take_dtypes(weights.model, base)
         forecast = forecast_folder(weights.model, decisions, fitting, recipe, drawn, most_bytes)
