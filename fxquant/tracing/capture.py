@@ -17,8 +17,6 @@ class Capture:
         guards: conditions on the inputs' sizes under which the graph is right.
         fixed: sizes of inputs that it may be right for only.
         left_out: outputs that a graph cannot hold.
-        has_short_loops: whether a loop over a size was unrolled because it has too few rounds in
-            the example to tell what a round does.
         was_asked: whether the forward asked if it is being compiled, and was told that it is.
     """
 
@@ -28,7 +26,6 @@ class Capture:
     guards: list[str] = field(default_factory=list)
     fixed: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    has_short_loops: bool = False
     was_asked: bool = False
 
 

@@ -35,7 +35,7 @@ from fxquant.tracing.capture import Capture, describe_error, left_out
 from fxquant.tracing.each_entry import EachEntry
 from fxquant.tracing.export_surroundings import CompilerQuestions, quiet_export
 from fxquant.tracing.known_values import ASSERTION, KnownValues, write_check
-from fxquant.tracing.loop_marks import LoopMarks
+from fxquant.tracing.loop_marks import LoopMarks, ShortLoopError
 from fxquant.tracing.rolling import CannotRollError, roll_loops
 from fxquant.tracing.signature import (
     Argument,
@@ -49,6 +49,7 @@ from fxquant.tracing.vmap import without_vmap
 aten = torch.ops.aten
 higher_order = torch.ops.higher_order
 
+SHORT_LOOPS = "a loop over a size has too few rounds with this example"
 DYNAMIC_DIMENSIONS = 2  # batch and length
 _DROPPED = (aten._assert_tensor_metadata.default,)
 _IDENTITIES = (aten.dropout.default, aten.alias.default)  # a third argument True means training
@@ -66,6 +67,7 @@ def capture_export(
     are_sizes_free: bool = True,
     answers: tuple[bool, ...] = (False, True),
     are_values_known: bool = False,
+    takes_short_loops: bool = True,
 ) -> Capture | str:
     """Export `module` on example inputs; return the reason as text if that is not possible.
 
@@ -78,6 +80,8 @@ def capture_export(
             while it fails: whether it runs as in eager mode.
         are_values_known: go through checks by value as the example does, and check in the graph
             that every input does so (see `known_values.py`).
+        takes_short_loops: whether a loop over a size that has too few rounds with this example is
+            left as it is; else the export ends there, with the reason `SHORT_LOOPS`.
     """
     arguments = graph_arguments(module, inputs)
     unfit = unfit_argument(arguments)
@@ -88,12 +92,12 @@ def capture_export(
     reasons: list[str] = []
     for rolled in (True, False) if are_sizes_free else (False,):
         for as_in_eager_mode in answers:
-            marks = LoopMarks() if rolled else None
+            marks = LoopMarks(takes_short_loops=takes_short_loops) if rolled else None
             questions = CompilerQuestions(
                 as_in_eager_mode=as_in_eager_mode, are_values_known=are_values_known
             )
             found = _attempt(module, arguments, example, marks, questions, are_sizes_free)
-            if not isinstance(found, str):
+            if not isinstance(found, str) or found == SHORT_LOOPS:
                 return found
             if found not in reasons:
                 reasons.append(found)
@@ -128,10 +132,11 @@ def _attempt(
             program = without_vmap(program)
         capture = _capture(program, arguments, flat.output)
         free = DYNAMIC_DIMENSIONS if are_sizes_free else 0
-        is_short = marks is not None and marks.has_short_loops
         fixed = _fixed_sizes(arguments, free)
         was_asked = questions.were_asked and not questions.as_in_eager_mode
-        return replace(capture, fixed=fixed, has_short_loops=is_short, was_asked=was_asked)
+        return replace(capture, fixed=fixed, was_asked=was_asked)
+    except ShortLoopError:
+        return SHORT_LOOPS
     except (CannotRollError, _UnsupportedError) as error:
         return str(error)
     except Exception as error:  # a user's forward may raise anything at all
@@ -233,7 +238,8 @@ class _Flat(nn.Module):
 
         def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
             values = dict(zip((a.name for a in inputs), args, strict=False)) | kwargs
-            with EachEntry(), nullcontext() if marks is None else marks.watching():
+            marked = nullcontext() if marks is None else marks.watching(values.values())
+            with EachEntry(), marked:
                 return output.flatten(call(module, arguments, values))
 
         forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

@@ -10,7 +10,8 @@ import ast
 import operator
 import re
 from collections.abc import Callable
-from functools import reduce
+from functools import lru_cache, reduce
+from types import CodeType
 from typing import Any
 
 import torch
@@ -45,9 +46,15 @@ def holds(guard: str, values: dict[str, Any]) -> bool | None:
     """Whether a guard of torch's is true for these arguments; None where it cannot be told."""
     try:
         space = {"__builtins__": {}, "L": values, "min": min, "max": max, "torch": torch}
-        return bool(eval(guard, space))  # the text comes from torch.export, not from a file
+        return bool(eval(_compiled(guard), space))
     except Exception:  # a helper of torch's that is not known here
         return None
+
+
+@lru_cache(maxsize=4096)
+def _compiled(guard: str) -> CodeType:
+    """A guard is tried at hundreds of sizes. Its text comes from torch.export, not from a file."""
+    return compile(guard, "<guard>", "eval")
 
 
 def is_about_sizes(guard: str) -> bool:

@@ -14,7 +14,7 @@ compared makes the loop one that cannot be rolled.
 import builtins
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,31 +56,46 @@ _library.impl("mark", _mark, "BackendSelect")  # on values, where an export know
 _library.impl("collect", _join, "CompositeExplicitAutograd")
 
 
+class ShortLoopError(Exception):
+    """A loop over a size has too few rounds to tell what changes from round to round."""
+
+
 class LoopMarks(TorchFunctionMode):
     """Marks the loops over sizes of a forward that is exported inside of it.
+
+    Args:
+        takes_short_loops: whether a loop that has too few rounds is left as it is; else one that
+            gets more with larger sizes of the inputs raises a `ShortLoopError`.
 
     Attributes:
         count: how many loops were marked.
         fault: why they cannot be rolled, or None.
-        has_short_loops: whether a loop was left as it is, since it has too few rounds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, takes_short_loops: bool = True) -> None:
         super().__init__()
+        self.takes_short_loops = takes_short_loops
         self.count = 0
         self.fault: str | None = None
-        self.has_short_loops = False
+        self._small: set[Any] = set()  # symbols of sizes that are smaller than loops need
         self._current: tuple[int, int] | None = None  # the loop and round that run
         self._sizes: dict[int, Any] = {}  # of the loops that ended
         self._made: dict[int, tuple[int, int, Tensor]] = {}  # by identity: the round it is from
         self._iterated: tuple[int, int] | None = None
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Where `range` of a size that may change is a loop to mark."""
+    def watching(self, inputs: Iterable[Any]) -> Iterator[None]:
+        """Where `range` of a size that may change is a loop to mark.
+
+        Args:
+            inputs: of the forward that runs inside.
+        """
+        sizes = [size for x in inputs if isinstance(x, Tensor) for size in x.shape]
+        small = (size for size in sizes if _may_change(size) and _hint(size) < FEWEST_ROUNDS)
+        self._small = {symbol for size in small for symbol in _symbols(size)}
         kept, length = builtins.range, builtins.len
         builtins.range = self._range_class(kept)  # type: ignore[misc]
-        builtins.len = lambda value: _length(length, value)
+        builtins.len = _length_of(length)
         try:
             with self:
                 yield
@@ -125,9 +140,14 @@ class LoopMarks(TorchFunctionMode):
         """The numbers of a loop's rounds."""
         often = _hint(count)
         if often < FEWEST_ROUNDS:
-            self.has_short_loops = True
+            self._meet_short_loop(count)
             return iter([start + step * i for i in _plain_range(int(count))])
         return self._marked(count, often, start, step)
+
+    def _meet_short_loop(self, count: Any) -> None:
+        # A number of chunks that is 1 for nine tokens stays 1 for a few more.
+        if not self.takes_short_loops and self._small & _symbols(count):
+            raise ShortLoopError
 
     def _marked(self, count: Any, often: int, start: int, step: int) -> Iterator[int]:
         if self._current is not None:
@@ -149,7 +169,7 @@ class LoopMarks(TorchFunctionMode):
         if not _may_change(size):
             return None
         if _hint(size) < FEWEST_ROUNDS:
-            self.has_short_loops = True
+            self._meet_short_loop(size)
             return None
         self._iterated = _user_frame()
         return _Parts(self, source, dim, size)
@@ -245,10 +265,18 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge", "bool", "mod", "rmod", "floord
     setattr(_Index, f"__{_name}__", _compares(f"__{_name}__"))
 
 
-def _length(length: Any, value: Any) -> Any:
-    """`len` for a forward that is exported: of a tensor it is its first size."""
-    is_sized = isinstance(value, Tensor) and value.ndim and _may_change(value.shape[0])
-    return value.shape[0] if is_sized and not _is_torch(sys._getframe(2)) else length(value)
+def _length_of(length: Any) -> Any:
+    """`len` for a forward that is exported: of a tensor it is its first size.
+
+    All of torch calls it while it runs, so what is no tensor is told first.
+    """
+
+    def length_of(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim or not _may_change(value.shape[0]):
+            return length(value)
+        return length(value) if _is_torch(sys._getframe(1)) else value.shape[0]
+
+    return length_of
 
 
 def _may_change(size: Any) -> bool:
@@ -262,6 +290,11 @@ def _may_change(size: Any) -> bool:
 def _hint(size: Any) -> int:
     """The size in the example; nothing is assumed about it."""
     return int(size.node.hint) if isinstance(size, SymInt) else operator.index(size)
+
+
+def _symbols(size: Any) -> set[Any]:
+    """The sizes of inputs that it is computed of, as torch calls them."""
+    return set(size.node.expr.free_symbols) if isinstance(size, SymInt) else set()
 
 
 def _is_torch(frame: Any) -> bool:

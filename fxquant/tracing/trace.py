@@ -41,7 +41,7 @@ from fxquant.tracing.canonical import canonicalize
 from fxquant.tracing.capture import Capture
 from fxquant.tracing.coverage import weigh
 from fxquant.tracing.each_entry import drop_notes, listening
-from fxquant.tracing.export import capture_export
+from fxquant.tracing.export import SHORT_LOOPS, capture_export
 from fxquant.tracing.guards import insert_guards
 from fxquant.tracing.inline import inline_children
 from fxquant.tracing.loop_marks import FEWEST_ROUNDS
@@ -214,7 +214,14 @@ class _Search:
                 break
             if are_sizes_free and len(reasons) > 1 and len(set(reasons)) == 1:
                 continue  # it is not the sizes that are in the way
-            capture = capture_export(self.prepared, call, are_sizes_free=are_sizes_free)
+            capture = capture_export(
+                self.prepared, call, are_sizes_free=are_sizes_free, takes_short_loops=False
+            )
+            if capture == SHORT_LOOPS:  # more rows or tokens may give its loops more rounds
+                longer = capture_export(self.prepared, with_least_sizes(oracle, FEWEST_ROUNDS))
+                if not isinstance(longer, str):
+                    yield self._judged(longer, "export")
+                capture = capture_export(self.prepared, call, are_sizes_free=are_sizes_free)
             if isinstance(capture, str):
                 reasons.append(capture)
                 self.attempts.append(f"model: export: {capture}")
@@ -222,10 +229,6 @@ class _Search:
                     yield from self._exported_with_known_values(call)
                     return
                 continue
-            if capture.has_short_loops:
-                longer = capture_export(self.prepared, with_least_sizes(oracle, FEWEST_ROUNDS))
-                if not isinstance(longer, str):
-                    yield self._judged(longer, "export")
             yield self._judged(capture, "export")
             if capture.was_asked and self.best is None:  # then it does something else in eager mode
                 capture = capture_export(
