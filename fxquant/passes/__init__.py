@@ -19,6 +19,7 @@ Each leaves a legal graph and never changes its input.
 | `target_limits.py` | what an export format asks of them |
 | `block_moments.py` | the moments of what each block of rows multiplies |
 | `quantize_sequentially.py` | layers quantized in the order in which they run |
+| `later_calls.py` | what layers read in the calls behind their first |
 | `turns.py`, `paired_batches.py` | which layers together, and batches from turn to turn |
 | `held_values.py` | what waits between turns: in memory up to a bound, else in a file |
 | `float_products.py` | quantized layers that multiply in float32 meanwhile |

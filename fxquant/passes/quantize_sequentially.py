@@ -14,7 +14,6 @@ Where several processes share the work, each runs the batches of its parts, and 
 a turn (see `fxquant/distributed`).
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -33,14 +32,12 @@ from fxquant.graph.copying import copy_sharing_tensors, own_memory
 from fxquant.graph.layers import (
     Site,
     keep_bias_absent,
-    layer_arguments,
     replace_layer,
     sites,
 )
 from fxquant.graph.left_alone import (
     attributes_left_alone,
     graph_left_alone,
-    left_alone,
     written_tensors,
 )
 from fxquant.graph.stepper import narrowest_place
@@ -48,25 +45,23 @@ from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.weight_forms import chosen_form, form_of
 from fxquant.observers.moments import LayerMoments, merge_all
 from fxquant.passes.block_moments import (
-    add_call,
     chunks_of_blocks,
     collect_blocks,
     empty_moments,
     slice_of,
 )
-from fxquant.passes.calibrate import run_call
 from fxquant.passes.collect_moments import collect, empty_moments_of
 from fxquant.passes.decide import Decision
 from fxquant.passes.float_products import multiply_as_made, multiply_in_float
 from fxquant.passes.freed_memory import FreedMemory
 from fxquant.passes.held_values import HeldValues
+from fxquant.passes.later_calls import moments_of_later_calls
 from fxquant.passes.layer_maker import Blocks, naming
 from fxquant.passes.observe_inputs import InputWatcher, Seen
 from fxquant.passes.opaque_layers import OpaqueGroup, collect_inside, groups_inside
-from fxquant.passes.padding import padding_mask
 from fxquant.passes.paired_batches import PairedBatch
 from fxquant.passes.rewrite import freeze, share_tables
-from fxquant.passes.turns import Turn, find_turns, repeated_layers
+from fxquant.passes.turns import Turn, find_turns
 from fxquant.report.progress import steps
 
 
@@ -201,7 +196,7 @@ class _Run:
         self, calls: Sequence[Call], held_out: Sequence[Call], noisy: Sequence[Call] | None
     ) -> None:
         """Quantize the layers of all turns."""
-        self.later = self._moments_of_later_calls(calls)
+        self.later = moments_of_later_calls(self.float_gm, set(self.bits), calls, self.watcher)
         models, count = (self.float_gm, self.rewritten), len(calls)
         clean = [partial(calls.__getitem__, i) for i in range(count)]
         clean += [partial(held_out.__getitem__, i) for i in range(len(held_out))]
@@ -395,31 +390,3 @@ class _Run:
             keep_bias_absent(site.module, made)
         replace_layer(site.module, made.eval())
         multiply_in_float(site.module)
-
-    def _moments_of_later_calls(self, calls: Sequence[Call]) -> dict[str, list[LayerMoments]]:
-        """Of layers that several nodes call: the moments of all inputs but the first, in float."""
-        gm, moments = self.float_gm, dict[str, list[LayerMoments]]()
-        counts: dict[nn.Module, int] = defaultdict(int)
-        batch, mask = 0, None
-
-        def hook_for(name: str, blocks: Blocks) -> Any:
-            def hook(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-                counts[layer] += 1
-                if counts[layer] > 1:
-                    arguments = layer_arguments(args, kwargs)
-                    add_call(moments[name], blocks, range(blocks.count), arguments, None, mask)
-                    self.watcher.add(self.watcher.seen, name, arguments, mask, batch)
-
-            return hook
-
-        repeated = repeated_layers(gm, set(self.bits))
-        with left_alone(gm):
-            for layer, name in repeated.items():
-                blocks = Blocks(layer)
-                moments[name] = empty_moments(blocks, range(blocks.count))
-                layer.register_forward_hook(hook_for(name, blocks), with_kwargs=True)
-            for batch, call in enumerate(calls if repeated else ()):
-                counts.clear()
-                mask = padding_mask(call)
-                run_call(gm, call, batch)
-        return moments
