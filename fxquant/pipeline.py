@@ -47,7 +47,7 @@ def static_quantize(
     skip_layer_types: Sequence[TypeRule] | None = None,
     skip_layer_names: Sequence[str] | None = None,
     skip_param_threshold: int | None = None,
-    num_calibration_samples: int | None = None,
+    num_calibration_samples: int | None = DEFAULT_ROWS,
     token_noise: float = 0.0,
     fuse: bool = False,
     accuracy_warning: str = "warn",
@@ -75,7 +75,8 @@ def static_quantize(
         skip_layer_types: see there.
         skip_layer_names: see there.
         skip_param_threshold: see there.
-        num_calibration_samples: see there.
+        num_calibration_samples: see there; 150 rows unless it is given, and None draws as much as
+            `quantize` does.
         token_noise: see there.
         fuse: see there.
         accuracy_warning: see there.
