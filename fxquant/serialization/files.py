@@ -61,6 +61,7 @@ def save_model(
     check_graph("save_model", qmodel, SaveError)
     if info is not None:
         check_type("info", info, QuantizationInfo, "Pass what quantize returned.", SaveError)
+        _check_own(info, qmodel)
     check_replaceable(path)
     describer = Describer(allow, allow_modules)
     graph = describer.graph(qmodel)
@@ -91,7 +92,39 @@ def save_model(
             remedy="Trace the model again without the part named here, or keep it as an opaque "
             "module and pass allow_modules.",
         ) from error
-    write_atomically(path, lambda file: save_file(tensors, file, metadata))
+    write_atomically(path, lambda file: _write(file, tensors, metadata))
+
+
+def _check_own(info: QuantizationInfo, qmodel: GraphModule) -> None:
+    """Refuse the record of another graph."""
+    own = qmodel.meta.get(INFO_KEY)
+    if own is None:
+        return
+    expected = [decision["module"] for decision in own["decisions"]]
+    found = [decision.module for decision in info.decisions]
+    if found != expected:
+        other = next(iter([name for name in found if name not in expected] or found), "no layer")
+        raise SaveError(
+            "info",
+            found=f"the record of another model: it decides on {len(found)} layers, {other!r} "
+            "among them",
+            needed=f"the record of this graph, with its {len(expected)} layers",
+            remedy="Pass what quantize returned with this graph, or nothing: the graph carries its "
+            "record.",
+        )
+
+
+def _write(file: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file, the same bytes each time: safetensors puts metadata in any order."""
+    save_file(tensors, file, metadata)
+    with open(file, "r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = metadata
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:  # it has the same length, but that is for safetensors to change
+            opened.seek(8)
+            opened.write(text.ljust(size))
 
 
 def metadata_of(description: dict[str, Any]) -> dict[str, str]:

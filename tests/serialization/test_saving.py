@@ -211,3 +211,34 @@ def test_a_class_of_torch_nn_that_no_file_may_hold_is_refused_with_the_reason(tm
     assert "EmbeddingBag" in str(error.value)
     assert "reads memory at offsets that the file could choose" in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+SAVES = """
+import sys, torch, fxquant
+from tests import models
+torch.manual_seed(0)
+q, info = fxquant.quantize(models.Plain(), group_size=32, accuracy_warning="ignore")
+fxquant.save_model(q, sys.argv[1], info)
+"""
+
+
+def test_the_same_graph_gives_the_same_file_in_every_process(tmp_path):
+    written = []
+    for seed in "12":
+        path = tmp_path / seed
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", SAVES, path], check=True, env=environment)
+        written.append(path.read_bytes())
+        files.save_model(files.load_model(path), path)  # and once more after loading
+        written.append(path.read_bytes())
+    assert len(set(written)) == 1
+    assert load_file(tmp_path / "1").keys() == load_file(tmp_path / "2").keys()
+
+
+def test_the_record_of_another_model_is_refused(q, tmp_path):
+    other = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    _, info = fxquant.quantize(other, group_size=32, accuracy_warning="ignore")
+    with pytest.raises(SaveError, match="the record of another model") as error:
+        files.save_model(q, tmp_path / "m", info)
+    assert "the graph carries its record" in str(error.value)
+    assert not (tmp_path / "m").exists()
