@@ -59,7 +59,7 @@ lint: $(VENV)/installed-dev
 # two sanitizers.
 # libgomp's own memory would count as leaked.
 CSRC := fxquant/kernels/csrc
-CHECKS := $(addprefix build/sanitize/,check_linear check_rounding check_attention check_norm)
+CHECKS := $(addprefix build/sanitize/,check_linear check_rounding check_attention check_norm check_convolution)
 KERNEL := $(patsubst $(CSRC)/%.cpp,build/sanitize/%.o,$(filter-out $(CSRC)/module%,$(wildcard $(CSRC)/*.cpp)))
 SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
 # GCC takes twice as long over the unrolled products otherwise: -g1 still names the lines.

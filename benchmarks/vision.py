@@ -54,6 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 FAST = ("8 bits", "8 bits, dynamic activations")  # also timed fused and in bfloat16
+FUSED = ("8 bits, static activations",)  # also timed fused: integers go from layer to layer
 
 
 def pictures(count: int, size: int, seed: int) -> list[Tensor]:
@@ -140,6 +141,9 @@ def main() -> None:
             if method in graphs:
                 fast = in_bfloat16(fxquant.fuse(graphs[method]))
                 candidates[f"{method}, fused, bfloat16"] = fast
+        for method in FUSED:
+            if method in graphs:
+                candidates[f"{method}, fused"] = fxquant.fuse(graphs[method])
         candidates |= dict(theirs(model, data))
         rows: list[dict[str, Any]] = []
         with torch.inference_mode():

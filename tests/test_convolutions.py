@@ -98,7 +98,8 @@ def test_activations_of_convolutions_are_rounded_and_the_record_says_how(observe
         assert [s.ndim for s in scales] == [0] * len(LAYERS)
         assert info.rows[0].input_high == max(x.max() for x in DATA[:5])
     else:
-        assert how.pop("point") == "dynamic 8-bit activations, integers"
+        for name in ("stem", "point"):
+            assert how.pop(name) == "dynamic 8-bit activations, integers"
         assert set(how.values()) == {"dynamic 8-bit activations, simulated"}
         alone = torch.cat([q(DATA[0][i : i + 1]) for i in range(6)])
         torch.testing.assert_close(alone, q(DATA[0]), rtol=0, atol=1e-4)

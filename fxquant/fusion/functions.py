@@ -27,7 +27,9 @@ _GELU: dict[tuple[Any, ...], str] = {
     (("approximate", "none"),): "gelu",
     (("approximate", "tanh"),): "gelu_tanh",
 }
-_NOT_IN_PLACE: tuple[Any, ...] = ((), (False,), (("inplace", False),))
+_NO_OPTIONS: tuple[Any, ...] = (
+    (), (False,), (True,), (("inplace", False),), (("inplace", True),),
+)  # fmt: skip
 _X = Value("x")
 _CUBIC = Formula("add", _X, Formula("mul", Formula("pow", _X, 3), 0.044715))
 _TANH = Formula("tanh", Formula("mul", _CUBIC, 0.7978845608028654))
@@ -55,12 +57,15 @@ def fuse_functions(gm: GraphModule) -> None:
         gm.graph.erase_node(node)
 
 
-def function_of(gm: GraphModule, node: Node) -> tuple[str, Node, int] | None:
+def function_of(
+    gm: GraphModule, node: Node, in_place: bool = False
+) -> tuple[str, Node, int] | None:
     """The name of the function that a node applies, to what, and how often that is read for it.
 
-    The name is one of `kernels.functions.FUNCTIONS`; None where the node applies none of them.
+    The name is one of `kernels.functions.FUNCTIONS`; None where the node applies none of them, or,
+    unless `in_place` allows it, writes into what it reads.
     """
-    if writes(node, gm):
+    if writes(node, gm) and not in_place:
         return None
     written_out = match(node, WRITTEN_OUT)
     if written_out is not None:
@@ -81,9 +86,11 @@ def _module_name(gm: GraphModule, node: Node) -> str | None:
 
 def _op_name(node: Node) -> str | None:
     options: tuple[Any, ...] = (*node.args[1:], *node.kwargs.items())
-    if op_name(node) == "gelu":
+    name = op_name(node)
+    if name == "gelu":
         return _GELU.get(options)
-    return _OPS.get(op_name(node)) if options in _NOT_IN_PLACE else None
+    # Those that write have been let in, or not, before.
+    return _OPS.get(name.removesuffix("_")) if options in _NO_OPTIONS else None
 
 
 def _call_behind(source: Node, readers: int) -> Node | None:

@@ -7,8 +7,10 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import OptionError
+from fxquant.fusion.convolutions import is_fused_convolution
 from fxquant.kernels.attention import attention
 from fxquant.kernels.norm import add_and_norm, norm
+from fxquant.kernels.pooling import max_pool
 from fxquant.modules.fused_linear import FusedLinear
 from fxquant.modules.gated_linear import GatedLinear
 
@@ -17,6 +19,7 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     attention: "attention",
     norm: "norm",
     add_and_norm: "norm",
+    max_pool: "pooling",
 }
 
 
@@ -48,6 +51,8 @@ def _pattern(gm: GraphModule, node: Node) -> str | None:
     """The name of the pattern that a node stands for, or None."""
     if node.op == "call_function":
         return _FUNCTIONS.get(node.target) if callable(node.target) else None
+    if is_fused_convolution(gm, node):
+        return "convolution"
     module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
     if isinstance(module, GatedLinear):
         return "gate"

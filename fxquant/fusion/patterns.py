@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from fxquant.fusion.attention import fuse_attention
+from fxquant.fusion.convolutions import fuse_convolutions
 from fxquant.fusion.functions import fuse_functions
 from fxquant.fusion.gates import fuse_gates
 from fxquant.fusion.norms import fuse_norms
+from fxquant.fusion.pooling import fuse_pooling
 from fxquant.fusion.shared_inputs import fuse_shared_inputs
 
 
@@ -57,6 +59,18 @@ PATTERNS: tuple[Pattern, ...] = (
         before="a linear layer, then GELU (either form), ReLU, SiLU or tanh",
         after="a FusedLinear that applies the function to its output",
         apply=fuse_functions,
+    ),
+    Pattern(
+        "convolution",
+        before="a convolution of integers; an addition and a function; rounding to integers",
+        after="a QuantizedConv that is told what to compute around it, on integers throughout",
+        apply=fuse_convolutions,
+    ),
+    Pattern(
+        "pooling",
+        before="max pooling in two dimensions behind such a convolution",
+        after="fxquant's, which is made for channels that lie last in memory",
+        apply=fuse_pooling,
     ),
     Pattern(
         "norm",

@@ -14,6 +14,8 @@ from fxquant.kernels.eager import is_plain
 from fxquant.kernels.extension import FLOAT_TYPES, NOT_BUILT, _native
 from fxquant.numerics.integers import UINT8, dequantize_affine, quantize_affine
 
+IMAGE_DIMS = 4
+
 
 def quantize_uint8(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """The uint8 q with x ≈ scale · (q − zero_point).
@@ -72,7 +74,7 @@ def _is_served(x: Tensor, dtype: torch.dtype, scale: Tensor, zero_point: Tensor)
     return (
         dtype in FLOAT_TYPES
         and is_plain(x)
-        and x.is_contiguous()
+        and (x.is_contiguous() or (scale.numel() == 1 and lies_last(x)))
         and x.numel() > 0
         and scale.shape == zero_point.shape
         and (scale.numel() == 1 or scale.shape == x.shape[-1:])
@@ -80,6 +82,11 @@ def _is_served(x: Tensor, dtype: torch.dtype, scale: Tensor, zero_point: Tensor)
             t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in (scale, zero_point)
         )
     )
+
+
+def lies_last(x: Tensor) -> bool:
+    """Whether it is one piece of memory with channels last."""
+    return x.ndim == IMAGE_DIMS and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def rounded_samples(x: Tensor, dims: int) -> Tensor:
     Returns:
         The rounded values in the dtype of `x`, the shape of `x`.
     """
-    q, scale, zero_point = _levels_of_samples(x.detach(), dims)
+    q, scale, zero_point = levels_of_samples(x.detach(), dims)
     rounded = dequantize_samples(q, scale, zero_point, x.dtype)
     return x + (rounded - x).detach() if x.requires_grad else rounded
 
@@ -78,12 +78,15 @@ def integers_of_samples(x: Tensor, dims: int) -> tuple[Tensor, Tensor, Tensor]:
         q, int8 in -127 to 127, the shape of `x`; scale and zero point, float32, broadcasting to it:
         x ≈ scale · (q - zero point). A sample with NaN or Inf has the scale NaN.
     """
-    q, scale, zero_point = _levels_of_samples(x, dims)
+    q, scale, zero_point = levels_of_samples(x, dims)
     return (q - LARGEST_INT8).view(torch.int8), scale, zero_point - LARGEST_INT8
 
 
-def _levels_of_samples(x: Tensor, dims: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same as uint8: 255 levels, as products of bytes have no room for -128 on some CPUs."""
+def levels_of_samples(x: Tensor, dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as uint8: 255 levels, as products of bytes have no room for -128 on some CPUs.
+
+    The zero point is in 0 to 254: x ≈ scale · (q - zero point).
+    """
     axes = tuple(range(-dims, 0))
     low, high = x.amin(axes, keepdim=True).float(), x.amax(axes, keepdim=True).float()
     low, high = low.clamp(max=0), high.clamp(min=0)

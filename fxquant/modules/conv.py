@@ -14,6 +14,14 @@ from torch import Tensor, nn
 
 from fxquant.errors import OptionError
 from fxquant.modules.activation import rounded_samples
+from fxquant.modules.conv_integers import (
+    Grid,
+    as_torch_lays,
+    convolved_samples,
+    fused_call,
+    has_integers,
+    runs_on_integers,
+)
 from fxquant.modules.conv_product import can_pick, is_picked, picked_product
 from fxquant.modules.layer import LayerAround
 from fxquant.modules.linear import QuantizedLinear
@@ -34,9 +42,10 @@ class QuantizedConv(LayerAround):
 
     A convolution of one place (kernel 1, no groups, no padding) runs as the linear layer it is, on
     the packed weight, and rounds its input as that does where `matrix` has the activation `"int8"`.
-    Others round it with one grid for each sample of the batch. Those without groups and with many
-    outputs run on the packed weight too, where the kernel can (see `conv_product`); of the rest the
-    weight is dequantized for the call, and rounded inputs are made floats again.
+    Others round it with one grid for each sample of the batch, and multiply integers where the
+    kernel has that (see `conv_integers`). Those without groups and with many outputs run on the
+    packed weight too (see `conv_product`); of the rest the weight is dequantized for the call, and
+    rounded inputs are made floats again.
 
     Args:
         dims: 1, 2 or 3 dimensions of space.
@@ -138,12 +147,46 @@ class QuantizedConv(LayerAround):
         grouped = matrix.view(self.groups, outputs, *self.kernel_size, -1)
         return grouped.movedim(-1, 1).flatten(0, 1).contiguous()
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Convolve, as the float layer does; `output_size` is that of transposed layers."""
+    def forward(
+        self,
+        input: Tensor,
+        output_size: list[int] | None = None,
+        *,
+        grid: Grid | None = None,
+        like: Tensor | None = None,
+        residual: Tensor | None = None,
+        function: str = "none",
+        to_grid: Grid | None = None,
+        with_floats: bool = True,
+    ) -> Any:
+        """Convolve, as the float layer does.
+
+        A fused graph passes what it computes around the convolution, in keywords.
+
+        Args:
+            input: [batch, channels, *places], or one sample; with `grid`, its integers as uint8.
+            output_size: that of transposed layers.
+            grid: scale and zero point of the integers, as `quantize_activation` takes them.
+            like: a tensor whose dtype the floats have, with `grid`.
+            residual: is added to the output.
+            function: one of `kernels.functions.FUNCTIONS`, applied to the sum.
+            to_grid: scale and zero point with which the output is rounded to uint8.
+            with_floats: whether the floats are wanted beside these integers.
+
+        Returns:
+            The output in floats; with `to_grid`, both, or its integers alone.
+        """
+        around = (grid, residual, to_grid)
+        if function != "none" or any(part is not None for part in around):
+            return fused_call(
+                self, input, _pads(self), grid, like, residual, function, to_grid, with_floats
+            )
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        if self._is_product:
+        if self.is_product:
             return self._product(input, bias)
         pads = _pads(self)
+        if self.matrix.activation == "int8" and runs_on_integers(self, input, pads):
+            return as_torch_lays(convolved_samples(self, input, pads)[0], input)
         if is_picked(self, input, pads):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             return picked_product(self, input, pads, mode, bias)
@@ -166,11 +209,13 @@ class QuantizedConv(LayerAround):
     @property
     def activation_arithmetic(self) -> str | None:
         """See `QuantizedLayer`."""
-        is_product = self._is_product or self.matrix.activation == "float" or can_pick(self)
-        return self.matrix.activation_arithmetic if is_product else "simulated"
+        is_product = self.is_product or has_integers(self) or can_pick(self)
+        is_float = self.matrix.activation == "float"
+        return self.matrix.activation_arithmetic if is_product or is_float else "simulated"
 
     @property
-    def _is_product(self) -> bool:
+    def is_product(self) -> bool:
+        """Whether it runs as the linear layer that it is."""
         is_point = math.prod(self.kernel_size) == 1 and not self.is_transposed
         return is_point and self.groups == 1 and not any(_pads(self))
 

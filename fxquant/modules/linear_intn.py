@@ -1,8 +1,9 @@
 """A Linear layer with packed group-wise weights of 2 to 8 bits."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from fxquant.kernels.functions import FUNCTIONS, gate
 from fxquant.kernels.interface import LinearSpec
 from fxquant.kernels.native import NATIVE
 from fxquant.kernels.reference import REFERENCE
+from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.linear import (
     FLOAT_DTYPES,
     QuantizedLinear,
@@ -24,6 +26,8 @@ from fxquant.numerics.quantized_weight import QuantizedWeight, saved_bytes, symm
 from fxquant.numerics.weights import quantize_weight
 
 _PICKLED = "_saved_weight"
+_Source = TypeVar("_Source", bound=QuantizedLayer)
+_Made = TypeVar("_Made")
 
 
 class QuantizedLinearIntN(QuantizedLinear):
@@ -57,7 +61,7 @@ class QuantizedLinearIntN(QuantizedLinear):
         self.bits = weight.bits
         self.group_size, self.symmetric = weight.group_size, weight.symmetric
         self._kernel_names: tuple[str, ...] = ()
-        self._row_sums: Tensor | None = None
+        self._derived: dict[Any, Any] = {}
         self._hold(weight)
 
     @classmethod
@@ -226,9 +230,20 @@ class QuantizedLinearIntN(QuantizedLinear):
 
     def row_sums(self) -> Tensor:
         """The sum of each row of the weight, float32 [out]."""
-        if self._row_sums is None:
-            self._row_sums = self.dequantize().sum(1)
-        return self._row_sums
+        return self.derived(_row_sums, self)
+
+    def derived(self, make: Callable[[_Source], _Made], source: _Source) -> _Made:
+        """What `make` gives of `source`, made once for the weight that the layer has.
+
+        Args:
+            make: a function; what it gives depends on the weight and the shape of `source`.
+            source: this layer, or the one around it.
+        """
+        key = make, tuple(source.weight_shape)
+        if key not in self._derived:
+            self._derived[key] = make(source)
+        made: _Made = self._derived[key]
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle holds: the saved layout, not that of this CPU's kernel."""
@@ -240,7 +255,7 @@ class QuantizedLinearIntN(QuantizedLinear):
         state["_kernel_names"] = ()
         for name in ("_backend", "_spec"):
             del state[name]
-        state["_row_sums"] = None
+        state["_derived"] = {}
         state[_PICKLED] = {name: tensor.contiguous() for name, tensor in self._saved().items()}
         return state
 
@@ -270,7 +285,7 @@ class QuantizedLinearIntN(QuantizedLinear):
         self._backend, _ = choose_backend(self._spec, weight.packed.device)
         for name in self._kernel_names:
             del self._buffers[name]
-        self._row_sums = None  # of this weight
+        self._derived = {}  # of this weight
         layout = self._backend.pack(weight, self._spec)
         self._kernel_names = tuple(f"_kernel_{i}" for i in range(len(layout)))
         for name, tensor in zip(self._kernel_names, layout, strict=True):
@@ -377,3 +392,7 @@ class QuantizedLinearIntN(QuantizedLinear):
         kind = "symmetric" if self.symmetric else "asymmetric"
         shape = f"{super().extra_repr()}, bits={self.bits}"
         return f"{shape}, group_size={self.group_size}, {kind}, {self.backend}"
+
+
+def _row_sums(layer: QuantizedLinearIntN) -> Tensor:
+    return layer.dequantize().sum(1)

@@ -248,6 +248,46 @@ struct Int8Product {
   }
 };
 
+// Products of bytes, for `convolution_rows.h`: two tiles of patches times two of the weight.
+struct UnitDots {
+  static constexpr int kRows = 2 * kUnitRows, kTakenOff = 0;
+
+  static void begin() {
+    const TileShapes shapes(kUnitRows, kUnitRowBytes);
+    asm volatile("ldtilecfg %0" ::"m"(shapes));
+  }
+
+  static void end() { _tile_release(); }
+
+  static void multiply(const uint8_t* x, int64_t stride, int rows, const int8_t* weight, int chunks,
+                       int32_t* sums) {
+    constexpr int kTile = kChunk * kLane, kStride = kSlab * sizeof(int32_t);
+    const int8_t* second = weight + static_cast<int64_t>(chunks) * kTile;
+    const bool has_two = rows > kUnitRows;
+    asm volatile("" ::: "memory");  // GCC 12 does not know that loading a tile reads memory
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int chunk = 0; chunk < chunks; ++chunk, x += kChunk, weight += kTile, second += kTile) {
+      _tile_loadd(4, x, stride);
+      _tile_loadd(6, weight, kUnitRowBytes);
+      _tile_dpbusd(0, 4, 6);
+      _tile_loadd(7, second, kUnitRowBytes);
+      _tile_dpbusd(1, 4, 7);
+      if (!has_two) continue;
+      _tile_loadd(5, x + kUnitRows * stride, stride);
+      _tile_dpbusd(2, 5, 6);
+      _tile_dpbusd(3, 5, 7);
+    }
+    _tile_stored(0, sums, kStride);
+    _tile_stored(1, sums + kLane, kStride);
+    if (!has_two) return;
+    _tile_stored(2, sums + kUnitRows * kSlab, kStride);
+    _tile_stored(3, sums + kUnitRows * kSlab + kLane, kStride);
+  }
+};
+
 }  // namespace
 
 const InstructionSet* amx() {
@@ -256,6 +296,8 @@ const InstructionSet* amx() {
     if (!others) return others;
     static InstructionSet own = *others;
     own.name = "amx", own.float_kernel = kernel_of<MatrixUnit<Bf16Product>>();
+    own.convolve = convolve_rows<UnitDots>;
+    own.convolution_scratch_bytes = convolution_bytes<UnitDots>;
     own.many_rows = kManyRows, own.many_rows_int8_kernel = kernel_of<MatrixUnit<Int8Product>>();
     return static_cast<const InstructionSet*>(&own);
   }();

@@ -52,6 +52,8 @@ bool run_released(Work work) {
 PyObject* py_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* py_linear_at(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* py_dequantize(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+PyObject* py_convolve(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+PyObject* py_pool_largest(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* py_attention(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* py_norm(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* py_round_groups(PyObject*, PyObject* const* arguments, Py_ssize_t count);

@@ -15,7 +15,8 @@ namespace fxquant {
 const InstructionSet* avx2() {
   static constexpr InstructionSet set{"avx2", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
                                   round_rows,
-                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes};
+                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes,
+                                  convolve_rows<ByteDots>, convolution_bytes<ByteDots>};
   return has_avx2() ? &set : nullptr;
 }
 

@@ -8,6 +8,7 @@
 #include "floats_avx2.h"
 #include "attention_rows.h"
 #include "blocked.h"
+#include "convolution_rows.h"
 #include "norm_rows.h"
 #include "rounding_rows.h"
 #include "unrolled.h"
@@ -332,6 +333,56 @@ struct FloatMode : GroupByGroup<FloatMode> {
   static __m256 multiply_add(__m256 w, __m256 x, __m256 sum) {
     asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
     return sum;
+  }
+};
+
+// Products of bytes, for `convolution_rows.h`.
+struct ByteDots : PlainDots {
+  static constexpr int kRows = 4;
+
+  static void multiply(const uint8_t* x, int64_t stride, int, const int8_t* weight, int chunks,
+                       int32_t* sums) {
+    const auto* from = reinterpret_cast<const uint8_t*>(weight);
+    for (int lane = 0; lane < kSlab; lane += kLane, from += chunks * kChunk * kLane) {
+      multiply_lane(x, stride, from, chunks, sums + lane);
+    }
+  }
+
+  static void multiply_lane(const uint8_t* x, int64_t stride, const uint8_t* weight, int chunks,
+                            int32_t* sums) {
+    __m256i total[kRows][2];
+    unrolled<kRows>([&](auto r) { total[r][0] = total[r][1] = _mm256_setzero_si256(); });
+    for (int k = 0; k < chunks * kChunk; k += kFour, weight += 64, x += kFour) {
+      const __m256i w[2] = {load(weight), load(weight + 32)};
+#ifdef FXQUANT_AVX_VNNI
+      unrolled<kRows>([&](auto r) {
+        const __m256i value = broadcast(x + r * stride);
+        unrolled<2>([&](auto v) { total[r][v] = _mm256_dpbusd_avx_epi32(total[r][v], value, w[v]); });
+      });
+#else
+      // Pairs of products of unsigned and signed bytes do not fit in 16 bits: these are widened before.
+      const __m256i low_byte = _mm256_set1_epi16(0xff);
+      __m256i even[2], odd[2];
+      unrolled<2>([&](auto v) {
+        even[v] = _mm256_srai_epi16(_mm256_slli_epi16(w[v], 8), 8);
+        odd[v] = _mm256_srai_epi16(w[v], 8);
+      });
+      unrolled<kRows>([&](auto r) {
+        const __m256i value = broadcast(x + r * stride);
+        const __m256i evens = _mm256_and_si256(value, low_byte), odds = _mm256_srli_epi16(value, 8);
+        unrolled<2>([&](auto v) {
+          const __m256i pairs = _mm256_add_epi32(_mm256_madd_epi16(evens, even[v]),
+                                                 _mm256_madd_epi16(odds, odd[v]));
+          total[r][v] = _mm256_add_epi32(total[r][v], pairs);
+        });
+      });
+#endif
+    }
+    unrolled<kRows>([&](auto r) {
+      unrolled<2>([&](auto v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + kSlab * r + 8 * v), total[r][v]);
+      });
+    });
   }
 };
 

@@ -16,7 +16,8 @@ namespace fxquant {
 const InstructionSet* avx2_vnni() {
   static constexpr InstructionSet set{"avx2_vnni", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
                                   round_rows,
-                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes};
+                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes,
+                                  convolve_rows<ByteDots>, convolution_bytes<ByteDots>};
   return has_avx_vnni() ? &set : nullptr;
 }
 

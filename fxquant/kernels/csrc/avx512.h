@@ -13,6 +13,7 @@
 #define FXQUANT_AVX512
 #include "floats_avx512.h"
 #include "blocked.h"
+#include "convolution_rows.h"
 #include "unrolled.h"
 
 namespace fxquant {
@@ -166,6 +167,31 @@ struct Int8Mode : ByteCodes {
           totals[r][v] = _mm512_add_ps(totals[r][v], _mm512_mul_ps(product, scales));
         });
       });
+    });
+  }
+};
+
+// Products of bytes, for `convolution_rows.h`.
+struct ByteDots : PlainDots {
+  static constexpr int kRows = 12;
+
+  static void multiply(const uint8_t* x, int64_t stride, int, const int8_t* weight, int chunks,
+                       int32_t* sums) {
+    __m512i total[kRows][2];
+    unrolled<kRows>([&](auto r) { total[r][0] = total[r][1] = _mm512_setzero_si512(); });
+    const auto* first = reinterpret_cast<const uint8_t*>(weight);
+    const uint8_t* second = first + chunks * kChunk * kLane;
+    for (int k = 0; k < chunks * kChunk; k += kFour, first += 64, second += 64, x += kFour) {
+      const __m512i w0 = load(first), w1 = load(second);
+      unrolled<kRows>([&](auto r) {
+        const __m512i value = broadcast(x + r * stride);
+        total[r][0] = dot_int8(total[r][0], value, w0);
+        total[r][1] = dot_int8(total[r][1], value, w1);
+      });
+    }
+    unrolled<kRows>([&](auto r) {
+      _mm512_store_si512(sums + kSlab * r, total[r][0]);
+      _mm512_store_si512(sums + kSlab * r + kLane, total[r][1]);
     });
   }
 };

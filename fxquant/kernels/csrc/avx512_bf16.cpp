@@ -62,7 +62,8 @@ struct FloatMode : Bf16Pairs, OneByOne {
 const InstructionSet* avx512_bf16() {
   static constexpr InstructionSet set{"avx512_bf16", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
                                   round_rows,
-                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes};
+                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes,
+                                  convolve_rows<ByteDots>, convolution_bytes<ByteDots>};
   return has_avx512_bf16() ? &set : nullptr;
 }
 

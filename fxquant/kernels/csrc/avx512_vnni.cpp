@@ -81,7 +81,8 @@ struct FloatMode : ByteCodes {
 const InstructionSet* avx512_vnni() {
   static constexpr InstructionSet set{"avx512_vnni", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
                                   round_rows,
-                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes};
+                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes,
+                                  convolve_rows<ByteDots>, convolution_bytes<ByteDots>};
   return has_avx512_vnni() ? &set : nullptr;
 }
 

@@ -107,8 +107,14 @@ struct Kernel {
 };
 
 struct Attention;
+struct Convolution;
 struct Norm;
 struct Rounding;
+
+// The part `number` of work that so many threads share.
+struct Share {
+  int64_t number, team;
+};
 
 struct InstructionSet {
   const char* name;
@@ -122,6 +128,9 @@ struct InstructionSet {
   // See norm.h: norms the rows first .. last - 1.
   void (*norm_rows)(const Norm&, int64_t first, int64_t last, uint8_t* scratch);
   int64_t (*norm_scratch_bytes)(const Norm&);
+  // See convolution.h: computes a share of the outputs.
+  void (*convolve)(const Convolution&, Share, uint8_t* scratch);
+  int64_t (*convolution_scratch_bytes)(const Convolution&);
   // Takes the place of the int8 kernel, with the same bits, from so many rows on.
   int64_t many_rows = INT64_MAX;
   Kernel many_rows_int8_kernel{};

@@ -12,7 +12,8 @@ namespace fxquant {
 const InstructionSet* neon() {
   static constexpr InstructionSet set{"neon", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
                                       round_rows,
-                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes};
+                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes,
+                                  convolve_rows<ByteDots>, convolution_bytes<ByteDots>};
   return &set;
 }
 

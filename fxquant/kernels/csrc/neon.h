@@ -8,6 +8,7 @@
 #include "floats_neon.h"
 #include "attention_rows.h"
 #include "blocked.h"
+#include "convolution_rows.h"
 #include "norm_rows.h"
 #include "rounding_rows.h"
 #include "unrolled.h"
@@ -161,6 +162,49 @@ struct FloatMode : GroupByGroup<FloatMode> {
         });
       });
     }
+  }
+};
+
+// Products of bytes, for `convolution_rows.h`. Both factors are signed here: 128 is taken off x.
+struct ByteDots : PlainDots {
+  static constexpr int kRows = 4, kTakenOff = 128;
+
+  static void multiply(const uint8_t* x, int64_t stride, int, const int8_t* weight, int chunks,
+                       int32_t* sums) {
+    for (int lane = 0; lane < kSlab; lane += kLane, weight += chunks * kChunk * kLane) {
+      multiply_lane(x, stride, weight, chunks, sums + lane);
+    }
+  }
+
+  static void multiply_lane(const uint8_t* x, int64_t stride, const int8_t* weight, int chunks,
+                            int32_t* sums) {
+    int32x4_t total[kRows][4];
+    unrolled<kRows>([&](auto r) {
+      unrolled<4>([&](auto v) { total[r][v] = vdupq_n_s32(0); });
+    });
+    for (int k = 0; k < chunks * kChunk; k += kFour, weight += kFour * kLane, x += kFour) {
+      unrolled<kRows>([&](auto r) {
+        uint32_t four;
+        memcpy(&four, x + r * stride, kFour);
+        const int8x16_t value = vreinterpretq_s8_u32(vdupq_n_u32(four ^ 0x80808080u));
+        unrolled<4>([&](auto v) {
+          total[r][v] = dot_of_fours(total[r][v], vld1q_s8(weight + 16 * v), value);
+        });
+      });
+    }
+    unrolled<kRows>([&](auto r) {
+      unrolled<4>([&](auto v) { vst1q_s32(sums + kSlab * r + 4 * v, total[r][v]); });
+    });
+  }
+
+  // Adds the products of four bytes each.
+  static int32x4_t dot_of_fours(int32x4_t sum, int8x16_t a, int8x16_t b) {
+#ifdef FXQUANT_ARM_DOT
+    return vdotq_s32(sum, a, b);
+#else
+    const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
+    return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+#endif
   }
 };
 

@@ -18,7 +18,8 @@ namespace fxquant {
 const InstructionSet* neon_dot() {
   static constexpr InstructionSet set{"neon_dot", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
                                       round_rows,
-                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes};
+                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes,
+                                  convolve_rows<ByteDots>, convolution_bytes<ByteDots>};
   return has_dot_product() ? &set : nullptr;
 }
 

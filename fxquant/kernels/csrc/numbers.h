@@ -21,6 +21,16 @@ inline uint32_t as_bits(float value) {
   return bits;
 }
 
+// The bits of a float clamped to 0 .. 255, NaN to 0. Bits of floats above 0 are in the order of these.
+// Masks instead of comparisons, of which compilers make branches that processors guess wrong.
+inline uint32_t clamped_bits(float value) {
+  const auto bits = static_cast<int32_t>(as_bits(value));
+  const int32_t positive = bits & ~(bits >> 31);
+  const int32_t below = positive - 0x437f0000;  // 255
+  const int32_t is_nan = (0x7f800000 - positive) >> 31;
+  return static_cast<uint32_t>((0x437f0000 + (below & (below >> 31))) & ~is_nan);
+}
+
 inline float from_bf16(uint16_t bits) { return as_float(static_cast<uint32_t>(bits) << 16); }
 
 inline uint16_t to_bf16(float value) {

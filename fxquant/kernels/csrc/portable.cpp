@@ -3,6 +3,7 @@
 #include "floats_portable.h"
 #include "attention_rows.h"
 #include "blocked.h"
+#include "convolution_rows.h"
 #include "norm_rows.h"
 #include "rounding_rows.h"
 #include "unrolled.h"
@@ -106,12 +107,38 @@ struct Int8Mode : PortableMode, GroupByGroup<Int8Mode> {
   }
 };
 
+// Products of bytes, for `convolution_rows.h`.
+struct ByteDots : PlainDots {
+  static constexpr int kRows = 16;
+
+  static void multiply(const uint8_t* x, int64_t stride, int rows, const int8_t* weight, int chunks,
+                       int32_t* sums) {
+    for (int row = 0; row < rows; ++row, x += stride, sums += kSlab) {
+      for (int lane = 0; lane < kSlab; lane += kLane) {
+        multiply_lane(x, weight + lane * chunks * kChunk, chunks, sums + lane);
+      }
+    }
+  }
+
+  static void multiply_lane(const uint8_t* x, const int8_t* weight, int chunks, int32_t* sums) {
+    int32_t total[kLane] = {};
+    for (int k = 0; k < chunks * kChunk; k += kFour, weight += kFour * kLane) {
+      for (int n = 0; n < kLane; ++n) {
+        const int8_t* w = weight + kFour * n;
+        total[n] += w[0] * x[k] + w[1] * x[k + 1] + w[2] * x[k + 2] + w[3] * x[k + 3];
+      }
+    }
+    memcpy(sums, total, sizeof(total));
+  }
+};
+
 }  // namespace
 
 const InstructionSet* portable() {
   static constexpr InstructionSet set{"portable", kernel_of<FloatMode>(), kernel_of<Int8Mode>(),
                                   round_rows,
-                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes};
+                                  attend, attention_scratch_bytes, norm_rows, norm_scratch_bytes,
+                                  convolve_rows<ByteDots>, convolution_bytes<ByteDots>};
   return &set;
 }
 
