@@ -8,6 +8,8 @@
 | `shared_inputs.py` | linear layers that read one value |
 | `gates.py` | a function of one layer times another |
 | `functions.py` | a function behind a linear layer |
+| `convolutions.py` | convolutions of integers, with what stands around them |
+| `pooling.py` | max pooling behind these |
 | `norms.py` | norms, with the addition before them |
 | `layers.py` | the layers that a graph calls, layers made of several, and places for them |
 | `matching.py` | whether a node computes a formula |

@@ -10,6 +10,7 @@
 | `native_layout.py`, `code_fields.py` | how a weight lies in the memory that the C++ reads |
 | `functions.py` | activation functions that a product can apply |
 | `attention.py`, `norm.py` | scaled dot product attention and norms in C++ |
+| `convolution.py`, `pooling.py` | convolutions of integers and max pooling, channels last, in C++ |
 | `rounding.py` | rounding weights in C++ |
 | `affine.py` | rounding activations to uint8 with known scales in C++ |
 | `extension.py` | the compiled extension, and why it may be missing |

@@ -12,7 +12,8 @@
 | `fused_linear.py` | linear layers with what the graph computes around them |
 | `embedding.py`, `embedding_bag.py` | rows that are looked up |
 | `conv.py`, `grouped_linear.py` | quantized layers of other kinds |
-| `conv_product.py` | a convolution on its packed weight |
+| `conv_integers.py` | a convolution on integers, with what the graph computes around it |
+| `conv_product.py` | a convolution on its packed weight, by picking patches |
 | `packed_parameter.py`, `packed_tensor.py` | a bare parameter as integers, for code that reads it |
 | `float_linear.py` | an `nn.Linear` around tensors that exist |
 | `lazy_weight.py` | the float weight of a quantized layer, for code that reads it |
