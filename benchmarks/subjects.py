@@ -43,7 +43,8 @@ class Subject:
         model: float.
         graph: the same, traced.
         calibration: batches of the book.
-        built_in: batches of the text that fxquant ships, as many passages as it gives by default.
+        built_in: batches of the text that fxquant ships: as many passages as it gives by default,
+            or as many windows as of the book.
         other_languages: the same without the languages that are measured on.
         samples: how many rows of them are used.
         figure: its name.
@@ -96,14 +97,18 @@ def token_count(batches: list[Any]) -> int:
     return sum(int(mask.sum()) for mask in masks)
 
 
-def built_in_batches(batches: Callable[[Source, int], list[Any]]) -> tuple[list[Any], list[Any]]:
-    """Those of the text that fxquant ships, and of that without the languages measured on."""
-    sources = (
-        built_in_text(PASSAGES),
-        built_in_text(PASSAGES, without=MEASURED_LANGUAGES),
-    )
-    first, second = (batches(source, PASSAGES) for source in sources)
-    return first, second
+def built_in_batches(
+    batches: Callable[[Source, int], list[Any]], passages: int | None, pieces: int
+) -> tuple[list[Any], list[Any]]:
+    """Those of the text that fxquant ships, and of that without the languages measured on.
+
+    Args:
+        batches: of a source, at most so many pieces or windows of it.
+        passages: how many of the text are taken; None for all.
+        pieces: of these passages.
+    """
+    first = batches(built_in_text(passages), pieces)
+    return first, batches(built_in_text(passages, without=MEASURED_LANGUAGES), pieces)
 
 
 def language_model(pieces: int) -> Subject:
@@ -143,7 +148,7 @@ def language_model(pieces: int) -> Subject:
         return {name: 1 - found / plain[name] for name, found in divergences(quantized).items()}
 
     figure = "gap closed (1 - divergence / that of plain rounding)"
-    built_in, others = built_in_batches(batches)
+    built_in, others = built_in_batches(batches, None, WINDOWS)
     return Subject(model, graph, calibration, built_in, others, WINDOWS, figure, measure, batches)
 
 
@@ -182,7 +187,7 @@ def minilm(pieces: int) -> Subject:
 
     graph = fxquant.trace(model, calibration[0])
     samples = sum(len(batch["input_ids"]) for batch in calibration)
-    built_in, others = built_in_batches(batches)
+    built_in, others = built_in_batches(batches, PASSAGES, PASSAGES)
     return Subject(
         model, graph, calibration, built_in, others, samples, "dB", measure, batches, ["pooler"]
     )

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -71,3 +72,30 @@ def test_it_prints_the_worst_and_the_mean_of_other_sources(tmp_path):
     assert {plain[name] for name in columns[:-1]} == {0.0}  # it is what others are compared with
     figures = [rounded[name] for name in OTHERS]
     assert rounded["worst"] == min(figures) < rounded["mean"] < max(figures) < 1
+
+
+def test_a_curve_is_drawn_with_a_panel_for_each_model(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    drawing = importlib.import_module("draw_sizes").drawing
+    rows = [
+        {"model": model, "tokens": tokens, "same book": best, "mean": best - 1, "worst": best - 2}
+        for model in ("minilm", "language model")
+        for tokens, best in ((30_000, 18.0), (1_000, 12.0), (3_000, 15.0))
+    ]
+    picture = ElementTree.fromstring(drawing(rows))
+    svg = "{http://www.w3.org/2000/svg}"
+    panels = picture.findall(f"{svg}g")
+    titles = [panel.find(f"{svg}text").text for panel in panels]
+    assert titles == ["language model, gap closed", "minilm, dB"]
+    for panel in panels:
+        points = [(float(c.get("cx")), float(c.get("cy"))) for c in panel.findall(f"{svg}circle")]
+        assert len(points) == 9
+        for line in (points[:3], points[3:6], points[6:]):  # more tokens to the right, best on top
+            (left, low), (middle, _), (right, high) = line
+            assert left < middle < right
+            assert low > high
+        words = [text.text for text in panel.findall(f"{svg}text")]
+        assert [word for word in words if word in ("same book", "mean", "worst")] == [
+            "same book", "mean", "worst"
+        ]  # fmt: skip
+        assert {"1 k", "3 k", "30 k", "tokens of calibration"} < set(words)

@@ -22,7 +22,7 @@ def calibration_text(
     encoder a passage is a row; for a language model, join them and cut the tokens into rows.
 
     Args:
-        count: how many passages; None for all, about 1,270. 512 are some 20,000 tokens of a
+        count: how many passages; None for all, about 1,270. 512 are some 25,000 tokens of a
             WordPiece tokenizer. Registers take turns, so that any number is a mixture.
         registers: of which; all of them by default: prose, drama, verse, speeches, everyday
             (news, letters, talk, instructions), documentation, source code, data (logs, tables,
