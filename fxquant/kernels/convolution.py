@@ -58,13 +58,10 @@ class Steps:
 
     def places(self, shape: torch.Size, kernel: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the output for an input [batch, channels, height, width]."""
-        height, width = (
-            (size + before + after - spread * (width - 1) - 1) // step + 1
-            for size, before, after, spread, width, step in zip(
-                shape[2:], self.before, self.after, self.dilation, kernel, self.stride, strict=True
-            )
-        )
-        return height, width
+        (top, left), (bottom, right) = self.before, self.after
+        high, wide = ((k - 1) * d + 1 for k, d in zip(kernel, self.dilation, strict=True))
+        rows, columns = shape[2] + top + bottom - high, shape[3] + left + right - wide
+        return rows // self.stride[0] + 1, columns // self.stride[1] + 1
 
 
 def pack_kernel(q: Tensor, scales: Tensor) -> Kernel:

@@ -178,15 +178,13 @@ class QuantizedConv(LayerAround):
         """
         around = (grid, residual, to_grid)
         if function != "none" or any(part is not None for part in around):
-            return fused_call(
-                self, input, _pads(self), grid, like, residual, function, to_grid, with_floats
-            )
+            return fused_call(self, input, grid, like, residual, function, to_grid, with_floats)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         if self.is_product:
             return self._product(input, bias)
-        pads = _pads(self)
-        if self.matrix.activation == "int8" and runs_on_integers(self, input, pads):
-            return as_torch_lays(convolved_samples(self, input, pads)[0], input)
+        if self.matrix.activation == "int8" and runs_on_integers(self, input):
+            return as_torch_lays(convolved_samples(self, input)[0], input)
+        pads = self.pads
         if is_picked(self, input, pads):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             return picked_product(self, input, pads, mode, bias)
@@ -212,6 +210,11 @@ class QuantizedConv(LayerAround):
         is_product = self.is_product or has_integers(self) or can_pick(self)
         is_float = self.matrix.activation == "float"
         return self.matrix.activation_arithmetic if is_product or is_float else "simulated"
+
+    @property
+    def pads(self) -> list[int]:
+        """What is padded, the last dimension first, as `F.pad` takes it."""
+        return _pads(self)
 
     @property
     def is_product(self) -> bool:

@@ -4,6 +4,7 @@ The kernel (`kernels/convolution`) takes weights with one scale for each output,
 own: channels last. Other weights, and other devices, compute the same in floats.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,44 +41,44 @@ def has_integers(conv: Any) -> bool:
     )
 
 
-def runs_on_integers(conv: Any, x: Tensor, pads: list[int], residual: Tensor | None = None) -> bool:
+@dataclass(frozen=True)
+class _Plan:
+    """What a layer's calls have in common."""
+
+    kernel: Kernel
+    steps: Steps
+
+
+def runs_on_integers(conv: Any, x: Tensor, residual: Tensor | None = None) -> bool:
     """Whether the kernel computes this call, and not torch, as tracers and gradients need it."""
-    if not has_integers(conv) or not is_plain(x) or x.ndim not in (conv.dims + 1, conv.dims + 2):
+    if not is_plain(x) or x.ndim not in (conv.dims + 1, conv.dims + 2):
         return False
-    sizes = _pair(conv.kernel_size, 1)
-    return is_served(_images(conv, x), residual, sizes, steps_of(conv, pads)) and not (
-        needs_gradient(x, conv.bias) or (residual is not None and needs_gradient(residual, None))
-    )
+    plan = _plan(conv)
+    if plan is None or needs_gradient(x, conv.bias):
+        return False
+    if residual is not None and needs_gradient(residual, None):
+        return False
+    return is_served(_images(conv, x), residual, plan.kernel.size, plan.steps)
 
 
-def steps_of(conv: Any, pads: list[int]) -> Steps:
-    """Where the layer puts its kernel; `pads` as `F.pad` takes them."""
-    before, after = tuple(pads[::2][::-1]), tuple(pads[1::2][::-1])
-    return Steps(_pair(conv.stride, 1), _pair(conv.dilation, 1), _pair(before, 0), _pair(after, 0))
-
-
-def convolved_samples(
-    conv: Any, x: Tensor, pads: list[int], **around: Any
-) -> tuple[Tensor | None, Tensor | None]:
+def convolved_samples(conv: Any, x: Tensor, **around: Any) -> tuple[Tensor | None, Tensor | None]:
     """The convolution of floats that are rounded with one grid for each sample.
 
     Args:
         conv: a layer that `runs_on_integers`.
         x: [batch, channels, *places], or one sample.
-        pads: what is padded, as `F.pad` takes it.
         around: see `convolved`.
     """
     x = x if x.dtype in FLOAT_TYPES else x.float()
     q, scale, zero_point = levels_of_samples(x, conv.dims + 1)
     grid = scale.flatten(), zero_point.flatten()
-    return convolved(conv, q, grid, pads, x.dtype, **around)
+    return convolved(conv, q, grid, x.dtype, **around)
 
 
 def convolved(
     conv: Any,
     q: Tensor,
     grid: Grid,
-    pads: list[int],
     dtype: torch.dtype | None,
     residual: Tensor | None = None,
     function: str = "none",
@@ -89,19 +90,20 @@ def convolved(
         conv: a layer that `runs_on_integers`.
         q: uint8 [batch, channels, *places], or one sample.
         grid: scale and zero point of `q`, one number or one for each sample.
-        pads: what is padded, as `F.pad` takes it.
         dtype: of the output, or None.
         residual: see `convolve`, as are the others.
         function: see there.
         to_grid: see there.
     """
+    plan = _plan(conv)
+    assert plan is not None  # it runs on integers
     scale, zero_point = map(_float32, grid)
     found = convolve(
         _images(conv, q),
         scale,
         zero_point,
-        conv.matrix.derived(_kernel_of, conv),
-        steps_of(conv, pads),
+        plan.kernel,
+        plan.steps,
         conv.bias,
         None if residual is None else _images(conv, residual),
         function,
@@ -115,7 +117,6 @@ def convolved(
 def fused_call(
     conv: Any,
     x: Tensor,
-    pads: list[int],
     grid: Grid | None,
     like: Tensor | None,
     residual: Tensor | None,
@@ -132,15 +133,13 @@ def fused_call(
             needed="one without: between fused layers there are integers, which pass none on",
             remedy="Use the graph that fuse was given, or run under torch.no_grad().",
         )
-    fits = residual is None or residual.shape == _shape(conv, x, pads)
-    if fits and dtype in FLOAT_TYPES and runs_on_integers(conv, x, pads, residual):
+    is_served = dtype in FLOAT_TYPES and runs_on_integers(conv, x, residual)
+    if is_served and (residual is None or residual.shape == _shape(conv, x)):
         of_floats = dtype if with_floats else None
         if grid is None:
-            y, q = convolved_samples(
-                conv, x, pads, residual=residual, function=function, to_grid=to_grid
-            )
+            y, q = convolved_samples(conv, x, residual=residual, function=function, to_grid=to_grid)
         else:
-            y, q = convolved(conv, x, grid, pads, of_floats, residual, function, to_grid)
+            y, q = convolved(conv, x, grid, of_floats, residual, function, to_grid)
     else:
         values = x if grid is None else dequantize_uint8(x, *grid, dtype)
         y = conv(values)
@@ -157,17 +156,33 @@ def as_torch_lays(y: Tensor | None, x: Tensor) -> Tensor:
     return y if lies_last(x) and not x.is_contiguous() else y.contiguous()
 
 
-def _kernel_of(conv: Any) -> Kernel:
+def _plan(conv: Any) -> _Plan | None:
+    """Made once for a weight; None where the kernel has no products for the layer."""
+    matrix = conv._modules["matrix"]  # sooner read than an attribute of a module
+    if not isinstance(matrix, QuantizedLinearIntN):
+        return None
+    return matrix.derived(_plan_of, conv)
+
+
+def _plan_of(conv: Any) -> _Plan | None:
+    if not has_integers(conv):
+        return None
     weight = conv.matrix.quantized_weight
     q = (weight.integers().int() - int(symmetric_zero_point(weight.bits))).to(torch.int8)
     height, width = _pair(conv.kernel_size, 1)
-    return pack_kernel(q.view(len(q), -1, height, width), weight.scales[:, 0])
+    kernel = pack_kernel(q.view(len(q), -1, height, width), weight.scales[:, 0])
+    pads = conv.pads
+    before, after = tuple(pads[::2][::-1]), tuple(pads[1::2][::-1])
+    sides = _pair(conv.stride, 1), _pair(conv.dilation, 1), _pair(before, 0), _pair(after, 0)
+    return _Plan(kernel, Steps(*sides))
 
 
-def _shape(conv: Any, x: Tensor, pads: list[int]) -> torch.Size:
-    images = _images(conv, x)
-    places = steps_of(conv, pads).places(images.shape, _pair(conv.kernel_size, 1))
-    sizes = (*images.shape[:-3], conv.out_channels, *places[-conv.dims :])
+def _shape(conv: Any, x: Tensor) -> torch.Size:
+    """That of the output."""
+    plan, images = _plan(conv), _images(conv, x)
+    assert plan is not None  # it runs on integers
+    places = plan.steps.places(images.shape, plan.kernel.size)
+    sizes = (len(images), conv.out_channels, *places[-conv.dims :])
     return torch.Size(sizes if x.ndim == conv.dims + 2 else sizes[1:])
 
 
@@ -191,4 +206,5 @@ def _pair(sizes: tuple[int, ...], first: int) -> tuple[int, int]:
 
 
 def _float32(numbers: Tensor) -> Tensor:
-    return numbers.float().contiguous()
+    is_so = numbers.dtype is torch.float32 and numbers.is_contiguous()
+    return numbers if is_so else numbers.float().contiguous()
