@@ -66,8 +66,9 @@ def _by_sample(
         return one_grid(x, scale.flatten(), zero_point.flatten())
     if not is_plain(x) or not len(scale):
         return in_torch(x, scale, zero_point)
-    grids = zip(x, scale.flatten(), zero_point.flatten(), strict=True)
-    return torch.stack([one_grid(sample, s, z) for sample, s, z in grids])
+    # With all its dimensions a sample shows how it lies, and so does what is made of it.
+    grids = zip(x.split(1), scale.flatten(), zero_point.flatten(), strict=True)
+    return torch.cat([one_grid(sample, s, z) for sample, s, z in grids])
 
 
 def _is_served(x: Tensor, dtype: torch.dtype, scale: Tensor, zero_point: Tensor) -> bool:

@@ -133,7 +133,9 @@ def fused_call(
             needed="one without: between fused layers there are integers, which pass none on",
             remedy="Use the graph that fuse was given, or run under torch.no_grad().",
         )
-    is_served = dtype in FLOAT_TYPES and runs_on_integers(conv, x, residual)
+    # Other residuals are added as torch does: numbers, those of another dtype or shape.
+    is_like = residual is None or (isinstance(residual, Tensor) and residual.dtype == dtype)
+    is_served = is_like and dtype in FLOAT_TYPES and runs_on_integers(conv, x, residual)
     if is_served and (residual is None or residual.shape == _shape(conv, x)):
         of_floats = dtype if with_floats else None
         if grid is None:

@@ -104,6 +104,17 @@ def test_an_operand_of_another_shape_is_added_as_torch_does():
     both(lambda self, x: F.relu(self.one(self.act(self.stem(x))) + x.mean((1, 2, 3), keepdim=True)))
 
 
+def test_an_operand_of_another_dtype_and_a_number_are_added_as_torch_does():
+    for other in (lambda y: y.double(), lambda y: y.shape[0]):
+
+        def use(self, x, other=other):
+            y = self.act(self.stem(x))
+            return self.two(F.relu(self.one(y) + other(y)).float())
+
+        plain, fused, x = both(use)
+        assert fused(x).dtype == plain(x).dtype
+
+
 def test_what_writes_into_another_value_stays():
     def use(self, x):
         y = self.act(self.stem(x))

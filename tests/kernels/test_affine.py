@@ -47,6 +47,22 @@ def test_samples_have_grids_of_their_own():
     assert affine.quantize_samples(x[:0], scale[:0], zero_point[:0]).shape == (0, 4, 5)
 
 
+@pytest.mark.parametrize("dtype", FLOAT_TYPES, ids=str)
+def test_integers_lie_as_the_floats_do(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 3, 4).to(dtype).contiguous(memory_format=torch.channels_last)
+    one, each = torch.tensor([0.01]), torch.tensor([0.01, 0.02]).view(2, 1, 1, 1)
+    for found, scale in (
+        (affine.quantize_uint8(x, one, one * 700), one),
+        (affine.quantize_samples(x, each, each * 0 + 7), each),
+    ):
+        zero_point = one * 700 if scale is one else each * 0 + 7
+        assert torch.equal(found, affine._quantize_in_torch(x, scale, zero_point))
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        floats = affine.dequantize_samples(found[:1], one, zero_point.flatten()[:1], dtype)
+        assert floats.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_weights_are_read_with_torchs_bits(bits, symmetric):
