@@ -42,8 +42,8 @@ def has_integers(conv: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What a layer's calls have in common."""
+class PackedConv:
+    """A layer's weight as the kernel reads it, and where it is put."""
 
     kernel: Kernel
     steps: Steps
@@ -53,12 +53,12 @@ def runs_on_integers(conv: Any, x: Tensor, residual: Tensor | None = None) -> bo
     """Whether the kernel computes this call, and not torch, as tracers and gradients need it."""
     if not is_plain(x) or x.ndim not in (conv.dims + 1, conv.dims + 2):
         return False
-    plan = _plan(conv)
-    if plan is None or needs_gradient(x, conv.bias):
+    packed = _packed(conv)
+    if packed is None or needs_gradient(x, conv.bias):
         return False
     if residual is not None and needs_gradient(residual, None):
         return False
-    return is_served(_images(conv, x), residual, plan.kernel.size, plan.steps)
+    return is_served(_images(conv, x), residual, packed.kernel.size, packed.steps)
 
 
 def convolved_samples(conv: Any, x: Tensor, **around: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -95,15 +95,15 @@ def convolved(
         function: see there.
         to_grid: see there.
     """
-    plan = _plan(conv)
-    assert plan is not None  # it runs on integers
+    packed = _packed(conv)
+    assert packed is not None  # it runs on integers
     scale, zero_point = map(_float32, grid)
     found = convolve(
         _images(conv, q),
         scale,
         zero_point,
-        plan.kernel,
-        plan.steps,
+        packed.kernel,
+        packed.steps,
         conv.bias,
         None if residual is None else _images(conv, residual),
         function,
@@ -158,15 +158,15 @@ def as_torch_lays(y: Tensor | None, x: Tensor) -> Tensor:
     return y if lies_last(x) and not x.is_contiguous() else y.contiguous()
 
 
-def _plan(conv: Any) -> _Plan | None:
+def _packed(conv: Any) -> PackedConv | None:
     """Made once for a weight; None where the kernel has no products for the layer."""
     matrix = conv._modules["matrix"]  # sooner read than an attribute of a module
     if not isinstance(matrix, QuantizedLinearIntN):
         return None
-    return matrix.derived(_plan_of, conv)
+    return matrix.derived(_packed_of, conv)
 
 
-def _plan_of(conv: Any) -> _Plan | None:
+def _packed_of(conv: Any) -> PackedConv | None:
     if not has_integers(conv):
         return None
     weight = conv.matrix.quantized_weight
@@ -176,14 +176,14 @@ def _plan_of(conv: Any) -> _Plan | None:
     pads = conv.pads
     before, after = tuple(pads[::2][::-1]), tuple(pads[1::2][::-1])
     sides = _pair(conv.stride, 1), _pair(conv.dilation, 1), _pair(before, 0), _pair(after, 0)
-    return _Plan(kernel, Steps(*sides))
+    return PackedConv(kernel, Steps(*sides))
 
 
 def _shape(conv: Any, x: Tensor) -> torch.Size:
     """That of the output."""
-    plan, images = _plan(conv), _images(conv, x)
-    assert plan is not None  # it runs on integers
-    places = plan.steps.places(images.shape, plan.kernel.size)
+    packed, images = _packed(conv), _images(conv, x)
+    assert packed is not None  # it runs on integers
+    places = packed.steps.places(images.shape, packed.kernel.size)
     sizes = (len(images), conv.out_channels, *places[-conv.dims :])
     return torch.Size(sizes if x.ndim == conv.dims + 2 else sizes[1:])
 
