@@ -117,9 +117,9 @@ def convolve(
     residual = None if residual is None else _floats(residual).contiguous(memory_format=LAST)
     y = q = None
     if dtype is not None:
-        y = torch.empty(shape, dtype=dtype, memory_format=LAST)
+        y = torch.empty(shape, dtype=dtype, device="cpu", memory_format=LAST)
     if to_grid is not None:
-        q = torch.empty(shape, dtype=torch.uint8, memory_format=LAST)
+        q = torch.empty(shape, dtype=torch.uint8, device="cpu", memory_format=LAST)
     is_sound = _native.convolve(
         x.data_ptr(),
         (batch, *size, channels),

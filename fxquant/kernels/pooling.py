@@ -37,7 +37,7 @@ def _natively(x: Tensor, kernel: Pair, steps: Steps) -> Tensor:
     batch, channels, *size = x.shape
     places = steps.places(x.shape, kernel)
     shape = batch, channels, *places
-    y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    y = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
     is_sound = _native.pool_largest(
         x.data_ptr(),
         FLOAT_TYPES[x.dtype],
