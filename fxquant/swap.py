@@ -53,12 +53,12 @@ def swap_modules(model: M, qmodel: GraphModule, *, share_memory: bool = False) -
 
     Returns:
         A copy of the same class, whose outputs are those of the graph. A parameter that the model's
-        own code multiplies with, such as the matrices of a mixture's experts, becomes a
-        `PackedParameter`; outputs then agree with the graph's up to the order of sums, since that
-        code may multiply in another order. Layers that are neither, such as the packed input
-        projection of `nn.MultiheadAttention`, or whose class does more than a linear layer, stay
-        float: they are listed in the copy's `fxquant_left_float` and in a `LeftFloatWarning`. A
-        BatchNorm that is folded into a layer does nothing in evaluation mode.
+        own code multiplies with, such as the matrices of a mixture's experts or the packed input
+        projection of `nn.MultiheadAttention`, becomes a `PackedParameter`; outputs then agree with
+        the graph's up to the order of sums, since that code may multiply in another order. Layers
+        that are neither, such as parts of one parameter, or whose class does more than a linear
+        layer, stay float: they are listed in the copy's `fxquant_left_float` and in a
+        `LeftFloatWarning`. A BatchNorm that is folded into a layer does nothing in evaluation mode.
 
     Raises:
         OptionError: `qmodel` was made from another model, is fused, or has a channel scale folded
@@ -165,6 +165,8 @@ def _plan(model: nn.Module, qmodel: GraphModule, *, with_tensors: bool) -> _Plan
             elif site.name in parameter_of:
                 parameter = parameter_of[site.name]
                 plan.parameters[parameter] = packed[parameter][0]
+                if getattr(site.module, "bias", None) is not None:
+                    unmatched.append(site.name)  # the model keeps its own bias
             else:
                 plan.left_float.append(site.name)
                 unmatched.append(site.name)

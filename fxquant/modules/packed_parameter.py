@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fxquant.modules.grouped_linear import QuantizedGroupedLinear
 from fxquant.modules.layer import LayerAround, QuantizedLayer
+from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.packed_tensor import PackedTensor
 
 PREFIX = "packed_"  # of the child's name: in front, since libraries find parameters by their ends
@@ -51,7 +52,9 @@ class PackedParameter(LayerAround):
 
     @classmethod
     def of(cls, layer: QuantizedLayer, is_transposed: bool) -> "PackedParameter":
-        """The parameter that `layer` multiplies by."""
+        """The parameter that `layer` multiplies by; what the layer adds does not belong to it."""
+        if isinstance(layer, QuantizedLinear) and layer.bias is not None:
+            layer = layer.with_bias(None)
         *leading, out_features, in_features = layer.weight_shape
         experts = leading[0] if leading else None
         return cls(experts, in_features, out_features, is_transposed, layer)
@@ -63,7 +66,7 @@ class PackedParameter(LayerAround):
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
-        """What the layer adds."""
+        """What the layer adds: nothing."""
         return self.layer.bias
 
     @property

@@ -75,6 +75,17 @@ class PackedTensor(LazyWeight):
             result = NotImplemented if shortcut is None else shortcut(*args, **kwargs)
             return func(*args, **kwargs) if result is NotImplemented else result
 
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """The same for what functions of torch's do inside, such as multi-head attention."""
+        shortcut = None if kwargs else SHORTCUTS_INSIDE.get(func)
+        result = NotImplemented if shortcut is None else shortcut(*args)
+        if result is NotImplemented:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        return result
+
 
 def _pick(weight: Any, key: Any) -> Any:
     """`weight[key]` of experts: one of them, or those of some numbers."""
@@ -173,6 +184,12 @@ def _times(rows: Any, weight: PackedTensor) -> Any:
     return weight.layer(rows, None, weight.numbers)
 
 
+def _add_product(bias: Any, rows: Any, weight: Any) -> Any:
+    """`bias + rows · weight`."""
+    product = _times(rows, weight) if isinstance(weight, PackedTensor) else NotImplemented
+    return product if product is NotImplemented else product + bias
+
+
 def _grouped(mat_a: Any, mat_b: Any, offs: Any = None, bias: Any = None, **rest: Any) -> Any:
     """Rows that are sorted by expert, each times the matrix [in, out] of its expert."""
     is_whole = isinstance(mat_b, PackedTensor) and mat_b.numbers is None and mat_b.ndim == 3
@@ -207,4 +224,12 @@ SHORTCUTS: dict[Any, Shortcut] = {
     Tensor.__rmatmul__: lambda weight, left: _matmul(left, weight),
     torch._grouped_mm: _grouped,  # what F.grouped_mm calls
 }  # fmt: skip
+aten = torch.ops.aten
+SHORTCUTS_INSIDE: dict[Any, Shortcut] = {
+    aten.t.default: _turn,
+    aten.transpose.int: _swap,
+    aten.detach.default: _same,
+    aten.mm.default: _matmul,
+    aten.addmm.default: _add_product,
+}
 _TAKE_KEYWORDS = (F.linear, torch._grouped_mm)  # by the names of their shortcuts

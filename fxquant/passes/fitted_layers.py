@@ -50,7 +50,7 @@ class FittedLayers:
     Args:
         config: how layers are quantized.
         refined: whether integers and scales are then refined in turns.
-        bare: names of layers that take no new bias: see `bias_in_target`.
+        bare: names of layers that keep their bias: see `bias_in_target`.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class FittedLayers:
         return blocks.joined(weights, [block.bias for block in fitted])
 
     def _kept_bias(self, name: str, corrected: Tensor | None, own: Tensor | None) -> Tensor | None:
-        return bias_in_target(corrected, own, self.config, takes_new=name not in self.bare)
+        return bias_in_target(corrected, own, self.config, is_bare=name in self.bare)
 
     def _fit_block(
         self, name: str, matrix: Tensor, bias: Tensor | None, bits: int, moments: LayerMoments

@@ -22,7 +22,8 @@ from fxquant.tracing.trace_report import REPORT_KEY, TraceReport
 def bare_layers(gm: GraphModule) -> frozenset[str]:
     """The layers of a graph whose weight is a parameter that the user's own code multiplies with.
 
-    That code adds no bias, so neither may the layer: a swapped copy would lose it.
+    That code adds the bias that it has, or none, so the layer may have no other: a swapped copy
+    would lose it.
     """
     report = gm.meta.get(REPORT_KEY)
     return frozenset(report.bare) if isinstance(report, TraceReport) else frozenset()
@@ -33,8 +34,9 @@ def packed_parameters(
 ) -> dict[str, tuple[PackedParameter, list[str]]]:
     """What takes the place of parameters of `model`, with the names of the layers it is made of.
 
-    Left out are parameters that the graph reads besides, that belong to two modules, of whose
-    matrices some are float, and whose module has an attribute of the child's name already.
+    Left out are parameters that the graph reads besides, that belong to two modules or to a layer
+    that is called besides, of whose matrices some are float, and whose module has an attribute of
+    the child's name already.
 
     Args:
         model: the user's.
@@ -57,7 +59,7 @@ def packed_parameters(
         if parameter is None or name in read or holders[id(parameter)] > 1:
             continue
         owner, _, child = child_name(name).rpartition(".")
-        if hasattr(model.get_submodule(owner), child):
+        if (owner in layers and owner not in uses) or hasattr(model.get_submodule(owner), child):
             continue
         packed = _packed(uses, layers)
         if packed is not None and packed.weight_shape == parameter.shape:

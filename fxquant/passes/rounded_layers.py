@@ -33,7 +33,7 @@ class RoundedLayers:
         statistics: of what each block of rows multiplies, by its name (see `block_names`), where
             that is known: the mean square weighs errors in the clip search, and the mean corrects
             the bias.
-        bare: names of layers that take no new bias: see `bias_in_target`.
+        bare: names of layers that keep their bias: see `bias_in_target`.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class RoundedLayers:
         seen = [self.statistics.get(part) for part in block_names(name, blocks.count)]
         means = [statistics.mean for statistics in seen if statistics is not None]
         corrected = _corrected(blocks, weight, torch.stack(means)) if means else blocks.bias
-        return bias_in_target(corrected, blocks.bias, self.config, takes_new=name not in self.bare)
+        return bias_in_target(corrected, blocks.bias, self.config, is_bare=name in self.bare)
 
 
 def _corrected(blocks: Blocks, weight: QuantizedWeight, means: Tensor) -> Tensor:

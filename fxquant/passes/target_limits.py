@@ -22,18 +22,17 @@ def int8_in_target(matrix: Tensor, config: QuantConfig) -> QuantizedWeight:
 
 
 def bias_in_target(
-    bias: Tensor | None, own: Tensor | None, config: QuantConfig, *, takes_new: bool = True
+    bias: Tensor | None, own: Tensor | None, config: QuantConfig, *, is_bare: bool = False
 ) -> Tensor | None:
-    """The corrected `bias`, unless the layer has no `own` one and nothing could hold it.
+    """The corrected `bias`, or the layer's `own` where nothing could hold another one.
 
     Args:
         bias: [out], or None.
         own: that of the float layer.
         config: its target may have no place for a new bias; without one, a graph and a quantized
             layer hold any.
-        takes_new: whether the layer does; one on a bare parameter, which the user's own code
-            multiplies with, does not.
+        is_bare: whether the layer's weight is a parameter that the user's own code multiplies with:
+            that code adds what it always added.
     """
-    if config.target is not None:
-        takes_new = takes_new and TARGETS[config.target].adds_biases
-    return bias if takes_new or own is not None else None
+    has_place = config.target is None or TARGETS[config.target].adds_biases
+    return own if is_bare or (own is None and not has_place) else bias

@@ -4,15 +4,19 @@ Their weight is the parameter as it lies in memory, or one of its matrices: so a
 hold the parameter as packed integers. What is computed of a parameter, or a part of it, is not.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.graph.layers import is_plain_linear, tensor_attribute, user_name
+from fxquant.graph.layers import is_plain_linear, sites, tensor_attribute, user_name
+from fxquant.graph.parameters import memory_of
+from fxquant.modules.grouped_linear import GroupedLinear
 from fxquant.tracing.constants import Constant
 
 READ_ONLY = "fxquant_read_only"  # gm.meta: layers made of weights that other code multiplies with
+PRODUCTS = (nn.Linear, GroupedLinear)
 BARE = "fxquant_bare"  # gm.meta: of these, the ones whose weight is a parameter as it is
 
 
@@ -78,3 +82,33 @@ def mark_bare(
     found = whole_parameter(name, tensor_attribute(gm, source), matrices)
     if found is not None:
         gm.meta.setdefault(BARE, {})[layer] = found
+
+
+def bare_parameters(gm: GraphModule, model: nn.Module) -> dict[str, BareParameter]:
+    """The layers of a graph that have a parameter as it is, by name.
+
+    To those that `mark_bare` noted come the layers of stand-ins for torch's own modules, such as
+    the packed projection of `nn.MultiheadAttention`. A parameter that other layers have, too, in
+    parts, is left out: no one layer holds it.
+
+    Args:
+        gm: the graph; the notes are taken from its `meta`.
+        model: whose memory it shares.
+    """
+    found: dict[str, BareParameter] = gm.meta.pop(BARE, {})
+    layers = {site.name: site.module for site in sites(gm) if isinstance(site.module, PRODUCTS)}
+    own = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    places = {p.data_ptr(): (name, p) for name, p in model.named_parameters()}
+    for name in layers.keys() - found.keys() - own:
+        weight = layers[name].get_parameter("weight")
+        if weight.data_ptr() in places:
+            bare = whole_parameter(*places[weight.data_ptr()], weight)
+            found |= {} if bare is None else {name: bare}
+    readers = Counter(memory_of(layer.get_parameter("weight")) for layer in layers.values())
+    return {
+        name: bare
+        for name, bare in found.items()
+        if bare.index is not None
+        or name not in layers
+        or readers[memory_of(layers[name].get_parameter("weight"))] == 1
+    }

@@ -262,9 +262,10 @@ def _call_linear(
 ) -> Node:
     path = node.meta.get(MODULE_PATH)
     target = names.of(weight, matrix, bias, path)
-    if names.names.get(target, target) != (path or ROOT):
+    is_read_elsewhere = names.names.get(target, target) != (path or ROOT)
+    if is_read_elsewhere:
         _mark_read_only(gm, names, target, weight)
-    if bias is None:
+    if bias is None or is_read_elsewhere:
         mark_bare(gm, names.module, names.names.get(target, target), weight, matrix)
     names.made.setdefault(target, linear_around(matrix, bias))
     return _replace_by_call(gm.graph, last, target, source)

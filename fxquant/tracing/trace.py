@@ -36,7 +36,7 @@ from fxquant.graph.left_alone import (
 from fxquant.graph.parameters import IDLE
 from fxquant.graph.shapes import record_shapes
 from fxquant.tracing.assemble import assemble
-from fxquant.tracing.bare_parameters import BARE, READ_ONLY
+from fxquant.tracing.bare_parameters import READ_ONLY, bare_parameters
 from fxquant.tracing.canonical import canonicalize
 from fxquant.tracing.capture import Capture
 from fxquant.tracing.coverage import weigh
@@ -99,7 +99,7 @@ def trace(model: nn.Module, example_inputs: object = None) -> GraphModule:
             refused=[f"{r.label}: {r.reason}" for r in chosen.verdict.refused],
             unreached=weight.unreached,
             read_only=sorted(set(gm.meta.pop(READ_ONLY, []))),
-            bare=gm.meta.pop(BARE, {}),
+            bare=bare_parameters(gm, model),
             product_elements=weight.product_elements,
             traced_elements=weight.traced_elements,
         )
