@@ -125,3 +125,25 @@ def test_a_weight_that_several_layers_of_the_graph_have_stays_float_in_a_copy(ki
     assert not any(isinstance(m, PackedParameter) for m in swapped.modules())
     error = (swapped(X) - model(X)).square().sum() / model(X).square().sum()
     assert 0 < error < 0.01  # what is float is near, what is quantized is not the same
+
+
+class NormsAProduct(nn.Module):
+    def __init__(self, has_bias):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(128, 64) / 8)
+        self.bias = nn.Parameter(torch.randn(128)) if has_bias else None
+        self.norm, self.out = nn.BatchNorm1d(128), nn.Linear(128, 64)
+
+    def forward(self, x):
+        return self.out(self.norm(F.linear(x, self.table, self.bias)).relu())
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_norm_behind_such_a_product_stays_a_norm(has_bias):
+    torch.manual_seed(0)
+    model, x = NormsAProduct(has_bias).eval(), torch.randn(64, 64)
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2)
+    q, info = fxquant.static_quantize(model, [x], method="rtn", **OPTIONS)
+    assert not info.folded_norms
+    torch.testing.assert_close(fxquant.swap_modules(model, q)(x), q(x), rtol=1e-5, atol=1e-5)

@@ -6,9 +6,11 @@ after:  `z = self.conv(x)`, with the outputs of the convolution multiplied by wh
 
 A norm is folded where it has running statistics and reads a layer that will be quantized and whose
 output nothing else reads (to ask for its shape or dtype is no reading), where no other code reads
-the tensors of either of them, and where each call of the one goes with a call of the other. What it
-takes to undo this in a copy of the user's class is in `FoldedNorm`. A norm that the caller names
-among what is not to be converted stays.
+the tensors of either of them, and where each call of the one goes with a call of the other. It
+stays where the layer's weight is a parameter that the user's own code multiplies with: a copy of
+the user's class could not hold what the norm adds. What it takes to undo this in a copy of the
+user's class is in `FoldedNorm`. A norm that the caller names among what is not to be converted
+stays.
 """
 
 from collections import defaultdict
@@ -26,6 +28,7 @@ from fxquant.graph.ops import is_inquiry
 from fxquant.graph.parameters import memory_of
 from fxquant.modules.weight_forms import LayerForm, form_of
 from fxquant.passes.decide import Decision, add_notes
+from fxquant.passes.pack_parameters import bare_layers
 
 FOLDED_RULE = "folded"  # of the decision on a norm that is in its layer now
 _CALLERS_NAMES = ("modules_to_not_convert", "skip_layer_names")
@@ -81,7 +84,8 @@ def fold_norms(gm: GraphModule, decisions: Iterable[Decision]) -> NormsFolded:
     if not any(batch_norm_call(gm, node) for node in gm.graph.nodes):
         return NormsFolded(gm, decisions)
     made = copy_sharing_tensors(gm, frozen=True)
-    folds = _find(made, decisions)
+    bare = bare_layers(gm)
+    folds = _find(made, [d for d in decisions if d.module not in bare])
     saved = {fold.record.layer: fold.saved_bytes for fold in folds}
     for fold in folds:
         fold.apply(made)
