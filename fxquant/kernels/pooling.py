@@ -28,7 +28,12 @@ def max_pool(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pai
     steps = Steps(stride, dilation, padding, padding)
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
     is_served = FAULT is None and is_plain(x) and x.dtype in FLOAT_TYPES and lies_last(x)
-    if not is_served or needs_gradient or not x.numel() or min(steps.places(x.shape, kernel)) < 1:
+    # A file may hold any sizes: torch says what is wrong with those that do not fit each other.
+    fits = all(0 <= 2 * side <= size for side, size in zip(padding, kernel, strict=True))
+    fits = fits and min(*kernel, *stride, *dilation) > 0
+    if not is_served or needs_gradient or not x.numel() or not fits:
+        return F.max_pool2d(x, kernel, stride, padding, dilation)
+    if min(steps.places(x.shape, kernel)) < 1:
         return F.max_pool2d(x, kernel, stride, padding, dilation)
     return _natively(x, kernel, steps)
 

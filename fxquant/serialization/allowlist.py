@@ -27,6 +27,7 @@ from fxquant.graph.structures import (
 )
 from fxquant.kernels.attention import attention
 from fxquant.kernels.norm import add_and_norm, norm
+from fxquant.kernels.pooling import max_pool
 from fxquant.modules.activation import dequantize_activation, quantize_activation
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
@@ -50,6 +51,7 @@ FXQUANT_FUNCTIONS: tuple[Callable[..., Any], ...] = (
     attention,
     norm,
     add_and_norm,
+    max_pool,
 )
 # They describe themselves.
 DESCRIBED: dict[str, Any] = {

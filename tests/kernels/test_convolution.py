@@ -125,3 +125,20 @@ def test_pooling_is_that_of_torch(sides, dtype):
     found, expected = max_pool(x, *sides), F.max_pool2d(x, *sides)
     assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
     assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "sides",
+    [
+        ((2, 2), (0, 1), (0, 0), (1, 1)),
+        ((2, 2), (1, 1), (2, 0), (1, 1)),
+        ((2, 2), (1, 1), (-1, 0), (1, 1)),
+        ((0, 2), (1, 1), (0, 0), (1, 1)),
+        ((2, 2), (1, 1), (0, 0), (1, 0)),
+        ((9, 9), (1, 1), (0, 0), (1, 1)),
+    ],
+)
+def test_sizes_of_a_pooling_that_do_not_fit_are_refused_by_torch(sides):
+    x = torch.randn(1, 5, 4, 4).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError):
+        max_pool(x, *sides)
