@@ -96,7 +96,9 @@ def test_a_residual_is_added_inside_and_kept_in_floats():
     assert calls(fused, quantize_activation) == 1
 
 
-@pytest.mark.parametrize("add", [lambda a, b: a + b, lambda a, b: b + a, torch.add], ids=str)
+@pytest.mark.parametrize(
+    "add", [lambda a, b: a + b, lambda a, b: b + a, torch.add], ids=["left", "right", "function"]
+)
 def test_every_way_to_add_is_one(add):
     _, fused, _ = both(lambda self, x: (lambda y: F.relu(add(self.two(y), self.point(y))))(
         self.act(self.stem(x))))  # fmt: skip
