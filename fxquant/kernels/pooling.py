@@ -31,9 +31,8 @@ def max_pool(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pai
     # A file may hold any sizes: torch says what is wrong with those that do not fit each other.
     fits = all(0 <= 2 * side <= size for side, size in zip(padding, kernel, strict=True))
     fits = fits and min(*kernel, *stride, *dilation) > 0
-    if not is_served or needs_gradient or not x.numel() or not fits:
-        return F.max_pool2d(x, kernel, stride, padding, dilation)
-    if min(steps.places(x.shape, kernel)) < 1:
+    is_served = is_served and fits and x.numel() > 0 and not needs_gradient
+    if not is_served or min(steps.places(x.shape, kernel)) < 1:
         return F.max_pool2d(x, kernel, stride, padding, dilation)
     return _natively(x, kernel, steps)
 

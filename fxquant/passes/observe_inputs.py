@@ -200,8 +200,8 @@ class InputWatcher:
         if self._has_statistics and blocks.count == 1:
             statistics = [InputStatistics(blocks.inputs)]
         elif self._has_statistics and blocks.form.is_routed:
-            shapes = [(blocks.inputs,)] * blocks.count
-            statistics = [InputStatistics(*shape, sample_size=0) for shape in shapes]
+            numbers = range(blocks.count)
+            statistics = [InputStatistics(blocks.inputs, sample_size=0) for _ in numbers]
         elif self._has_statistics:
             statistics = [InputStatistics(blocks.count, blocks.inputs, sample_size=0)]
         return SeenInput(ranges, statistics)
