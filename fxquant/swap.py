@@ -24,9 +24,11 @@ from fxquant.measure.quantization_info import INFO_KEY
 from fxquant.modules.layer import QuantizedLayer, has_quantized_layer
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.packed_parameter import FloatParameter, PackedParameter, hand_over
+from fxquant.modules.rounded_input import RoundedInput
 from fxquant.modules.weight_forms import form_of
 from fxquant.passes.fold_norms import FoldedNorm
 from fxquant.passes.pack_parameters import packed_parameters
+from fxquant.passes.quantize_activations import static_grids
 from fxquant.passes.rewrite import share_tables
 from fxquant.pretrained import guard_saving
 from fxquant.serialization.files import load_model
@@ -37,10 +39,11 @@ from fxquant.tracing.trace_report import REPORT_KEY, TraceReport
 
 M = TypeVar("M", bound=nn.Module)
 LEFT_FLOAT = "fxquant_left_float"
+FLOAT_INPUTS = "fxquant_float_inputs"
 
 
 class LeftFloatWarning(UserWarning):
-    """Some quantized layers have no module of their own in the user's model."""
+    """Some of what is quantized in the graph has no place in the user's model and stays float."""
 
 
 def swap_modules(model: M, qmodel: GraphModule, *, share_memory: bool = False) -> M:
@@ -58,7 +61,10 @@ def swap_modules(model: M, qmodel: GraphModule, *, share_memory: bool = False) -
         the graph's up to the order of sums, since that code may multiply in another order. Layers
         that are neither, such as parts of one parameter, or whose class does more than a linear
         layer, stay float: they are listed in the copy's `fxquant_left_float` and in a
-        `LeftFloatWarning`. A BatchNorm that is folded into a layer does nothing in evaluation mode.
+        `LeftFloatWarning`. Inputs that the graph rounds with a static grid are rounded in the copy
+        by a `RoundedInput` around the layer; `fxquant_float_inputs` lists layers for which there is
+        no such place, and the same warning names them. A BatchNorm that is folded
+        into a layer does nothing in evaluation mode.
 
     Raises:
         OptionError: `qmodel` was made from another model, is fused, or has a channel scale folded
@@ -127,6 +133,7 @@ class _Plan:
         tensors: parameters and buffers that are taken over, by name.
         neutral: one value for all elements of each tensor of a norm that is folded, by name.
         left_float: names of layers that have no module of their own.
+        float_inputs: names of layers whose input is rounded in the graph alone.
         options: the fields of the `QuantConfig` that the layers were made with.
     """
 
@@ -135,6 +142,7 @@ class _Plan:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     neutral: dict[str, float] = field(default_factory=dict)
     left_float: list[str] = field(default_factory=list)
+    float_inputs: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -156,12 +164,17 @@ def _plan(model: nn.Module, qmodel: GraphModule, *, with_tensors: bool) -> _Plan
     read_only = set(report.read_only) if isinstance(report, TraceReport) else set()
     packed = packed_parameters(model, qmodel)
     parameter_of = {layer: name for name, (_, layers) in packed.items() for layer in layers}
+    grids, rounded = static_grids(qmodel), set[str]()
     for site in sites(qmodel):
         original = own.get(site.name)
         if isinstance(site.module, QuantizedLayer):
             is_own = site.name not in read_only
             if original is not None and is_own and may_become(original, site.module):
-                plan.modules["" if original is model else site.name] = site.module
+                layer, grid = site.module, grids.get(site.name)
+                if grid is not None:
+                    layer = RoundedInput.of(layer, *grid)
+                    rounded.add(site.name)
+                plan.modules["" if original is model else site.name] = layer
             elif site.name in parameter_of:
                 parameter = parameter_of[site.name]
                 plan.parameters[parameter] = packed[parameter][0]
@@ -185,6 +198,7 @@ def _plan(model: nn.Module, qmodel: GraphModule, *, with_tensors: bool) -> _Plan
         if folded["layer"] in plan.modules:
             _note_neutral(plan, model, FoldedNorm(**folded))
     plan.left_float = list(dict.fromkeys(plan.left_float))
+    plan.float_inputs = [n for n in grids if n not in rounded and n not in plan.left_float]
     _check_scales(qmodel, unmatched)
     return plan
 
@@ -245,6 +259,8 @@ def _tensor_of(model: nn.Module, name: str) -> Tensor | None:
 
 def may_become(original: nn.Module, quantized: QuantizedLayer) -> bool:
     """Whether the quantized layer computes what `original` does, up to the values of the weight."""
+    if isinstance(quantized, RoundedInput):
+        return may_become(original, quantized.layer)
     if isinstance(quantized, QuantizedLinear):
         return is_product_only(original) and _fits(original, quantized)
     if isinstance(quantized, PackedParameter):
@@ -295,10 +311,16 @@ def _apply(model: nn.Module, plan: _Plan) -> nn.Module:
     share_tables(model)
     finish_quantized(model, plan.options)
     setattr(model, LEFT_FLOAT, plan.left_float)
+    setattr(model, FLOAT_INPUTS, plan.float_inputs)
+    texts = []
     if plan.left_float:
         names = ", ".join(plan.left_float)
-        text = f"these layers have no module of their own and stay float: {names}"
-        warnings.warn(text, LeftFloatWarning, caller_level())
+        texts.append(f"these layers have no module of their own and stay float: {names}")
+    if plan.float_inputs:
+        names = ", ".join(plan.float_inputs)
+        texts.append(f"the inputs of these layers are rounded in the graph alone: {names}")
+    if texts:
+        warnings.warn("; ".join(texts), LeftFloatWarning, caller_level())
     return model
 
 

@@ -14,6 +14,7 @@ from fxquant.graph.layers import is_plain_linear, sites, user_name
 from fxquant.modules.activation import quantize_activation
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.rounded_input import RoundedInput
 from fxquant.serialization.files import load_model
 
 
@@ -53,9 +54,9 @@ class Source:
 
     @property
     def has_static_activations(self) -> bool:
-        """Whether the graph quantizes activations on ranges that calibration found."""
+        """Whether activations are quantized on ranges that calibration found."""
         if not isinstance(self.model, GraphModule):
-            return False
+            return any(isinstance(module, RoundedInput) for module in self.model.modules())
         return any(node.target is quantize_activation for node in self.model.graph.nodes)
 
 
@@ -87,7 +88,9 @@ def source_of(model: nn.Module | str | os.PathLike[str]) -> Source:
 
 
 def _is_no_linear(module: nn.Module) -> bool:
-    return isinstance(module, QuantizedLayer) and not isinstance(module, QuantizedLinear)
+    return isinstance(module, QuantizedLayer) and not isinstance(
+        module, QuantizedLinear | RoundedInput
+    )
 
 
 def _named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -17,5 +17,6 @@
 | `packed_parameter.py`, `packed_tensor.py` | a bare parameter as integers, for code that reads it |
 | `float_linear.py` | an `nn.Linear` around tensors that exist |
 | `lazy_weight.py` | the float weight of a quantized layer, for code that reads it |
+| `rounded_input.py` | a quantized layer that rounds its input with a grid known before |
 | `activation.py` | activations rounded to 8 bits, with ranges known before or found on the way |
 """

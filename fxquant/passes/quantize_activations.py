@@ -7,13 +7,14 @@ after:  `q = quantize_activation(x, self.x_scale, self.x_zero_point)`
 
 from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import OptionError
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.effects import writes_before
-from fxquant.graph.layers import Site, finish, free_name, sites
+from fxquant.graph.layers import Site, finish, free_name, sites, tensor_attribute
 from fxquant.graph.shapes import MODULE_PATH
 from fxquant.modules.activation import (
     channel_qparams,
@@ -118,6 +119,37 @@ def _notes(gm: GraphModule) -> dict[str, str]:
         elif arithmetic is not None:
             found[site.name] = f"dynamic 8-bit activations, {arithmetic}"
     return found
+
+
+def static_grids(gm: GraphModule) -> dict[str, tuple[Tensor, Tensor] | None]:
+    """Scale and zero point with which each quantized layer's input is rounded in front of it.
+
+    Args:
+        gm: a quantized graph.
+
+    Returns:
+        By the layer's name; None for a layer that is called several times, with other grids or with
+        none. Layers that read float values are left out.
+    """
+    grids: dict[str, tuple[Tensor, Tensor] | None] = {}
+    floats = set()
+    for site in sites(gm):
+        if not isinstance(site.module, QuantizedLayer) or site.input is None:
+            continue
+        if site.input.target is not dequantize_activation:
+            floats.add(site.name)
+            continue
+        scale, zero_point = (_buffer(gm, node) for node in site.input.args[1:3])
+        known = grids.setdefault(site.name, (scale, zero_point))
+        if known and not (torch.equal(known[0], scale) and torch.equal(known[1], zero_point)):
+            grids[site.name] = None
+    return {name: None if name in floats else grid for name, grid in grids.items()}
+
+
+def _buffer(gm: GraphModule, node: object) -> Tensor:
+    assert isinstance(node, Node)  # `_insert` made it
+    value: Tensor = tensor_attribute(gm, node)
+    return value
 
 
 def _insert(

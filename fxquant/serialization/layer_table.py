@@ -150,6 +150,7 @@ KINDS: dict[str, Kind] = {
     ),
     "num_layers": _whole(1, MOST_LAYERS),
     "experts": _or_none(_whole(1, MOST_EXPERTS)),
+    "channels": _or_none(_whole(1, LARGEST_ARGUMENT)),
     "dims": _whole(1, 3),
     **_named(_or_none(_SIZES), "kernel_size stride dilation output_padding normalized_shape"),
     "sizes": _parts(_whole(1, LARGEST_ARGUMENT)),
@@ -190,7 +191,7 @@ KINDS: dict[str, Kind] = {
 # Arguments that say nothing about the module, or only where its first values come from.
 _UNSAVED_ARGUMENTS = _words(
     "self device dtype size_average reduce min_value max_value _weight _freeze _random_samples "
-    "args kwargs table layer layers matrix linear"
+    "args kwargs table layer layers matrix linear scale zero_point"
 )
 _RECURRENT_ARGUMENTS = _words(
     "input_size hidden_size num_layers bias batch_first dropout bidirectional"

@@ -19,8 +19,10 @@ from fxquant.modules.embedding_bag import QuantizedEmbeddingBag
 from fxquant.modules.fused_linear import FusedLinear
 from fxquant.modules.gated_linear import GatedLinear
 from fxquant.modules.grouped_linear import GroupedLinear, QuantizedGroupedLinear
+from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.packed_parameter import PackedParameter
+from fxquant.modules.rounded_input import RoundedInput
 from fxquant.observers import OBSERVERS
 from fxquant.serialization.layer_table import (
     RECURRENT,
@@ -51,6 +53,7 @@ _ATTENTION = ("embed_dim", "num_heads", "head_dim", "batch_first", "is_packed")
 _STANDS_FOR: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     nn.Linear: (QuantizedLinear,),
     nn.modules.linear.NonDynamicallyQuantizableLinear: (QuantizedLinear, nn.Linear),
+    QuantizedLayer: (QuantizedLayer,),
     nn.MultiheadAttention: (TraceableMultiheadAttention,),
 }
 
@@ -67,6 +70,7 @@ _OWN: dict[str, type[nn.Module]] = {
         *HOLDERS, *_STACKS, TraceableMultiheadAttention, TraceableTransformerEncoderLayer,
         QuantizedEmbedding, QuantizedEmbeddingBag, GroupedLinear, QuantizedGroupedLinear,
         QuantizedConv, FusedLinear, GatedLinear, PackedParameter,
+        RoundedInput,
     )
 } | _OBSERVERS  # fmt: skip
 

@@ -57,7 +57,7 @@ class QuantizedLoraModel(LoraModel):
                 found=f"{kwargs.get('target_name')}, a {type(target).__name__}",
                 needed="linear layers, quantized or float, or float layers of other kinds",
                 remedy="Leave it out of target_modules, or quantize again with it in "
-                "modules_to_not_convert.",
+                "modules_to_not_convert, or, if it is a RoundedInput, with observer='dynamic'.",
             )
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
