@@ -33,10 +33,11 @@ NAMES = {  # of transformers' modules in a block, and of llama.cpp's tensors
 
 
 def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
-    """Write a Llama whose tokens are bytes as a GGUF file in float32.
+    """Write a Llama whose first tokens are bytes as a GGUF file.
 
     Args:
-        model: with at most 256 tokens.
+        model: its matrices are written in float32, or in bfloat16 if they are; tokens behind the
+            first 256 get a number for a name.
         path: of the new file.
     """
     config = model.config
@@ -58,12 +59,20 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
     for name, tensor in model.state_dict().items():
         own = _own_name(name)
         if name != "lm_head.weight" or not config.tie_word_embeddings:
-            values = in_order_of_file(tensor.float(), heads.get(own.split(".")[-2], 0))
-            writer.add_tensor(own, values.numpy())
+            _add_tensor(writer, own, in_order_of_file(tensor, heads.get(own.split(".")[-2], 0)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_tensor(writer: gguf.GGUFWriter, name: str, values: Tensor) -> None:
+    """Matrices of bfloat16 as they are, all else in float32."""
+    if values.dtype != torch.bfloat16 or values.ndim == 1:
+        writer.add_tensor(name, values.float().numpy())
+        return
+    kind = gguf.GGMLQuantizationType.BF16
+    writer.add_tensor(name, values.contiguous().view(torch.uint8).numpy(), raw_dtype=kind)
 
 
 def in_order_of_file(weight: Tensor, heads: int) -> Tensor:
@@ -86,9 +95,11 @@ def _own_name(name: str) -> str:
 
 
 def _add_bytes(writer: gguf.GGUFWriter, count: int) -> None:
-    """A tokenizer whose tokens are bytes; llama.cpp writes a space as another character."""
-    tokens = [f"<0x{byte:02X}>" for byte in range(count)]
-    kinds = [gguf.TokenType.BYTE] * count
+    """A tokenizer whose first tokens are bytes; llama.cpp writes a space as another character."""
+    tokens = [f"<0x{byte:02X}>" for byte in range(min(count, 256))]
+    kinds = [gguf.TokenType.BYTE] * len(tokens)
+    tokens += [f"token {number}" for number in range(len(tokens), count)]
+    kinds += [gguf.TokenType.NORMAL] * (count - len(kinds))
     tokens[ord(" ")], kinds[ord(" ")] = "\u2581", gguf.TokenType.NORMAL
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)

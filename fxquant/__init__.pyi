@@ -23,6 +23,7 @@ from .exporters.findings import Finding
 from .exporters.load import RoundedScalesWarning, load_checkpoint
 from .exporters.stream import quantize_checkpoint
 from .fusion.fuse import fuse
+from .fusion.modules import fuse_modules
 from .measure.quantization_info import (
     AccuracyWarning,
     QuantizationInfo,
@@ -107,6 +108,7 @@ __all__ = [
     "draw",
     "export",
     "fuse",
+    "fuse_modules",
     "info",
     "insert_observers",
     "load_checkpoint",

@@ -14,5 +14,6 @@
 | `layers.py` | the layers that a graph calls, layers made of several, and places for them |
 | `matching.py` | whether a node computes a formula |
 | `strides.py` | whether a value may lie in memory in another way |
+| `modules.py` | `fuse_modules`: parts of a model of the user's class |
 | `fused.py` | what of a graph was fused |
 """

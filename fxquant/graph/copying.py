@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fxquant.errors import TraceError
 from fxquant.graph.parameters import memory_of
+from fxquant.kernels.large_pages import cloned
 
 M = TypeVar("M", bound=nn.Module)
 DEPTH = 6  # of containers in which tensors are looked for
@@ -169,7 +170,7 @@ def _copied(tensor: Tensor, is_own: bool, frozen: bool, memory: dict[int, Tensor
     """A new object for `tensor`; views of one memory stay views of one memory."""
     data = tensor.detach()
     if is_own or tensor.is_inference():  # which cannot be a parameter outside of inference mode
-        data = data.clone()
+        data = cloned(data)
     if not isinstance(tensor, nn.Parameter):
         return data
     made = nn.Parameter(data, requires_grad=tensor.requires_grad and not frozen)

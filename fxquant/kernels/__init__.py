@@ -8,6 +8,7 @@
 | `aten.py`, `aten_int8.py` | the backends of torch's own ops |
 | `choose.py` | which backend a layer uses, and why |
 | `native_layout.py`, `code_fields.py` | how a weight lies in the memory that the C++ reads |
+| `large_pages.py` | memory that large weights are read from faster |
 | `functions.py` | activation functions that a product can apply |
 | `attention.py`, `norm.py` | scaled dot product attention and norms in C++ |
 | `convolution.py`, `pooling.py` | convolutions of integers and max pooling, channels last, in C++ |

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.kernels.code_fields import BYTES, from_words, to_words, unit_inputs
+from fxquant.kernels.eager import is_plain
 from fxquant.kernels.interface import LinearSpec
+from fxquant.kernels.large_pages import empty_bytes
 from fxquant.numerics.grouping import activation_group, group_count
 from fxquant.numerics.packing import pack_codes, packed_columns
 from fxquant.numerics.quantized_weight import (
@@ -50,9 +52,10 @@ def to_blocks(weight: QuantizedWeight) -> Tensor:
     size = _group_of(weight.group_size, weight.in_features, weight.bits)
     groups = group_count(weight.in_features, size)
     grid_bytes = 2 * BLOCK * (1 if weight.symmetric else 2)
-    blocks = weight.packed.new_empty(
-        group_count(len(weight.packed), BLOCK), groups, grid_bytes + size * BLOCK * weight.bits // 8
-    )
+    count = group_count(len(weight.packed), BLOCK)
+    shape = (count, groups, grid_bytes + size * BLOCK * weight.bits // 8)
+    packed = weight.packed
+    blocks = empty_bytes(shape) if is_plain(packed) else packed.new_empty(shape)
     rows = _blocks_at_once(groups * size) * BLOCK
     for part, some in zip(blocks.split(rows // BLOCK), weight.split(rows), strict=True):
         _write_blocks(part, some, size)

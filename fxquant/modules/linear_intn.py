@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fxquant.kernels.choose import choose_backend, explain_backend
 from fxquant.kernels.functions import FUNCTIONS, gate
 from fxquant.kernels.interface import LinearSpec
+from fxquant.kernels.large_pages import cloned
 from fxquant.kernels.native import NATIVE
 from fxquant.kernels.reference import REFERENCE
 from fxquant.modules.layer import QuantizedLayer
@@ -268,6 +269,9 @@ class QuantizedLinearIntN(QuantizedLinear):
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         memo[id(self._backend)] = self._backend
+        for tensor in self._kernel_tensors():
+            if id(tensor) not in memo:
+                memo[id(tensor)] = cloned(tensor)
         vars(made).update(copy.deepcopy(vars(self), memo))
         return made
 

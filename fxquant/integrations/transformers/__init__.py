@@ -3,6 +3,7 @@
 | file | does |
 |---|---|
 | `attention.py` | `"fxquant"` among the implementations of attention |
+| `cache.py` | `RoomyCache`: keys and values with room for more tokens |
 | `config.py` | `FxquantConfig`: what config.json says of the quantization |
 | `quantizer.py` | `FxquantQuantizer`: what transformers calls while it loads and saves |
 | `experts.py` | which parameters of a model without weights are matrices of experts |
@@ -16,12 +17,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 
 from fxquant.integrations.huggingface.folder_config import METHOD
 from fxquant.integrations.transformers.attention import register_attention
+from fxquant.integrations.transformers.cache import RoomyCache
 from fxquant.integrations.transformers.config import FxquantConfig
 from fxquant.integrations.transformers.quantizer import FxquantQuantizer
 from fxquant.integrations.transformers.saving import savable_model
 from fxquant.pretrained import savable
 
-__all__ = ["FxquantConfig"]
+__all__ = ["FxquantConfig", "RoomyCache"]
 
 register_attention()
 register_quantization_config(METHOD)(FxquantConfig)
