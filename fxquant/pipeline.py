@@ -42,6 +42,7 @@ def static_quantize(
     method: str = "auto",
     observer: str = "minmax",
     activation_bits: int | None = None,
+    activation_products: bool = False,
     layer_types: Sequence[TypeRule] | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
     skip_layer_types: Sequence[TypeRule] | None = None,
@@ -70,6 +71,7 @@ def static_quantize(
         method: see there.
         observer: see there.
         activation_bits: see there.
+        activation_products: see there.
         layer_types: see there.
         modules_to_not_convert: see there.
         skip_layer_types: see there.
@@ -99,6 +101,7 @@ def static_quantize(
         method=method,
         observer=observer,
         activation_bits=activation_bits,
+        activation_products=activation_products,
         layer_types=layer_types,
         modules_to_not_convert=modules_to_not_convert,
         skip_layer_types=skip_layer_types,

@@ -33,6 +33,7 @@ from fxquant.passes.fold_norms import FoldedNorm, fold_norms
 from fxquant.passes.observe_inputs import InputWatcher, of_blocks
 from fxquant.passes.pack_parameters import bare_layers
 from fxquant.passes.quantize_activations import with_activations
+from fxquant.passes.quantize_products import products_in_float, quantize_products
 from fxquant.passes.quantize_sequentially import quantize_sequentially
 from fxquant.passes.rewrite import chosen_layers, rewrite
 from fxquant.passes.rounded_layers import RoundedLayers
@@ -56,6 +57,7 @@ class Rewritten:
         recipe: how the layers were made.
         method: the recipe's name; where `"auto"` took another one, with the reason.
         others: layers that were fitted in other widths besides, by name and width.
+        products: how the factors of each product of two values are rounded, by node.
     """
 
     gm: GraphModule
@@ -63,6 +65,7 @@ class Rewritten:
     recipe: Recipe
     method: str
     others: Mapping[tuple[str, int], QuantizedLayer] = field(default_factory=dict)
+    products: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_stages(
@@ -271,7 +274,11 @@ def _with_activations(made: Rewritten, calibrated: Calibrated, config: QuantConf
     watcher, is_dynamic = calibrated.watcher, config.observer == DYNAMIC
     statistics = of_blocks(watcher.statistics)
     gm, notes = with_activations(made.gm, watcher.observers, statistics, is_dynamic)
-    return replace(made, gm=gm, decisions=add_notes(made.decisions, notes))
+    products = products_in_float(gm)
+    if config.activation_products:
+        observer = None if is_dynamic else config.observer
+        gm, products = quantize_products(gm, calibrated.fitted, observer, calibrated.processes)
+    return replace(made, gm=gm, decisions=add_notes(made.decisions, notes), products=products)
 
 
 def _measured(
@@ -293,6 +300,7 @@ def _measured(
         folded_scales=list(calibrated.folded),
         folded_norms=list(calibrated.norms),
         original_size_mb=model_bytes(original) / MEGABYTE,
+        products=dict(made.products),
         fused=fused_counts(result),
         quantized_size_mb=model_bytes(result) / MEGABYTE,
         trace=trace_report(gm).to_dict(),

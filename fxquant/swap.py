@@ -29,6 +29,7 @@ from fxquant.modules.weight_forms import form_of
 from fxquant.passes.fold_norms import FoldedNorm
 from fxquant.passes.pack_parameters import packed_parameters
 from fxquant.passes.quantize_activations import static_grids
+from fxquant.passes.quantize_products import rounded_products
 from fxquant.passes.rewrite import share_tables
 from fxquant.pretrained import guard_saving
 from fxquant.serialization.files import load_model
@@ -62,9 +63,9 @@ def swap_modules(model: M, qmodel: GraphModule, *, share_memory: bool = False) -
         that are neither, such as parts of one parameter, or whose class does more than a linear
         layer, stay float: they are listed in the copy's `fxquant_left_float` and in a
         `LeftFloatWarning`. Inputs that the graph rounds with a static grid are rounded in the copy
-        by a `RoundedInput` around the layer; `fxquant_float_inputs` lists layers for which there is
-        no such place, and the same warning names them. A BatchNorm that is folded
-        into a layer does nothing in evaluation mode.
+        by a `RoundedInput` around the layer. `fxquant_float_inputs` lists layers that have no such
+        place, and products of two values whose factors the graph rounds; the same warning names
+        them. A BatchNorm that is folded into a layer does nothing in evaluation mode.
 
     Raises:
         OptionError: `qmodel` was made from another model, is fused, or has a channel scale folded
@@ -133,7 +134,8 @@ class _Plan:
         tensors: parameters and buffers that are taken over, by name.
         neutral: one value for all elements of each tensor of a norm that is folded, by name.
         left_float: names of layers that have no module of their own.
-        float_inputs: names of layers whose input is rounded in the graph alone.
+        float_inputs: names of layers whose input is rounded in the graph alone, and of products
+            whose factors are.
         options: the fields of the `QuantConfig` that the layers were made with.
     """
 
@@ -199,6 +201,7 @@ def _plan(model: nn.Module, qmodel: GraphModule, *, with_tensors: bool) -> _Plan
             _note_neutral(plan, model, FoldedNorm(**folded))
     plan.left_float = list(dict.fromkeys(plan.left_float))
     plan.float_inputs = [n for n in grids if n not in rounded and n not in plan.left_float]
+    plan.float_inputs += rounded_products(qmodel)
     _check_scales(qmodel, unmatched)
     return plan
 
@@ -318,7 +321,7 @@ def _apply(model: nn.Module, plan: _Plan) -> nn.Module:
         texts.append(f"these layers have no module of their own and stay float: {names}")
     if plan.float_inputs:
         names = ", ".join(plan.float_inputs)
-        texts.append(f"the inputs of these layers are rounded in the graph alone: {names}")
+        texts.append(f"what these read is rounded in the graph alone: {names}")
     if texts:
         warnings.warn("; ".join(texts), LeftFloatWarning, caller_level())
     return model

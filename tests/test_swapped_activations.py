@@ -108,7 +108,7 @@ def test_a_model_that_is_loaded_into_rounds_its_inputs_too() -> None:
 
 def test_what_the_graph_rounds_and_the_copy_cannot_is_named() -> None:
     model, graph, _ = quantized("bare")
-    with pytest.warns(LeftFloatWarning, match="rounded in the graph alone: table"):
+    with pytest.warns(LeftFloatWarning, match="is rounded in the graph alone: table"):
         swapped = fxquant.swap_modules(model, graph)
     assert swapped.fxquant_float_inputs == ["table"]
     assert isinstance(swapped.linear, RoundedInput)

@@ -59,6 +59,8 @@ _RULES = (
     click.option("--observer", metavar="NAME", help="What finds the ranges of activations: minmax, "
                  "movingaverage, histogram, auto or dynamic.  [default: minmax]"),
     click.option("--activation-bits", type=click.Choice(["8"]), help="Quantize activations, too."),
+    click.option("--activation-products", is_flag=True, default=None,
+                 help="With --activation-bits: the factors of attention's products, too."),
     click.option("--keep-float", multiple=True, metavar="NAME",
                  help="A name, parent, glob or re:… that stays float; may be repeated."),
     click.option("--skip-param-threshold", type=int, metavar="N",
@@ -99,6 +101,7 @@ def config_of(rules: dict[str, Any]) -> QuantConfig:
         "target": rules["target"],
         "method": rules["method"],
         "observer": rules["observer"],
+        "activation_products": rules["activation_products"],
         "modules_to_not_convert": list(rules["keep_float"]) or None,
         "skip_param_threshold": rules["skip_param_threshold"],
         "num_calibration_samples": rules["samples"],

@@ -67,6 +67,7 @@ class QuantOptions(TypedDict, total=False):
     method: str
     observer: str
     activation_bits: int | None
+    activation_products: bool
     layer_types: Sequence[TypeRule] | None
     modules_to_not_convert: Sequence[str] | None
     skip_layer_types: Sequence[TypeRule] | None
@@ -111,6 +112,11 @@ class QuantConfig:
             observer gives the value; for others that one), or inside the layers if
             `observer="dynamic"` or without data. The decisions say which arithmetic runs. None
             leaves them float.
+        activation_products: with `activation_bits=8`, round both factors of products of two
+            values, too, such as the scores of attention, whether they are computed by `matmul`,
+            `bmm`, `einsum` or `scaled_dot_product_attention`. The rounded values are multiplied as
+            floats, so this tells what such products would cost in integers, and `"onnx"` files hold
+            the static ranges for runtimes that have them; here it saves no time.
         layer_types: quantize only these classes.
         modules_to_not_convert: names that stay float, on top of the skip rules.
         skip_layer_types: replaces `DEFAULT_INT4_SKIP.skip_types`.
@@ -147,6 +153,7 @@ class QuantConfig:
     method: str = "auto"
     observer: str = "minmax"
     activation_bits: int | None = None
+    activation_products: bool = False
     layer_types: Sequence[TypeRule] | None = None
     modules_to_not_convert: Sequence[str] | None = None
     skip_layer_types: Sequence[TypeRule] | None = None
@@ -181,6 +188,14 @@ class QuantConfig:
         check_number("sqnr_warning_threshold", self.sqnr_warning_threshold)
         check_number("sqnr_error_threshold", self.sqnr_error_threshold)
         check_activation_bits(self.activation_bits)
+        check_flag("activation_products", self.activation_products)
+        if self.activation_products and self.activation_bits is None:
+            raise OptionError(
+                "activation_products",
+                found="True without activation_bits",
+                needed="activation_bits=8, which says how they are rounded",
+                remedy="Pass activation_bits=8 too, or leave activation_products out.",
+            )
         check_parameter_threshold(self.skip_param_threshold)
         if self.target is not None:
             check_choice("target", self.target, TARGETS)

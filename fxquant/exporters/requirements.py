@@ -39,6 +39,9 @@ def float_activations(source: Source) -> Iterator[Finding]:
 
 def float_inside_layers(source: Source) -> Iterator[Finding]:
     """No layer rounds its input itself: runtimes that do, do it in their own way."""
+    if source.has_dynamic_products:
+        problem = "the format has no products of activations whose ranges are found while it runs"
+        yield Finding("products of activations", problem, "Quantize without activation_products.")
     for name, layer in source.layers.items():
         if layer.activation != "float":
             problem = "the format has no int8 activations whose ranges are found while it runs"

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from fxquant.errors import OptionError, check_type
 from fxquant.graph.layers import is_plain_linear, sites, user_name
-from fxquant.modules.activation import quantize_activation
+from fxquant.modules.activation import quantize_activation, rounded_vectors
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.rounded_input import RoundedInput
@@ -58,6 +58,13 @@ class Source:
         if not isinstance(self.model, GraphModule):
             return any(isinstance(module, RoundedInput) for module in self.model.modules())
         return any(node.target is quantize_activation for node in self.model.graph.nodes)
+
+    @property
+    def has_dynamic_products(self) -> bool:
+        """Whether the graph rounds factors of a product on ranges that it finds on the way."""
+        if not isinstance(self.model, GraphModule):
+            return False
+        return any(node.target is rounded_vectors for node in self.model.graph.nodes)
 
 
 def source_of(model: nn.Module | str | os.PathLike[str]) -> Source:

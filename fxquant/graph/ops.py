@@ -55,7 +55,7 @@ _TABLE: tuple[Op, ...] = (
     *_rows("view reshape flatten unflatten", view=True, moves=True, keeps=True, scale="move"),
     *_rows("_unsafe_view", moves=True, keeps=True, scale="move"),
     *_rows("transpose permute unsqueeze squeeze t numpy_T", view=True, moves=True, scale="move"),
-    *_rows("swapaxes swapdims movedim", view=True, moves=True, scale="move"),
+    *_rows("swapaxes swapdims movedim moveaxis adjoint mT", view=True, moves=True, scale="move"),
     *_rows("contiguous", view=True, moves=True, keeps=True, scale="homogeneous"),
     *_rows("detach alias", view=True, moves=True, keeps=True, scale="homogeneous"),
     *_rows("clone lift_fresh_copy", keeps=True, scale="homogeneous"),

@@ -34,6 +34,7 @@ def _words(text: str) -> frozenset[str]:
 TENSOR_OPS = _words(
     # rearranging, joining, splitting
     "view reshape flatten unflatten transpose permute unsqueeze squeeze t numpy_T adjoint moveaxis "
+    "mT mH matrix_H "
     "swapaxes swapdims movedim contiguous detach alias clone lift_fresh_copy ravel view_as "
     "reshape_as expand expand_as broadcast_to broadcast_tensors chunk split unbind tensor_split "
     "split_with_sizes hsplit vsplit dsplit slice select narrow diagonal unfold unsafe_chunk "

@@ -1,6 +1,7 @@
 """The record of a quantization: what was decided, what it cost, what to worry about."""
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -60,6 +61,8 @@ class QuantizationInfo(View):
         method: the algorithm that chose the integers.
         folded_scales: channel scales that were folded into the graph's parameters.
         folded_norms: each BatchNorm that was folded into the layer before it.
+        products: with quantized activations, how the factors of each product of two values are
+            rounded, or that they stay float, by the name of its node.
         fused: how many nodes of the graph stand for several, by the name of the pattern (see
             `fuse`); empty for a graph that is not fused.
         trace: what tracing did, as plain data.
@@ -78,6 +81,7 @@ class QuantizationInfo(View):
     method: str = "rtn"
     folded_scales: list[FoldedScale] = field(default_factory=list)
     folded_norms: list[FoldedNorm] = field(default_factory=list)
+    products: dict[str, str] = field(default_factory=dict)
     fused: dict[str, int] = field(default_factory=dict)
     trace: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -133,9 +137,11 @@ class QuantizationInfo(View):
         return self.headline()
 
     def __str__(self) -> str:
+        counts = Counter(self.products.values())
+        products = "".join(f"\nproducts of activations: {n}, {how}" for how, n in counts.items())
         fused = "".join(f"\nfused: {name}, {count}" for name, count in self.fused.items())
         warnings = "".join(f"\nwarning: {text}" for text in self.warnings)
-        return f"{super().__str__()}{fused}{warnings}"
+        return f"{super().__str__()}{products}{fused}{warnings}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -7,7 +7,8 @@ after:  `q = quantize_activation(x, self.x_scale, self.x_zero_point)`
 The input of a linear layer has a scale and a zero point for each channel. In many transformers a
 few channels are much larger than the others; with one scale for the whole tensor, the others would
 use a few levels only. Other layers have one for all channels, as the integer kernels of other
-runtimes need it. `rounded_samples` is for ranges that are found while a model runs.
+runtimes need it. `rounded_samples` and `rounded_vectors` are for ranges that are found while a
+model runs.
 """
 
 import torch
@@ -19,7 +20,7 @@ from fxquant.kernels.affine import (
     quantize_samples,
     quantize_uint8,
 )
-from fxquant.numerics.integers import UINT8, safe_scale
+from fxquant.numerics.integers import UINT8, dequantize_affine, quantize_affine, safe_scale
 
 LEAST_SCALE_RATIO = (
     1e-6  # channels narrower than this part of the widest share its scale: negligible
@@ -71,6 +72,27 @@ def rounded_samples(x: Tensor, dims: int) -> Tensor:
     return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
+def rounded_vectors(x: Tensor, axis: int | None) -> Tensor:
+    """Round `x` to 8 bits on the fly, with one scale and zero point for each vector along an axis.
+
+    Args:
+        x: any shape; what holds no floats or has fewer dimensions is returned as it is.
+        axis: negative; None: one grid for all of `x`.
+
+    Returns:
+        The rounded values in the dtype of `x`, the shape of `x`. A vector with NaN or Inf has NaN
+        there. A gradient passes as if nothing was rounded.
+    """
+    if not x.is_floating_point() or not x.numel() or x.ndim < -(axis or 0):
+        return x
+    axes = tuple(range(-x.ndim, 0)) if axis is None else (axis,)
+    values = x.detach()
+    scale, zero_point = _grid_along(values, axes)
+    q = quantize_affine(values.float(), scale, zero_point, UINT8).clamp_(max=2 * LARGEST_INT8)
+    rounded = dequantize_affine(q, scale, zero_point).to(x.dtype)
+    return x + (rounded - x).detach() if x.requires_grad else rounded
+
+
 def integers_of_samples(x: Tensor, dims: int) -> tuple[Tensor, Tensor, Tensor]:
     """The integers of `rounded_samples`, as the kernel multiplies them.
 
@@ -87,14 +109,18 @@ def levels_of_samples(x: Tensor, dims: int) -> tuple[Tensor, Tensor, Tensor]:
 
     The zero point is in 0 to 254: x ≈ scale · (q - zero point).
     """
-    axes = tuple(range(-dims, 0))
+    scale, zero_point = _grid_along(x, tuple(range(-dims, 0)))
+    q = quantize_samples(x, scale, zero_point).clamp_(max=2 * LARGEST_INT8)
+    return q, scale, zero_point
+
+
+def _grid_along(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of 255 levels for what lies along `axes`, which become 1."""
     low, high = x.amin(axes, keepdim=True).float(), x.amax(axes, keepdim=True).float()
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = safe_scale((high - low) / (2 * LARGEST_INT8))
     scale = torch.where(scale.isfinite(), scale, torch.nan)
-    zero_point = (-low / scale).round()
-    q = quantize_samples(x, scale, zero_point).clamp_(max=2 * LARGEST_INT8)
-    return q, scale, zero_point
+    return scale, (-low / scale).round()
 
 
 def channel_qparams(

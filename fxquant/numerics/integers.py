@@ -60,8 +60,11 @@ def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, integer: Integ
 
 
 def dequantize_affine(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """The float values of integers `q`: scale · (q − zero_point); shapes broadcast."""
-    return scale * (q.to(scale.dtype) - zero_point)
+    """The float values of integers `q`: scale · (q − zero_point); shapes broadcast.
+
+    They lie in memory in the order in which `q` does: torch takes that from the first operand.
+    """
+    return (q.to(scale.dtype) - zero_point) * scale
 
 
 def safe_scale(scale: Tensor) -> Tensor:

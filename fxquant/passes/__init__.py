@@ -28,4 +28,5 @@ Each leaves a legal graph and never changes its input.
 | `rewrite.py` | quantized layers in the place of float ones, and back |
 | `pack_parameters.py` | which parameters of a user's model the layers of a graph can hold |
 | `quantize_activations.py` | quantize and dequantize nodes around layers |
+| `quantize_products.py` | the same for products of two values, such as attention's scores |
 """

@@ -161,17 +161,39 @@ def _insert(
     if statistics is not None and statistics.tokens:
         ends = statistics.lowest, statistics.highest
         grid = channel_qparams(*ends, *observer.clipping_range(finer_by(*ends)))
-    gm, nodes = site.gm, list[Node]()
+    return insert_grid(site.gm, site.node, source, grid, site.node.meta.get(MODULE_PATH))
+
+
+def insert_grid(
+    gm: GraphModule,
+    before: Node,
+    source: Node,
+    grid: tuple[Tensor, Tensor],
+    path: str | None = None,
+) -> Node:
+    """Round a value in front of a node.
+
+    Args:
+        gm: the graph; it gets the grid's tensors.
+        before: the node.
+        source: the value.
+        grid: scale and zero point, as `quantize_activation` takes them.
+        path: of the module that the new nodes belong to.
+
+    Returns:
+        The dequantized value; nothing reads it yet.
+    """
+    nodes = list[Node]()
     for kind, values in zip(("scale", "zero_point"), grid, strict=True):
         name = free_name(gm, f"{source.name}_{kind}")
         gm.register_buffer(name, values.float())
-        with gm.graph.inserting_before(site.node):
+        with gm.graph.inserting_before(before):
             nodes.append(gm.graph.get_attr(name))
-    with gm.graph.inserting_before(site.node):
+    with gm.graph.inserting_before(before):
         q = gm.graph.call_function(quantize_activation, (source, *nodes))
         made = gm.graph.call_function(dequantize_activation, (q, *nodes, source))
     for node in (*nodes, q, made):
-        node.meta[MODULE_PATH] = site.node.meta.get(MODULE_PATH)
+        node.meta[MODULE_PATH] = path
     return made
 
 

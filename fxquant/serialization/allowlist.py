@@ -28,7 +28,11 @@ from fxquant.graph.structures import (
 from fxquant.kernels.attention import attention
 from fxquant.kernels.norm import add_and_norm, norm
 from fxquant.kernels.pooling import max_pool
-from fxquant.modules.activation import dequantize_activation, quantize_activation
+from fxquant.modules.activation import (
+    dequantize_activation,
+    quantize_activation,
+    rounded_vectors,
+)
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
 from fxquant.modules.linear_intn import QuantizedLinearIntN
@@ -48,6 +52,7 @@ FXQUANT_FUNCTIONS: tuple[Callable[..., Any], ...] = (
     merge_attention_masks,
     quantize_activation,
     dequantize_activation,
+    rounded_vectors,
     attention,
     norm,
     add_and_norm,

@@ -223,7 +223,7 @@ _config = record(
     {
         "bits": _bits, "embeddings": whole, "group_size": whole, "symmetric": flag,
         "zero_points": text, "target": text, "method": text, "observer": text,
-        "activation_bits": optional(whole), "layer_types": _texts,
+        "activation_bits": optional(whole), "activation_products": flag, "layer_types": _texts,
         "modules_to_not_convert": _texts, "skip_layer_types": _texts, "skip_layer_names": _texts,
         "skip_param_threshold": whole, "num_calibration_samples": whole, "token_noise": number,
         "fuse": flag, "accuracy_warning": text, "sqnr_warning_threshold": number,
@@ -239,6 +239,7 @@ _info = record(
     {
         "rows": list_of(_row), "folded_scales": list_of(_folded),
         "folded_norms": list_of(_folded_norm), "fused": map_of(whole), "warnings": _texts,
+        "products": map_of(text),
         "trace": _info_trace, "config": _config, "method": text, "sqnr_db": number,
         # instead of "config", in files that were written before it was there
         "bits": _bits, "group_size": whole, "symmetric": flag, "observer": text,
