@@ -180,6 +180,8 @@ def _plan(model: nn.Module, qmodel: GraphModule, *, with_tensors: bool) -> _Plan
             elif site.name in parameter_of:
                 parameter = parameter_of[site.name]
                 plan.parameters[parameter] = packed[parameter][0]
+                if isinstance(packed[parameter][0].layer, RoundedInput):
+                    rounded.add(site.name)
                 if getattr(site.module, "bias", None) is not None:
                     unmatched.append(site.name)  # the model keeps its own bias
             else:

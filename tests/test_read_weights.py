@@ -10,6 +10,7 @@ from torch import nn
 
 import fxquant
 from fxquant.modules.packed_parameter import PackedParameter
+from fxquant.modules.packed_tensor import PackedTensor
 
 X = torch.randn(4, 7, 64)
 OPTIONS = {"group_size": 32, "skip_param_threshold": 0, "accuracy_warning": "ignore"}
@@ -89,6 +90,32 @@ def test_a_copy_multiplies_with_the_integers_and_adds_its_own_bias(kind, method)
     x = X.clone().requires_grad_()
     swapped(x).sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+class AttendsAlongTheFirst(nn.Module):
+    """Attention over the first dimension, then over the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(64, 4)
+        self.layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+
+    def forward(self, x):
+        own = self.attention(x, x, x, need_weights=False)[0]
+        return self.layer(own.transpose(0, 1))
+
+
+@pytest.mark.parametrize("kind", [Attends, AttendsAlongTheFirst])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_attention_of_torchs_multiplies_all_its_weights_as_integers(kind, bits, monkeypatch):
+    torch.manual_seed(0)
+    model = kind().eval()
+    data = [X, torch.randn_like(X)]
+    q, _ = fxquant.static_quantize(model, data, bits=bits, method="gptq", **OPTIONS)
+    swapped = fxquant.swap_modules(model, q)
+    monkeypatch.setattr(PackedTensor, "materialize", None)  # nothing may need the values
+    with torch.no_grad():  # scores may be summed in another order
+        torch.testing.assert_close(swapped(X), q(X), rtol=1e-5, atol=1e-5)
 
 
 class Calls(nn.Module):

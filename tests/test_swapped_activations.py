@@ -44,15 +44,31 @@ class Tied(nn.Module):
 
 
 class Bare(nn.Module):
-    """A layer, and a parameter that the model's own code multiplies with."""
+    """A layer, attention of torch's, and a parameter that the model's own code multiplies with."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(16, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
         self.table = nn.Parameter(torch.randn(16, 16))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.linear(x)) @ self.table
+        y = torch.relu(self.linear(x))
+        return self.attention(y, y, y, need_weights=False)[0] @ self.table
+
+
+class Experts(nn.Module):
+    """Matrices of which each row of a batch meets one, and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.table = nn.Parameter(torch.randn(2, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(
+            torch.relu(self.linear(x)).unflatten(0, (2, -1)).flatten(1, -2), self.table
+        )
 
 
 def images() -> list[Tensor]:
@@ -67,11 +83,16 @@ def rows() -> list[Tensor]:
     return [torch.randn(4, 16) for _ in range(20)]
 
 
+def sequences() -> list[Tensor]:
+    return [torch.randn(4, 5, 16) for _ in range(20)]
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Tensor]]]] = {
     "convolutions": (Convolutions, images),
     "tied head": (Tied, tokens),
     "a layer by itself": (lambda: nn.Linear(16, 16), rows),
-    "bare": (Bare, rows),
+    "bare": (Bare, sequences),
+    "experts": (Experts, sequences),
 }
 OPTIONS = {
     "bits": 8, "embeddings": 8, "activation_bits": 8, "skip_layer_names": (),
@@ -87,7 +108,7 @@ def quantized(name: str, **options: object) -> tuple[nn.Module, GraphModule, Ten
     return model, graph, data[0]
 
 
-@pytest.mark.parametrize("name", ["convolutions", "tied head", "a layer by itself"])
+@pytest.mark.parametrize("name", ["convolutions", "tied head", "a layer by itself", "bare"])
 def test_the_copy_of_a_graph_with_static_activations_has_the_graphs_bits(name: str) -> None:
     model, graph, x = quantized(name)
     with warnings.catch_warnings(action="error", category=LeftFloatWarning):
@@ -107,7 +128,7 @@ def test_a_model_that_is_loaded_into_rounds_its_inputs_too() -> None:
 
 
 def test_what_the_graph_rounds_and_the_copy_cannot_is_named() -> None:
-    model, graph, _ = quantized("bare")
+    model, graph, _ = quantized("experts")
     with pytest.warns(LeftFloatWarning, match="is rounded in the graph alone: table"):
         swapped = fxquant.swap_modules(model, graph)
     assert swapped.fxquant_float_inputs == ["table"]

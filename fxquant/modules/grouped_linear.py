@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.modules.float_linear import as_parameter
-from fxquant.modules.layer import LayerAround
+from fxquant.modules.layer import LayerAround, QuantizedLayer
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_of import linear_of
 from fxquant.numerics.quantized_weight import QuantizedWeight
@@ -123,6 +123,18 @@ class QuantizedGroupedLinear(LayerAround):
     def layers(self) -> list[QuantizedLinear]:
         """The quantized layer of each expert."""
         return list(self.children())  # type: ignore[arg-type]
+
+    @property
+    def expert_layers(self) -> list[QuantizedLayer]:
+        """See `QuantizedLayer`."""
+        return list(self.layers)
+
+    def without_bias(self) -> "QuantizedGroupedLinear":
+        """See `QuantizedLayer`."""
+        if self.bias is None:
+            return self
+        sizes = self.experts, self.in_features, self.out_features
+        return type(self)(*sizes, [layer.without_bias() for layer in self.layers])
 
     @property
     def inner(self) -> QuantizedLinear:

@@ -43,6 +43,15 @@ class QuantizedLayer(nn.Module):
         device = next(self.buffers()).device
         return LazyWeight(self.dequantize, self.weight_shape, self._weight_dtype, device)
 
+    @property
+    def expert_layers(self) -> "list[QuantizedLayer] | None":
+        """The layer of each of the matrices that the weight consists of; None: it is one."""
+        return None
+
+    def without_bias(self) -> "QuantizedLayer":
+        """A layer that shares the packed weight and adds nothing."""
+        raise NotImplementedError(type(self).__name__)
+
     def dequantize(self) -> Tensor:
         """The values of the weight, float32, in the shape of the float layer's."""
         return self.quantized_weight.dequantize().view(self.weight_shape)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fxquant.errors import OptionError, WeightError, check_choice, check_type
 from fxquant.modules.layer import QuantizedLayer
+from fxquant.modules.packed_tensor import PackedTensor
 from fxquant.numerics.quantized_weight import SCALE_DTYPE
 
 ACTIVATIONS = ("float", "int8")
@@ -48,6 +49,19 @@ class QuantizedLinear(QuantizedLayer):
     def weight_shape(self) -> tuple[int, ...]:
         """`(out, in)`."""
         return self.out_features, self.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight: code that multiplies with it multiplies on the integers.
+
+        To look at its shape, dtype and device costs nothing; for what is not a product, its values
+        are computed at each use.
+        """
+        return PackedTensor(self)
+
+    def without_bias(self) -> "QuantizedLinear":
+        """See `QuantizedLayer`."""
+        return self if self.bias is None else self.with_bias(None)
 
     @property
     def _device(self) -> torch.device:

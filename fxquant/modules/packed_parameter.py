@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fxquant.modules.grouped_linear import QuantizedGroupedLinear
 from fxquant.modules.layer import LayerAround, QuantizedLayer
-from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.packed_tensor import PackedTensor
 
 PREFIX = "packed_"  # of the child's name: in front, since libraries find parameters by their ends
@@ -53,8 +52,7 @@ class PackedParameter(LayerAround):
     @classmethod
     def of(cls, layer: QuantizedLayer, is_transposed: bool) -> "PackedParameter":
         """The parameter that `layer` multiplies by; what the layer adds does not belong to it."""
-        if isinstance(layer, QuantizedLinear) and layer.bias is not None:
-            layer = layer.with_bias(None)
+        layer = layer.without_bias()
         *leading, out_features, in_features = layer.weight_shape
         experts = leading[0] if leading else None
         return cls(experts, in_features, out_features, is_transposed, layer)

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxquant.modules.grouped_linear import QuantizedGroupedLinear
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.lazy_weight import LazyWeight
 
@@ -24,14 +23,16 @@ class PackedTensor(LazyWeight):
     """The weight of a quantized layer, [out, in] or [experts, out, in], or that with both swapped.
 
     Attributes:
-        layer: multiplies by it.
+        layer: multiplies by it; a bias of its own is left out.
         is_transposed: whether the last two dimensions are those of the layer's weight, swapped.
         numbers: int64 [n], which experts it consists of; None: all of them in order.
+        repeats: how often a matrix is repeated, in front of its dimensions; None: it is not.
     """
 
     layer: QuantizedLayer
     is_transposed: bool
     numbers: Tensor | None
+    repeats: int | None
 
     @staticmethod
     def __new__(
@@ -40,28 +41,43 @@ class PackedTensor(LazyWeight):
         is_transposed: bool = False,
         numbers: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        repeats: int | None = None,
     ) -> "PackedTensor":
         """A weight without memory of its own; `dtype` is by default that of the layer's weight."""
         *leading, rows, columns = layer.weight_shape
         if numbers is not None:
             leading = [len(numbers)]
+        if repeats is not None:
+            leading = [repeats]
         last = (columns, rows) if is_transposed else (rows, columns)
         made = torch.Tensor._make_wrapper_subclass(
             cls, (*leading, *last), dtype=dtype or layer._weight_dtype,
             device=next(layer.buffers()).device, requires_grad=False,
         )  # fmt: skip
         made.layer, made.is_transposed, made.numbers = layer, is_transposed, numbers
+        made.repeats = repeats
         return made
+
+    def swapped(self) -> "PackedTensor":
+        """The same with its last two dimensions swapped."""
+        is_transposed = not self.is_transposed
+        return PackedTensor(self.layer, is_transposed, self.numbers, self.dtype, self.repeats)
+
+    def cast(self, dtype: torch.dtype) -> "PackedTensor":
+        """The same in another dtype."""
+        return PackedTensor(self.layer, self.is_transposed, self.numbers, dtype, self.repeats)
 
     def materialize(self) -> Tensor:
         """The values as a plain tensor; of experts only those that it consists of."""
         if self.numbers is None:
             values = self.layer.dequantize()
         else:
-            assert isinstance(self.layer, QuantizedGroupedLinear)
-            layers, kinds = self.layer.layers, self.numbers.unique(return_inverse=True)
+            layers, kinds = self.layer.expert_layers, self.numbers.unique(return_inverse=True)
+            assert layers is not None  # numbers are those of experts
             values = torch.stack([layers[i].dequantize() for i in kinds[0].tolist()])[kinds[1]]
         values = values.transpose(-2, -1) if self.is_transposed else values
+        if self.repeats is not None:
+            values = values.expand(self.repeats, -1, -1)
         return values.to(self.dtype)
 
     @classmethod
@@ -91,19 +107,19 @@ def _pick(weight: Any, key: Any) -> Any:
     """`weight[key]` of experts: one of them, or those of some numbers."""
     if not isinstance(weight, PackedTensor) or weight.numbers is not None:
         return NotImplemented
-    layer = weight.layer
-    if not isinstance(layer, QuantizedGroupedLinear) or isinstance(key, bool):
+    layer, experts = weight.layer, weight.layer.expert_layers
+    if experts is None or isinstance(key, bool):
         return NotImplemented
     if isinstance(key, Tensor) and key.dtype in (torch.int32, torch.int64):
         if key.ndim == 1:
-            numbers = torch.where(key < 0, key + layer.experts, key)  # counted from the end
-            if ((numbers < 0) | (numbers >= layer.experts)).any():
-                raise IndexError(f"an expert outside of 0 to {layer.experts - 1} is picked")
+            numbers = torch.where(key < 0, key + len(experts), key)  # counted from the end
+            if ((numbers < 0) | (numbers >= len(experts))).any():
+                raise IndexError(f"an expert outside of 0 to {len(experts) - 1} is picked")
             return PackedTensor(layer, weight.is_transposed, numbers, weight.dtype)
         key = key.item() if key.ndim == 0 else key
     if not isinstance(key, int):
         return NotImplemented
-    return PackedTensor(layer.layers[key], weight.is_transposed, dtype=weight.dtype)
+    return PackedTensor(experts[key], weight.is_transposed, dtype=weight.dtype)
 
 
 def _each(weight: Any, dim: int = 0) -> Any:
@@ -123,7 +139,7 @@ def _swap(weight: Any, *dims: Any) -> Any:
     last = {weight.ndim - 2, weight.ndim - 1}
     if dims and {d % weight.ndim for d in dims if isinstance(d, int)} != last:
         return NotImplemented
-    return PackedTensor(weight.layer, not weight.is_transposed, weight.numbers, weight.dtype)
+    return weight.swapped()
 
 
 def _turn(weight: Any) -> Any:
@@ -141,7 +157,7 @@ def _cast(weight: Any, to: Any, *rest: Any) -> Any:
         to = to.dtype
     if not isinstance(to, torch.dtype) or not to.is_floating_point:
         return NotImplemented
-    return PackedTensor(weight.layer, weight.is_transposed, weight.numbers, to)
+    return weight.cast(to)
 
 
 def _cast_to(dtype: torch.dtype) -> Shortcut:
@@ -154,13 +170,28 @@ def _same(weight: Any, *shape: Any) -> Any:
     return weight if not sizes or tuple(sizes) == tuple(weight.shape) else NotImplemented
 
 
+def _alias(weight: Any, *shape: Any) -> Any:
+    """The same as an object of its own, as torch wants it of a view."""
+    same = _same(weight, *shape)
+    return same if same is NotImplemented else weight.cast(weight.dtype)
+
+
+def _repeat(weight: Any, sizes: Any) -> Any:
+    """A matrix in a batch, as `linear` of an input whose memory is in another order has it."""
+    last = tuple(weight.shape)
+    is_matrix = isinstance(weight, PackedTensor) and len(last) == 2
+    if not is_matrix or len(sizes) != 3 or tuple(sizes[1:]) != last:
+        return NotImplemented
+    return PackedTensor(weight.layer, weight.is_transposed, None, weight.dtype, sizes[0])
+
+
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     """`input · weightᵀ + bias` of a matrix."""
     if not isinstance(weight, PackedTensor) or weight.ndim != 2 or isinstance(input, PackedTensor):
         return NotImplemented
     if weight.is_transposed:
         return NotImplemented
-    product = weight.layer(input)
+    product = weight.layer.without_bias()(input)
     return product if bias is None else product + bias
 
 
@@ -177,11 +208,14 @@ def _times(rows: Any, weight: PackedTensor) -> Any:
     """`rows` [..., in] times the weight [.., in, out]."""
     if isinstance(rows, PackedTensor) or rows.ndim < 2 or not weight.is_transposed:
         return NotImplemented
+    if weight.repeats is not None:
+        is_batch = rows.ndim == 3 and len(rows) == weight.repeats
+        return weight.layer.without_bias()(rows) if is_batch else NotImplemented
     if weight.numbers is None:
-        return weight.layer(rows)
+        return weight.layer.without_bias()(rows)
     if rows.ndim != 3 or len(rows) != len(weight.numbers):
         return NotImplemented
-    return weight.layer(rows, None, weight.numbers)
+    return weight.layer.without_bias()(rows, None, weight.numbers)
 
 
 def _add_product(bias: Any, rows: Any, weight: Any) -> Any:
@@ -197,7 +231,7 @@ def _grouped(mat_a: Any, mat_b: Any, offs: Any = None, bias: Any = None, **rest:
         return NotImplemented
     if bias is not None or any(value is not None for value in rest.values()):
         return NotImplemented
-    return mat_b.layer(mat_a, offs)
+    return mat_b.layer.without_bias()(mat_a, offs)
 
 
 _T, _MT = (vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT"))
@@ -228,7 +262,9 @@ aten = torch.ops.aten
 SHORTCUTS_INSIDE: dict[Any, Shortcut] = {
     aten.t.default: _turn,
     aten.transpose.int: _swap,
-    aten.detach.default: _same,
+    **dict.fromkeys((aten.detach.default, aten.view.default, aten._unsafe_view.default), _alias),
+    aten.expand.default: _repeat,
+    aten.bmm.default: _matmul,
     aten.mm.default: _matmul,
     aten.addmm.default: _add_product,
 }

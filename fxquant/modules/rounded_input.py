@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fxquant.modules.activation import dequantize_activation, quantize_activation
 from fxquant.modules.layer import LayerAround, QuantizedLayer
+from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.packed_tensor import PackedTensor
 
 
 class RoundedInput(LayerAround):
@@ -59,8 +61,12 @@ class RoundedInput(LayerAround):
 
     @property
     def weight(self) -> Tensor:
+        """The weight; code that multiplies with it rounds its input, as the layer does."""
+        return PackedTensor(self) if isinstance(self.layer, QuantizedLinear) else self.layer.weight
+
+    def without_bias(self) -> "RoundedInput":
         """See `QuantizedLayer`."""
-        return self.layer.weight
+        return RoundedInput.of(self.layer.without_bias(), self.scale, self.zero_point)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

@@ -15,6 +15,8 @@ from fxquant.modules.grouped_linear import QuantizedGroupedLinear
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.packed_parameter import PackedParameter, child_name
+from fxquant.modules.rounded_input import RoundedInput
+from fxquant.passes.quantize_activations import static_grids
 from fxquant.tracing.bare_parameters import BareParameter
 from fxquant.tracing.trace_report import REPORT_KEY, TraceReport
 
@@ -46,6 +48,7 @@ def packed_parameters(
     if not isinstance(report, TraceReport):
         return {}
     layers = {site.name: site.module for site in sites(qmodel)}
+    rounded = _rounding(qmodel, layers)
     wanted: dict[str, dict[str, BareParameter]] = defaultdict(dict)
     for name, bare in report.bare.items():
         if name in layers:
@@ -61,14 +64,26 @@ def packed_parameters(
         owner, _, child = child_name(name).rpartition(".")
         if (owner in layers and owner not in uses) or hasattr(model.get_submodule(owner), child):
             continue
-        packed = _packed(uses, layers)
+        packed = _packed(uses, layers, rounded)
         if packed is not None and packed.weight_shape == parameter.shape:
             found[name] = packed, list(uses)
     return found
 
 
+def _rounding(gm: GraphModule, layers: Mapping[str, nn.Module]) -> dict[nn.Module, RoundedInput]:
+    """Linear layers whose input the graph rounds, as layers that do it themselves."""
+    found: dict[nn.Module, RoundedInput] = {}
+    for name, grid in static_grids(gm).items():
+        layer = layers[name]
+        if grid is not None and isinstance(layer, QuantizedLinear):
+            found[layer] = RoundedInput.of(layer, *grid)
+    return found
+
+
 def _packed(
-    uses: Mapping[str, BareParameter], layers: Mapping[str, nn.Module]
+    uses: Mapping[str, BareParameter],
+    layers: Mapping[str, nn.Module],
+    rounded: Mapping[nn.Module, RoundedInput],
 ) -> PackedParameter | None:
     """One parameter of the layers that it is in the graph; None where they are not all of it."""
     orders = {bare.is_transposed for bare in uses.values()}
@@ -76,7 +91,7 @@ def _packed(
     if len(orders) > 1 or len(by_index) < len(uses):
         return None
     if set(by_index) == {None}:
-        layer = by_index[None]
+        layer = rounded.get(by_index[None], by_index[None])
         return PackedParameter.of(layer, *orders) if isinstance(layer, QuantizedLayer) else None
     parts = [by_index.get(i) for i in range(len(by_index))]
     linear = [part for part in parts if isinstance(part, QuantizedLinear)]

@@ -51,7 +51,7 @@ _STACK_FLAGS = ("enable_nested_tensor", "use_nested_tensor", "mask_check")
 _ATTENTION = ("embed_dim", "num_heads", "head_dim", "batch_first", "is_packed")
 # A child that the constructor made may be one of these instead.
 _STANDS_FOR: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
-    nn.Linear: (QuantizedLinear,),
+    nn.Linear: (QuantizedLinear, RoundedInput),
     nn.modules.linear.NonDynamicallyQuantizableLinear: (QuantizedLinear, nn.Linear),
     QuantizedLayer: (QuantizedLayer,),
     nn.MultiheadAttention: (TraceableMultiheadAttention,),

@@ -163,3 +163,27 @@ def test_gradients_pass_to_the_input():
     model(x).sum().backward()
     expected = (model.packed_table.dequantize() @ model.packed_other.dequantize()).sum((0, 2))
     assert worst_sqnr(expected.expand_as(x), x.grad) > SAME_SUMS
+
+
+def test_the_weight_of_a_layer_is_multiplied_on_its_integers_without_its_bias(dequantized):
+    layer = matrix().with_bias(torch.ones(OUT))
+    weight, batch = layer.weight, X.expand(3, -1, -1)
+    found = F.linear(X, weight, torch.zeros(OUT))
+    assert torch.equal(found, layer.without_bias()(X))
+    assert torch.equal(batch @ weight.mT, layer.without_bias()(batch))
+    assert (weight.shape, weight.dtype) == (torch.Size((OUT, IN)), torch.float32)
+    assert not dequantized
+    assert torch.equal(weight + 0, layer.dequantize())
+
+
+def test_a_repeated_matrix_has_its_values_where_something_else_is_done_with_it():
+    layer = matrix()
+    weight = layer.weight
+    with torch._C.DisableTorchFunctionSubclass():  # as inside of torch's functions
+        repeated = weight.t().expand(3, IN, OUT)
+        other = repeated * 2
+        product = torch.bmm(X.expand(3, -1, -1), repeated)
+        fewer = torch.bmm(X.expand(3, -1, -1)[:, :, :8], repeated[:, :8])
+    assert torch.equal(other, weight.t().expand(3, IN, OUT) * 2)
+    assert worst_sqnr(X.expand(3, -1, -1) @ layer.dequantize().mT, product) > SAME_SUMS
+    assert fewer.shape == (3, len(X), OUT)
