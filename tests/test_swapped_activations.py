@@ -87,12 +87,26 @@ def sequences() -> list[Tensor]:
     return [torch.randn(4, 5, 16) for _ in range(20)]
 
 
+class EachExpert(nn.Module):
+    """Matrices of one parameter, each with an input of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.table = nn.Parameter(torch.randn(2, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.linear(x))
+        return torch.relu(y @ self.table[0]) @ self.table[1]
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Tensor]]]] = {
     "convolutions": (Convolutions, images),
     "tied head": (Tied, tokens),
     "a layer by itself": (lambda: nn.Linear(16, 16), rows),
     "bare": (Bare, sequences),
     "experts": (Experts, sequences),
+    "each expert": (EachExpert, sequences),
 }
 OPTIONS = {
     "bits": 8, "embeddings": 8, "activation_bits": 8, "skip_layer_names": (),
@@ -108,7 +122,9 @@ def quantized(name: str, **options: object) -> tuple[nn.Module, GraphModule, Ten
     return model, graph, data[0]
 
 
-@pytest.mark.parametrize("name", ["convolutions", "tied head", "a layer by itself", "bare"])
+@pytest.mark.parametrize(
+    "name", ["convolutions", "tied head", "a layer by itself", "bare", "experts"]
+)
 def test_the_copy_of_a_graph_with_static_activations_has_the_graphs_bits(name: str) -> None:
     model, graph, x = quantized(name)
     with warnings.catch_warnings(action="error", category=LeftFloatWarning):
@@ -128,10 +144,10 @@ def test_a_model_that_is_loaded_into_rounds_its_inputs_too() -> None:
 
 
 def test_what_the_graph_rounds_and_the_copy_cannot_is_named() -> None:
-    model, graph, _ = quantized("experts")
-    with pytest.warns(LeftFloatWarning, match="is rounded in the graph alone: table"):
+    model, graph, _ = quantized("each expert")
+    with pytest.warns(LeftFloatWarning, match="is rounded in the graph alone: table_2, table_3"):
         swapped = fxquant.swap_modules(model, graph)
-    assert swapped.fxquant_float_inputs == ["table"]
+    assert swapped.fxquant_float_inputs == ["table_2", "table_3"]
     assert isinstance(swapped.linear, RoundedInput)
 
 

@@ -41,7 +41,9 @@ class OwnLayers:
             if node.op == "call_module":
                 self._calls[id(gm.get_submodule(str(node.target)))] += 1
         for module in gm.modules():
-            if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            if isinstance(module, QuantizedEmbedding):  # a head that is tied is its table
+                self._owners[id(module.table.packed_memory)] += 1
+            elif isinstance(module, QuantizedLinear):
                 self._owners[id(module.packed_memory)] += 1
 
     def layer(self, node: object) -> QuantizedLinearIntN | None:

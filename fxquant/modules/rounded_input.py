@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.modules.activation import dequantize_activation, quantize_activation
+from fxquant.modules.grouped_linear import QuantizedGroupedLinear
 from fxquant.modules.layer import LayerAround, QuantizedLayer
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.packed_tensor import PackedTensor
@@ -62,7 +63,16 @@ class RoundedInput(LayerAround):
     @property
     def weight(self) -> Tensor:
         """The weight; code that multiplies with it rounds its input, as the layer does."""
-        return PackedTensor(self) if isinstance(self.layer, QuantizedLinear) else self.layer.weight
+        is_product = isinstance(self.layer, QuantizedLinear | QuantizedGroupedLinear)
+        return PackedTensor(self) if is_product else self.layer.weight
+
+    @property
+    def expert_layers(self) -> list[QuantizedLayer] | None:
+        """See `QuantizedLayer`."""
+        layers = self.layer.expert_layers
+        if layers is None:
+            return None
+        return [RoundedInput.of(layer, self.scale, self.zero_point) for layer in layers]
 
     def without_bias(self) -> "RoundedInput":
         """See `QuantizedLayer`."""

@@ -71,11 +71,11 @@ def packed_parameters(
 
 
 def _rounding(gm: GraphModule, layers: Mapping[str, nn.Module]) -> dict[nn.Module, RoundedInput]:
-    """Linear layers whose input the graph rounds, as layers that do it themselves."""
+    """Layers whose input the graph rounds, as layers that do it themselves."""
     found: dict[nn.Module, RoundedInput] = {}
     for name, grid in static_grids(gm).items():
         layer = layers[name]
-        if grid is not None and isinstance(layer, QuantizedLinear):
+        if grid is not None and isinstance(layer, QuantizedLinear | QuantizedGroupedLinear):
             found[layer] = RoundedInput.of(layer, *grid)
     return found
 

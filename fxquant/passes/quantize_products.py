@@ -26,14 +26,14 @@ from fxquant.observers import Observer, create_observer
 from fxquant.passes.calibrate import name_observers, run_call
 from fxquant.passes.quantize_activations import insert_grid
 
-FLOAT = "float factors"
+_FLOAT = "float factors"
 _STATIC = "static 8-bit factors, simulated"
 _DYNAMIC = "dynamic 8-bit factors, simulated"
 
 
 def products_in_float(gm: GraphModule) -> dict[str, str]:
     """What the record says of the products of a graph whose factors stay float, by node."""
-    return {product.name: FLOAT for product in activation_products(gm)}
+    return {product.name: _FLOAT for product in activation_products(gm)}
 
 
 def rounded_products(gm: GraphModule) -> list[str]:

@@ -52,6 +52,7 @@ _ATTENTION = ("embed_dim", "num_heads", "head_dim", "batch_first", "is_packed")
 # A child that the constructor made may be one of these instead.
 _STANDS_FOR: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     nn.Linear: (QuantizedLinear, RoundedInput),
+    QuantizedGroupedLinear: (RoundedInput,),
     nn.modules.linear.NonDynamicallyQuantizableLinear: (QuantizedLinear, nn.Linear),
     QuantizedLayer: (QuantizedLayer,),
     nn.MultiheadAttention: (TraceableMultiheadAttention,),
