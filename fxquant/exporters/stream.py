@@ -36,7 +36,7 @@ from fxquant.measure.quantization_info import QuantizationInfo, check_accuracy_w
 from fxquant.measure.sizes import MEGABYTE
 from fxquant.passes.calibration_data import drawn_calls
 from fxquant.passes.check_alike import call_digests
-from fxquant.passes.decide import Decision, add_notes, decide
+from fxquant.passes.decide import Decision, add_notes, decide, why_float
 from fxquant.passes.token_noise import check_has_batches
 from fxquant.tracing.opaque import graph_around
 
@@ -238,9 +238,10 @@ def decided(base: FolderReader, config: QuantConfig) -> tuple[list[Decision], Mo
     if all(decision.bits is None for decision in decisions):
         raise OptionError(
             "config",
-            found="rules that leave every layer float",
+            found=f"rules that leave every layer float ({why_float(decisions)})",
             needed="a layer that is quantized",
-            remedy="Choose a group_size that divides the layers' inputs, or skip fewer layers.",
+            remedy="Choose a group_size that divides the layers' inputs, or skip fewer layers. "
+            "Layers of other classes than nn.Linear can be quantized in memory, with quantize.",
         )
     for decision in decisions:
         weight = f"{decision.module}.weight"

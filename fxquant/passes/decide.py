@@ -17,6 +17,7 @@ What the caller says of one layer by its exact name in `bits`, or of embeddings 
 goes before the defaults of rules 2 and 3.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -302,3 +303,14 @@ def _with_origin(given: Sequence[Any] | None, entry: str) -> tuple[Sequence[Any]
 
 def _matching_name(patterns: Iterable[str], name: str) -> str | None:
     return next((p for p in patterns if NameRule(p).is_match(name)), None)
+
+
+def why_float(decisions: Iterable[Decision], most: int = 3) -> str:
+    """The reasons that leave most parameters float, for an error: how many layers have each."""
+    layers, parameters = Counter[str](), Counter[str]()
+    for decision in decisions:
+        if decision.bits is None:
+            layers[decision.reason] += 1
+            parameters[decision.reason] += decision.parameters
+    shown = [f"{layers[reason]} times: {reason}" for reason, _ in parameters.most_common(most)]
+    return "; ".join(shown)

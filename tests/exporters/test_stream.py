@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors import safe_open
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fxquant
 from fxquant.algorithms.rtn import round_to_nearest
@@ -170,6 +170,17 @@ def test_what_the_format_cannot_hold_is_avoided(source, tmp_path):
     weight = old.tensor(f"{name}.weight").float()
     assert fxquant.sqnr_db(weight, found) > 18
     assert len(new.config["quantization_config"]["config_groups"]) == 2
+
+
+def test_a_model_without_linear_layers_is_refused_with_the_reasons_and_a_way(tmp_path):
+    config = GPT2Config(
+        vocab_size=50, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "float")
+    expected = "2 times: type is skipped.*can be quantized in memory, with quantize"
+    with pytest.raises(OptionError, match=expected):
+        fxquant.quantize_checkpoint(tmp_path / "float", tmp_path / "new", {"group_size": 16})
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_command_line_makes_a_folder_of_a_folder(source, tmp_path):

@@ -24,7 +24,7 @@ from fxquant.integrations.huggingface.empty_layer import (
 from fxquant.modules.grouped_linear import GroupedLinear
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.packed_parameter import PackedParameter, child_name, hand_over
-from fxquant.passes.decide import decide
+from fxquant.passes.decide import decide, why_float
 from fxquant.passes.layer_maker import naming
 from fxquant.passes.quantize_activations import quantize_activations_dynamically
 from fxquant.passes.rewrite import share_tables
@@ -92,7 +92,7 @@ class RoundedOnLoading:
         if not self._bits:
             raise OptionError(
                 "FxquantConfig",
-                found="rules that leave every layer float",
+                found=f"rules that leave every layer float ({why_float(decisions)})",
                 needed="a layer that is quantized",
                 remedy="Skip fewer layers, or load the model without a quantization_config.",
             )
