@@ -4,8 +4,9 @@ before: `s = x + y`, `z = self.norm(s)`
 after:  `z = norm(x, y, weight, bias, eps)`, or, where the sum is read again,
         `s, z = add_and_norm(x, y, weight, bias, eps)`
 
-Norms are LayerNorm over the last dimension, as a module or a function, and the RMSNorm that
-language models write out in seven steps, which becomes one also where nothing is added before it.
+Norms are LayerNorm and RMSNorm over the last dimension, as modules or functions, and the RMSNorm
+that language models write out in seven steps. RMSNorm is fused also where nothing is added before
+it: torch computes its own in several steps, too.
 """
 
 import operator
@@ -28,6 +29,15 @@ _ROOT = Formula("rsqrt", Formula("add", _SQUARES, Given("eps")))
 _ROUNDED = Formula("to", Formula("mul", _X, _ROOT), Given("dtype"))
 RMS = Formula("mul", Value("weight"), _ROUNDED)
 _READS = 2  # of x, in the formula
+_MODULES: dict[type[nn.Module], str] = {nn.LayerNorm: "layer", nn.RMSNorm: "rms"}
+# By the name of the op: the kind, the names of arguments, and eps where none is given. That of an
+# RMSNorm depends on the dtype then.
+_ARGUMENTS: dict[str, tuple[str, tuple[str, ...], float | None]] = {
+    "layer_norm": (
+        "layer", ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable"), 1e-5,
+    ),
+    "rms_norm": ("rms", ("input", "normalized_shape", "weight", "eps"), None),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,27 +110,29 @@ def _is_sum(node: Node) -> bool:
 def _norm_of(gm: GraphModule, node: Node) -> _Norm | None:
     if node.op == "call_module":
         return _module(gm, node)
-    if op_name(node) == "layer_norm":
+    if op_name(node) in _ARGUMENTS:
         return _function(node)
     return _written_out(node)
 
 
 def _module(gm: GraphModule, node: Node) -> _Norm | None:
     module: Any = gm.get_submodule(str(node.target))
-    if type(module) is not nn.LayerNorm or has_hooks(module) or node.kwargs:
+    kind = _MODULES.get(type(module))
+    if kind is None or has_hooks(module) or node.kwargs or len(node.args) != 1:
         return None
-    if len(module.normalized_shape) != 1 or module.weight is None or len(node.args) != 1:
+    if len(module.normalized_shape) != 1 or module.weight is None or module.eps is None:
         return None
-    bias = None if module.bias is None else f"{node.target}.bias"
+    bias = None if getattr(module, "bias", None) is None else f"{node.target}.bias"
     source = node.args[0]
     if not isinstance(source, Node):
         return None
-    return _Norm(source, f"{node.target}.weight", bias, module.eps, len(source.users) > 1)
+    is_read_again = len(source.users) > 1
+    return _Norm(source, f"{node.target}.weight", bias, module.eps, is_read_again, kind)
 
 
 def _function(node: Node) -> _Norm | None:
-    names = ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable")
-    given: dict[str, Any] = {"weight": None, "bias": None, "eps": 1e-5}
+    kind, names, eps = _ARGUMENTS[op_name(node)]
+    given: dict[str, Any] = {"weight": None, "bias": None, "eps": eps}
     given |= dict(zip(names, node.args, strict=False)) | node.kwargs
     source, weight, bias = given.get("input"), given["weight"], given["bias"]
     is_exact = (
@@ -136,7 +148,7 @@ def _function(node: Node) -> _Norm | None:
     assert isinstance(source, Node)  # for type checkers
     assert isinstance(weight, Node)
     is_read_again = len(source.users) > 1
-    return _Norm(source, _parameter(weight), _parameter(bias), given["eps"], is_read_again)
+    return _Norm(source, _parameter(weight), _parameter(bias), given["eps"], is_read_again, kind)
 
 
 def _written_out(node: Node) -> _Norm | None:

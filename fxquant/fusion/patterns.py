@@ -74,7 +74,7 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     Pattern(
         "norm",
-        before="an addition, then LayerNorm; RMSNorm written out, with or without an addition",
+        before="an addition, then LayerNorm; RMSNorm in any form, with or without an addition",
         after="fxquant's norm, or add_and_norm where the sum is read again",
         apply=fuse_norms,
     ),
