@@ -129,10 +129,17 @@ def rms(x, weight):
         (lambda m, x: m.norm(m.fc(x) + 1), 0, 0),
         (lambda m, x: (lambda s: (s.mul_(2), m.norm(s))[1])(m.fc(x) + x), 0, 0),
         (lambda m, x: m.plain(m.fc(x) + x), 0, 0),
+        (lambda m, x: m.rms(m.fc(x)), 1, 0),
+        (lambda m, x: m.rms(m.fc(x) + x), 1, 0),
+        (lambda m, x: (lambda s: s + m.rms(s))(m.fc(x) + x), 0, 1),
+        (lambda m, x: F.rms_norm(m.fc(x), (WIDTH,), m.weight, 1e-5), 1, 0),
+        (lambda m, x: F.rms_norm(m.fc(x), (WIDTH,), m.weight), 0, 0),  # eps depends on the dtype
+        (lambda m, x: F.rms_norm(m.fc(x), (5, WIDTH), eps=1e-5), 0, 0),
     ],
 )
 def test_norms(use, norms, sums, tmp_path):
-    fused = both(use, plain=nn.LayerNorm(WIDTH, elementwise_affine=False))
+    parts = {"plain": nn.LayerNorm(WIDTH, elementwise_affine=False), "rms": nn.RMSNorm(WIDTH, 1e-5)}
+    fused = both(use, **parts)
     assert (calls(fused, norm), calls(fused, add_and_norm)) == (norms, sums)
     fxquant.save_model(fused, tmp_path / "fused.safetensors")
     x = torch.randn(3, 5, WIDTH)

@@ -11,8 +11,8 @@ from fxquant.integrations.transformers.cache import LEAST_ROOM
 from tests.integrations import models
 
 
-def states(tokens, batch=2, **options):
-    return torch.randn(2, batch, 3, tokens, 8, **options).unbind()
+def states(tokens, batch=2):
+    return torch.randn(2, batch, 3, tokens, 8).unbind()
 
 
 def both():
@@ -61,6 +61,17 @@ def test_changes_of_the_cache(name):
     assert same(caches)
 
 
+def test_what_was_given_stays_after_a_crop():
+    torch.manual_seed(0)
+    cache = RoomyCache()
+    cache.update(*states(4), 0)
+    given = cache.update(*states(1), 0)
+    before = [tensor.clone() for tensor in given]
+    cache.crop(-2)
+    cache.update(*states(2), 0)
+    assert all(map(torch.equal, before, given))
+
+
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 def test_copies_do_not_write_into_each_other(copied):
     torch.manual_seed(0)
@@ -77,9 +88,10 @@ def test_copies_do_not_write_into_each_other(copied):
 def test_gradients_and_modes():
     torch.manual_seed(0)
     cache = RoomyCache()
-    given = states(3, requires_grad=True)
+    given = [tensor.detach().requires_grad_() for tensor in states(3)]
     keys, values = cache.update(*given, 0)
     (keys.sum() + values.square().sum()).backward()
+    assert all(tensor.grad is not None for tensor in given)
     with torch.inference_mode():
         cache.reset()
         cache.update(*states(3), 0)

@@ -6,6 +6,7 @@ its room is full, which then grows by half:
     model.generate(**inputs, past_key_values=RoomyCache(config=model.config))
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +22,8 @@ LEAST_ROOM = 128  # tokens more than there are
 class RoomyCache(DynamicCache):
     """A `DynamicCache` whose layers have room for more tokens than they hold.
 
-    It is created and used like its base: it gives the same keys and values, as views of its memory.
-    Layers with a sliding window are those of transformers. What an `update` returned is changed by
-    a later one that follows a `crop`.
+    It is created and used like its base, and gives the same keys and values, as views of its
+    memory. Layers with a sliding window are those of transformers.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -35,58 +35,82 @@ class RoomyCache(DynamicCache):
                 layer.__class__ = _RoomyLayer
 
 
+@dataclass
+class _Room:
+    """Memory of one layer [batch, heads, tokens, width], and its part that is in use.
+
+    Attributes:
+        owner: the id of the layer; a copy of it must not write into the same memory.
+    """
+
+    owner: int
+    keys: Tensor
+    values: Tensor
+    used_keys: Tensor
+    used_values: Tensor
+
+    def fits(self, layer: DynamicLayer, keys: Tensor, values: Tensor) -> bool:
+        """Whether more keys and values of a layer can be written behind those that it holds.
+
+        Whoever changes what a layer holds, as `crop` does, makes other tensors of it.
+        """
+        return (
+            self.owner == id(layer)
+            and layer.keys is self.used_keys
+            and layer.values is self.used_values
+            and self.used_keys.shape[2] + keys.shape[2] <= self.keys.shape[2]
+            and all(map(_is_alike, (self.keys, self.values), (keys, values)))
+            and self.keys.is_inference() <= torch.is_inference_mode_enabled()
+        )
+
+
 class _RoomyLayer(DynamicLayer):
-    """A layer of the cache; whoever changes `keys` or `values` makes it take new room."""
+    """A layer of the cache."""
 
     keys: Tensor
     values: Tensor
-    _rooms: tuple[Tensor, Tensor] | None = None
-    _owner = 0  # a copy of the layer must not write into the room of the first
+    _room: _Room | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Keep keys and values [batch, heads, tokens, width], and give all that are kept."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        new = (key_states, value_states)
-        held = (self.keys, self.values)
-        needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (*held, *new))
-        if needs_gradient or not all(map(is_plain, (*held, *new))):
-            all_states: tuple[Tensor, Tensor] = super().update(*new, *args, **kwargs)
+        needs_gradient = torch.is_grad_enabled() and (
+            key_states.requires_grad or value_states.requires_grad
+        )
+        if needs_gradient or not is_plain(key_states) or not is_plain(value_states):
+            self._room = None
+            all_states: tuple[Tensor, Tensor] = super().update(
+                key_states, value_states, *args, **kwargs
+            )
             return all_states
-        rooms = self._rooms if self._owner == id(self) else None
-        rooms = rooms or held
-        kept, rooms_now = zip(*map(_appended, held, new, rooms), strict=True)
-        (self.keys, self.values), self._rooms, self._owner = kept, rooms_now, id(self)
+        if self._room is None or not self._room.fits(self, key_states, value_states):
+            super().update(key_states, value_states, *args, **kwargs)
+            self._take_room()
+            return self.keys, self.values
+        room, count, more = self._room, self.keys.shape[2], key_states.shape[2]
+        room.keys.narrow(2, count, more).copy_(key_states)
+        room.values.narrow(2, count, more).copy_(value_states)
+        self.keys = room.used_keys = room.keys.narrow(2, 0, count + more)
+        self.values = room.used_values = room.values.narrow(2, 0, count + more)
         return self.keys, self.values
 
+    def _take_room(self) -> None:
+        """Move what is held to memory that has room for more."""
+        rooms = []
+        for held in (self.keys, self.values):
+            batch, heads, count, width = held.shape
+            room = held.new_empty(batch, heads, count + max(LEAST_ROOM, count // 2), width)
+            room.narrow(2, 0, count).copy_(held)
+            rooms.append(room)
+        self.keys, self.values = (room.narrow(2, 0, count) for room in rooms)
+        self._room = _Room(id(self), rooms[0], rooms[1], self.keys, self.values)
 
-def _appended(held: Tensor, new: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-    """What is held with what is new behind it, and the memory around it.
 
-    Args:
-        held: [batch, heads, tokens, width], or empty.
-        new: [batch, heads, more tokens, width].
-        room: the memory that has `held` at its beginning, or another.
-    """
-    count = held.shape[-2] if held.numel() else 0
-    total = count + new.shape[-2]
-    fits = (
-        room.ndim == new.ndim
-        and total <= room.shape[-2]
-        and room.data_ptr() == held.data_ptr()
-        and room.stride() == held.stride()
-        and room.dtype == new.dtype
-        and room.shape[:-2] == new.shape[:-2] == held.shape[:-2]
-        and room.shape[-1] == new.shape[-1]
-        and room.is_inference() <= torch.is_inference_mode_enabled()
+def _is_alike(room: Tensor, new: Tensor) -> bool:
+    """Whether they differ in nothing but the number of tokens."""
+    return (
+        room.dtype == new.dtype
+        and room.shape[:2] == new.shape[:2]
+        and room.shape[3:] == new.shape[3:]
     )
-    if not fits:
-        size = total + max(LEAST_ROOM, total // 2)
-        dtype = torch.promote_types(held.dtype, new.dtype) if count else new.dtype
-        room = new.new_empty(*new.shape[:-2], size, new.shape[-1], dtype=dtype)
-        if count:
-            room[..., :count, :] = held
-    room[..., count:total, :] = new
-    return room[..., :total, :], room
