@@ -25,13 +25,13 @@ def empty_bytes(shape: Sequence[int]) -> Tensor:
     count = math.prod(shape)
     if count < PAGE or not _HAS_PAGES:
         return torch.empty(shape, dtype=torch.uint8, device="cpu")
-    # What is never written takes no memory: up to the first page, and behind the last byte.
+    # What is never written takes no memory: what lies before the first page. The rest of a last
+    # page that is not full would, so that the end lies in small ones.
     memory = mmap.mmap(-1, count + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    first = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % PAGE
     with suppress(OSError):  # a kernel without large pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    start = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
-    whole = torch.frombuffer(memory, dtype=torch.uint8, offset=-start % PAGE, count=count)
-    return whole.view(*shape)
+        memory.madvise(mmap.MADV_HUGEPAGE, first, count // PAGE * PAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8, offset=first, count=count).view(*shape)
 
 
 def cloned(tensor: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """Memory for large weights."""
 
 import copy
+import mmap
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +30,18 @@ def test_it_is_memory_like_any_other(shape):
 @needs_pages
 def test_what_fills_a_page_begins_at_one():
     assert empty_bytes((PAGE + 1,)).data_ptr() % PAGE == 0
+
+
+@needs_pages
+def test_a_last_page_that_is_not_full_takes_what_it_holds():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    count, size = 16, PAGE + PAGE // 8
+    before = resident()
+    held = [empty_bytes((size,)).fill_(1) for _ in range(count)]
+    assert resident() - before < 1.3 * count * size
+    assert all(memory[-1] == 1 for memory in held)
 
 
 def test_other_tensors_are_cloned_as_they_are():
