@@ -24,6 +24,9 @@ def main() -> None:
     assert len(fxquant.calibration_text()) == 512
     assert "native" in findings["INT4 product"], findings
     assert json.loads(command("demo", "--json"))["reload_is_identical"] is True
+    sources = Path(fxquant.__file__).parent / "kernels" / "csrc"  # for programs without Python
+    assert (sources / "torch" / "CMakeLists.txt").is_file()
+    assert {"linear.cpp", "linear.h", "amx.cpp"} <= {path.name for path in sources.iterdir()}
     print(f"wheel: fxquant {fxquant.__version__}, {findings['C++ kernel']}")
 
 

@@ -14,6 +14,8 @@
 | `convolution.py`, `pooling.py` | convolutions of integers and max pooling, channels last, in C++ |
 | `rounding.py` | rounding weights in C++ |
 | `affine.py` | rounding activations to uint8 with known scales in C++ |
+| `operators.py` | registers every operator that an exported program may call |
+| `registration.py` | how one is registered; `csrc/torch` does it in processes without Python |
 | `extension.py` | the compiled extension, and why it may be missing |
 | `eager.py` | whether a kernel may be called without torch's dispatcher |
 | `gradient.py` | a gradient for ops that have none |

@@ -15,12 +15,12 @@ from torch import Tensor
 from fxquant.errors import OptionError
 from fxquant.kernels.eager import is_plain
 from fxquant.kernels.extension import FLOAT_TYPES, NOT_BUILT, _native
+from fxquant.kernels.registration import LIBRARY, implements
 
 DIMENSIONS = 4  # [batch, heads, tokens, width]
 NO_MASK, BOOLEAN_MASK, FLOAT_MASK = 0, 1, 2  # csrc/attention.h: a float type's number is added
 
-_LIBRARY = torch.library.Library("fxquant", "FRAGMENT")
-_LIBRARY.define(
+ATTENTION_SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float? scale)"
     " -> Tensor"
 )
@@ -153,7 +153,7 @@ def _attend_in_torch(
     return y if y.ndim != DIMENSIONS else y.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@torch.library.impl(_LIBRARY, "attention", "CompositeExplicitAutograd")
+@implements(ATTENTION_SCHEMA, "CompositeExplicitAutograd")
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -193,9 +193,9 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return (*(next(found) if needs else None for needs in needed), None, None)
 
 
-torch.library.register_fake("fxquant::attention", _attention_shape, lib=_LIBRARY)
+torch.library.register_fake("fxquant::attention", _attention_shape, lib=LIBRARY)
 torch.library.register_autograd(
-    "fxquant::attention", _gradients, setup_context=_keep_for_gradient, lib=_LIBRARY
+    "fxquant::attention", _gradients, setup_context=_keep_for_gradient, lib=LIBRARY
 )
 ATTENTION = torch.ops.fxquant.attention.default
 

@@ -26,6 +26,7 @@ from fxquant.kernels.native_layout import (
     to_blocks,
 )
 from fxquant.kernels.reference import REFERENCE
+from fxquant.kernels.registration import LIBRARY, implements
 from fxquant.numerics.integers import WIDTHS
 from fxquant.numerics.quantized_weight import QuantizedWeight
 from fxquant.numerics.weights import quantize_weight
@@ -33,8 +34,7 @@ from fxquant.numerics.weights import quantize_weight
 NEEDED_INPUT = "a float32, bfloat16 or float16 x and a weight packed for its last dimension"
 SHAPE_REMEDY = "Give x the in_features, and bias the out_features, of the layer."
 
-_LIBRARY = torch.library.Library("fxquant", "DEF")
-_LIBRARY.define(
+LINEAR_SCHEMA = (
     "linear_intn(Tensor x, Tensor weight, Tensor? bias, int in_features, int out_features,"
     " int bits, bool symmetric, bool int8_activations) -> Tensor"
 )
@@ -98,7 +98,7 @@ def _multiply(
     return y
 
 
-@torch.library.impl(_LIBRARY, "linear_intn", "CPU")
+@implements(LINEAR_SCHEMA, "CPU")
 def _linear_intn(x: Tensor, weight: Tensor, bias: Tensor | None, *form: Any) -> Tensor:
     """The op for any caller, as an exported program that runs where nothing was built."""
     if not weight.is_cpu or weight.dtype != torch.uint8 or not (bias is None or bias.is_cpu):
@@ -149,9 +149,9 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return to_x, None, to_bias, None, None, None, None, None
 
 
-torch.library.register_fake("fxquant::linear_intn", _linear_intn_shape, lib=_LIBRARY)
+torch.library.register_fake("fxquant::linear_intn", _linear_intn_shape, lib=LIBRARY)
 torch.library.register_autograd(
-    "fxquant::linear_intn", _gradients, setup_context=_keep_for_gradient, lib=_LIBRARY
+    "fxquant::linear_intn", _gradients, setup_context=_keep_for_gradient, lib=LIBRARY
 )
 LINEAR_INTN = torch.ops.fxquant.linear_intn.default
 

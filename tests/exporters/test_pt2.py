@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import fxquant
 from fxquant.exporters import pt2
@@ -27,6 +27,30 @@ class Picture(nn.Module):
 
     def forward(self, picture, label):
         return self.last(self.conv(picture).flatten(2).mean(1) + self.label(label))
+
+
+def quantized_mixtral():
+    """A mixture of experts that gives logits; its experts are quantized too."""
+    config = MixtralConfig(
+        vocab_size=SMALL.vocab_size, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.model = MixtralForCausalLM(config)
+
+        def forward(self, ids):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    graph, info = fxquant.quantize(
+        Logits().eval(), example_inputs=IDS["input_ids"], group_size=32, skip_param_threshold=0,
+        accuracy_warning="ignore",
+    )  # fmt: skip
+    assert any("experts" in d.module for d in info.decisions if d.action != "float")
+    return graph
 
 
 def loaded(path):
@@ -112,6 +136,35 @@ def test_a_process_without_fxquant_runs_a_standard_program(tmp_path):
     found = torch.load(tmp_path / "y")
     for one, other in zip(found, values(graph(x)), strict=True):
         assert fxquant.sqnr_db(other, one) > 110
+
+
+def test_another_process_runs_a_program_once_it_has_the_operators(tmp_path):
+    graph, path = quantized(), tmp_path / "model.pt2"
+    x = torch.randn(3, 9, 64)
+    fxquant.export(graph, path, format="pt2", example_inputs=torch.randn(2, 5, 64))
+    torch.save(x, tmp_path / "x")
+    code = (
+        "import torch, fxquant.kernels.operators; run = torch.export.load('model.pt2').module(); "
+        "torch.save(run(torch.load('x')), 'y')"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    for one, other in zip(torch.load(tmp_path / "y"), values(graph(x)), strict=True):
+        assert fxquant.sqnr_db(other, one) > 45  # it may multiply in bfloat16, unlike this one
+
+
+@pytest.mark.parametrize("standard", [False, True])
+def test_experts_get_the_rows_that_are_routed_to_them(standard, tmp_path):
+    """How many these are depends on values, which a program does not know."""
+    graph, path = quantized_mixtral(), tmp_path / "model.pt2"
+    fxquant.export(graph, path, format="pt2", standard=standard)
+    run = loaded(path)
+    for shape in ((2, 5), (1, 1), (3, 11)):  # one token leaves experts without a row
+        ids = torch.arange(shape[0] * shape[1]).view(shape) % SMALL.vocab_size
+        found, expected = run(ids)[0], graph(ids)
+        if standard:
+            assert fxquant.sqnr_db(expected, found) > 110
+        else:
+            assert torch.equal(found, expected)
 
 
 def test_the_example_is_no_part_of_the_file(tmp_path):

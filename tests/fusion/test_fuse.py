@@ -173,6 +173,34 @@ def test_layers_that_are_left_alone(name):
     assert all(torch.equal(a, b) for a, b in zip(plain(x), fused(x), strict=True))
 
 
+class Tied(nn.Module):
+    """Two projections of embedded tokens, and a head that may share the embedding's table."""
+
+    def __init__(self, is_tied):
+        super().__init__()
+        self.table = nn.Embedding(96, 64)
+        self.one, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.head, self.last = nn.Linear(64, 96, bias=False), nn.Linear(64, 96, bias=False)
+        if is_tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, ids):
+        x = self.table(ids)
+        y = torch.tanh(self.one(x)) + self.other(x)
+        return self.head(y) * 2, self.last(y) * 2
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_quantized_embedding_keeps_the_layer_that_shares_its_table_apart(is_tied):
+    torch.manual_seed(0)
+    ids = torch.arange(12).view(2, 6)
+    graph = quantized(Tied(is_tied).eval(), ids, embeddings=8, bits=8)
+    fused = fxquant.fuse(graph)
+    for one, y in zip(fused(ids), graph(ids), strict=True):
+        assert torch.equal(one, y)
+    assert kinds(fused)["layers"] == ([2] if is_tied else [2, 2])
+
+
 def test_layers_with_hooks_are_left_alone():
     x = torch.randn(2, 5, WIDTH)
     plain = quantized(Projections(lambda m, x: (m.q(x) * 2, m.k(x) * 2, m.v(x) * 2)), x)

@@ -9,4 +9,11 @@ const InstructionSets& instruction_sets() {
   return sets;
 }
 
+const InstructionSet& fastest() {
+  for (const InstructionSet* set : instruction_sets()) {
+    if (set) return *set;
+  }
+  return *portable();
+}
+
 }  // namespace fxquant

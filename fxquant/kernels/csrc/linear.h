@@ -155,6 +155,9 @@ const InstructionSet* portable();
 using InstructionSets = std::array<const InstructionSet*, 8>;
 const InstructionSets& instruction_sets();
 
+// The first that there is.
+const InstructionSet& fastest();
+
 // False when memory runs out.
 bool linear(const Call& call, const InstructionSet& set);
 

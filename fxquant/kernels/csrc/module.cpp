@@ -85,8 +85,6 @@ const InstructionSet& in_use() { return *chosen; }
 
 PyMODINIT_FUNC PyInit__native() {
   using namespace fxquant;
-  for (const InstructionSet* set : instruction_sets()) {
-    if (!chosen) chosen = set;
-  }
+  if (!chosen) chosen = &fastest();
   return PyModule_Create(&definition);
 }

@@ -1,32 +1,9 @@
 // Products with packed weights, and their values, for Python.
 #include "arguments.h"
-#include "codes.h"
 #include "dequantize.h"
+#include "packed_weight.h"
 
 namespace fxquant {
-namespace {
-
-// A weight [blocks, groups, bytes of a group]; its group size is 0 where there is no such group.
-Weight weight_of(const void* data, int64_t out, int64_t in, int64_t group_bytes, int64_t bits,
-                          bool symmetric) {
-  Weight weight{static_cast<const uint8_t*>(data), out, in, 0, symmetric, 0};
-  if (bits < 2 || bits > 8 || bits == 7) return weight;
-  weight.bits = static_cast<int>(bits);
-  const int64_t size = (group_bytes - weight.grid_bytes()) * 8 / (NR * bits);
-  const bool is_known = size > 0 && size <= kMaxGroup &&
-                        size % unit_of(weight.bits) == 0;
-  if (is_known) weight.group_size = static_cast<int>(size);
-  return weight;
-}
-
-bool is_sound(const Weight& weight, const int64_t* shape) {
-  return weight.out_features > 0 && weight.in_features > 0 && weight.group_size > 0 &&
-         weight.blocks() == shape[0] && weight.groups() == shape[1] &&
-         weight.group_bytes() == shape[2];
-}
-
-}  // namespace
-
 // linear(x, x_shape, x_type, bias, bias_type, y, weight, weight_shape, in, out, bits, symmetric, int8,
 // function, gated, threads) -> whether the shapes belong together; with addresses as int, types as 0
 // (float32), 1 (bfloat16) or 2 (float16), and the function as a number of `Function`.
