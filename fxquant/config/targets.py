@@ -25,7 +25,8 @@ class Target:
         shape_problems: what keeps a weight from being stored, given `(out, in, bits, group)` with
             the columns of a group; yields texts.
         adds_biases: whether a layer may get a bias that the model's class has no place for.
-        activations: which quantized activations it can hold: `"static"` ranges, or none.
+        activations: which quantized activations it can hold: `"static"` ranges, those that are
+            found while the model runs (`"dynamic"`), or none.
         has_zero_points: whether zero points may differ from group to group.
     """
 
@@ -99,7 +100,9 @@ def _gguf(out: int, columns: int, bits: int, group: int) -> Iterator[str]:
 TARGETS = {
     target.name: target
     for target in (
-        Target("compressed-tensors", (4, 8), MODEL_DTYPE, _compressed_tensors),
+        Target(
+            "compressed-tensors", (4, 8), MODEL_DTYPE, _compressed_tensors, activations=("dynamic",)
+        ),
         Target("gptq", (4, 8), torch.float16, _gptq),
         Target("awq", (4,), torch.float16, _awq),
         Target("gguf", (4, 8), torch.float16, _gguf, has_zero_points=False),

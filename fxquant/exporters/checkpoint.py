@@ -11,7 +11,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,16 +54,19 @@ class Scheme:
         bits: of an integer.
         group_size: columns a group; None where a row has one scale.
         symmetric: whether zero points are in the middle.
+        activation_group: see `IntegerLayer`.
     """
 
     bits: int
     group_size: int | None
     symmetric: bool
+    activation_group: int | None = None
 
     @classmethod
     def of(cls, layer: IntegerLayer) -> "Scheme":
         """The scheme of `layer`."""
-        return cls(layer.bits, None if layer.is_per_row else layer.group_size, layer.symmetric)
+        group_size = None if layer.is_per_row else layer.group_size
+        return cls(layer.bits, group_size, layer.symmetric, layer.activation_group)
 
 
 def most_common(schemes: dict[str, Scheme]) -> Scheme:
@@ -90,6 +93,10 @@ class CheckpointFormat(ABC):
     def __post_init__(self) -> None:
         check_positive_int("max_shard_bytes", self.max_shard_bytes)
 
+    def activation_findings(self, source: Source) -> Iterator[Finding]:
+        """What the format would lose of quantized activations: all, by default."""
+        yield from float_activations(source)
+
     def layer_advice(self, name: str, layer: IntegerLayer) -> Iterator[Finding]:
         """Runtimes that are known not to take a layer that the format holds."""
         yield from ()
@@ -106,6 +113,10 @@ class CheckpointFormat(ABC):
     def read_layer(self, folder: FolderReader, name: str) -> StoredLayer:
         """What the files hold of a layer, by code that shares none with the writer."""
 
+    def input_rounding(self, config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+        """What a config of the format says of rounding what a layer reads: nothing, by default."""
+        return None
+
     @abstractmethod
     def quantization_config(
         self, schemes: dict[str, Scheme], float_linears: list[str]
@@ -115,7 +126,7 @@ class CheckpointFormat(ABC):
     def findings(self, source: Source) -> Iterator[Finding]:
         """What would be lost."""
         yield from linear_layers_only(source, self.target)
-        yield from float_activations(source)
+        yield from self.activation_findings(source)
         schemes: dict[str, Scheme] = {}
         for name, module in source.layers.items():
             layer = integer_layer(module)

@@ -7,9 +7,14 @@ Of a layer N, with nibble i of a word the column 8w + i:
 - `N.weight_shape`: int64 [2].
 - `N.weight_zero_point`: int32 [ceil(out / 8), groups], packed along the rows; asymmetric only.
 
+Of activations that are rounded to 8 bits while the model runs the config alone says how many inputs
+share a scale (`input_activations`).
+
 Source: https://github.com/vllm-project/compressed-tensors, `compressors/pack_quantized`.
 """
 
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +22,9 @@ from torch import Tensor
 
 from fxquant.config.targets import TARGETS, WORD
 from fxquant.exporters.checkpoint import CheckpointFormat, Scheme, most_common
+from fxquant.exporters.findings import Finding
 from fxquant.exporters.folder_reader import NamedTensors
-from fxquant.exporters.integer_layer import IntegerLayer
+from fxquant.exporters.integer_layer import IntegerLayer, integer_layer
 from fxquant.exporters.source import Source
 from fxquant.exporters.stored_layer import StoredLayer
 from fxquant.exporters.verify import read_words
@@ -32,6 +38,23 @@ class CompressedTensors(CheckpointFormat):
 
     target = TARGETS["compressed-tensors"]
     packed_name = "weight_packed"
+
+    def activation_findings(self, source: Source) -> Iterator[Finding]:
+        """Known ranges have no place; of those that are found, who reads them differently."""
+        if source.has_static_activations:
+            remedy = 'Quantize with observer="dynamic", or without activation_bits.'
+            yield Finding("activations", "the format has no grid for each channel of them", remedy)
+        rounding = [name for name, m in source.layers.items() if m.activation != "float"]
+        for name in rounding:
+            layer = integer_layer(source.layers[name])
+            size, columns = (layer and layer.activation_group) or 1, source.layers[name].in_features
+            if columns % size:
+                problem = f"{size} inputs that share a scale do not divide its {columns}"
+                yield Finding(name, problem, "Choose another group_size.")
+        if rounding:
+            problem = "vLLM knows one scale for all inputs of a token, and not one for each group"
+            remedy = "transformers reads the folder; for vLLM quantize without activation_bits."
+            yield Finding("activations", problem, remedy, is_loss=False)
 
     def layer_tensors(self, layer: IntegerLayer, source: Source) -> dict[str, Tensor]:
         """Packed integers, scales, the shape, and zero points where they differ."""
@@ -57,6 +80,16 @@ class CompressedTensors(CheckpointFormat):
             zero_points = read_words(words, bits)[:, :rows].T.float()
         return StoredLayer(q, scales, zero_points, -(-columns // scales.shape[1]), bits)
 
+    def input_rounding(self, config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+        """A layer's own name comes before its class."""
+        groups = list((config.get("config_groups") or {}).values())
+        own = [g for g in groups if any(_is_meant(name, t) for t in g.get("targets") or ())]
+        of_class = [g for g in groups if "Linear" in (g.get("targets") or ())]
+        found: Mapping[str, Any] | None = None
+        for group in (own + of_class)[:1]:
+            found = group.get("input_activations")
+        return found
+
     def quantization_config(
         self, schemes: dict[str, Scheme], float_linears: list[str]
     ) -> dict[str, Any]:
@@ -77,6 +110,22 @@ class CompressedTensors(CheckpointFormat):
         }
 
 
+def _int8_inputs(size: int) -> dict[str, Any]:
+    """Inputs that are rounded while the model runs; so many of a token share a scale."""
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": size,
+        "dynamic": True,
+    }
+
+
+def _is_meant(name: str, target: str) -> bool:
+    return name == target or (target.startswith("re:") and re.match(target[3:], name) is not None)
+
+
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     weights = {
         "num_bits": scheme.bits,
@@ -88,10 +137,11 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         "actorder": None,
         "observer": "minmax",
     }
+    size = scheme.activation_group
     return {
         "targets": targets,
         "weights": weights,
-        "input_activations": None,
+        "input_activations": size and _int8_inputs(size),
         "output_activations": None,
         "format": PACKED_FORMAT,
     }

@@ -1,12 +1,13 @@
 """One quantized layer as plain integers: what every format is written from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_int8 import QuantizedLinearInt8
 from fxquant.modules.linear_intn import QuantizedLinearIntN
+from fxquant.numerics.grouping import activation_group
 from fxquant.numerics.quantized_weight import QuantizedWeight
 
 
@@ -22,6 +23,8 @@ class IntegerLayer:
         bits: of an integer.
         symmetric: whether every zero point is 2^(bits − 1).
         bias: float [out] or None.
+        activation_group: inputs of a token that share a scale, where the layer rounds them to 8
+            bits while it runs; None where it multiplies floats.
     """
 
     q: Tensor
@@ -31,6 +34,7 @@ class IntegerLayer:
     bits: int
     symmetric: bool
     bias: Tensor | None
+    activation_group: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,7 +51,11 @@ def integer_layer(layer: QuantizedLinear) -> IntegerLayer | None:
     """The integers of `layer`, on the CPU; None for a class of layer that no format knows."""
     if not isinstance(layer, QuantizedLinearInt8 | QuantizedLinearIntN):
         return None
-    return integer_weight(layer.quantized_weight, layer.bias)
+    found = integer_weight(layer.quantized_weight, layer.bias)
+    if layer.activation == "float":
+        return found
+    size = activation_group(found.group_size, layer.in_features)
+    return replace(found, activation_group=min(size, layer.in_features))
 
 
 def integer_weight(weight: QuantizedWeight, bias: Tensor | None = None) -> IntegerLayer:

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.graph.layers import is_plain_linear
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_of import linear_of
+from fxquant.numerics.grouping import activation_group
 from fxquant.numerics.metrics import sqnr_db
 from fxquant.numerics.quantized_weight import SCALE_DTYPE, QuantizedWeight, symmetric_zero_point
 from fxquant.swap import finish_quantized
@@ -64,13 +66,23 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module | None = No
     names = [name.removesuffix(ending) for name in reader.files if name.endswith(ending)]
     taken: set[str] = set()
     rounded: dict[str, float] = {}
+    unlike: list[str] = []
     for name in names:
         stored = format.read_layer(reader, name)
         layer = _layer(name, stored, _bias(reader, name), rounded)
+        rounding = format.input_rounding(reader.config[QUANTIZATION], name)
+        if rounding is not None and _is_ours(rounding, stored):
+            layer.activation = "int8"
+        elif rounding is not None:
+            unlike.append(name)
         _replace(made, name, layer)
         taken.update(key for key in reader.files if key.startswith(f"{name}."))
     _load_floats(made, reader, taken, names)
     finish_quantized(made)
+    if unlike:
+        text = f"{len(unlike)} layers, {unlike[0]} among them, read floats: the folder rounds what "
+        text += "they read in a way that no layer of fxquant has"
+        warnings.warn(text, UserWarning, caller_level())
     if rounded:
         worst = min(rounded, key=rounded.__getitem__)
         text = f"{len(rounded)} layers have scales with more digits than bfloat16, which were "
@@ -91,6 +103,18 @@ def _format_of(reader: FolderReader) -> CheckpointFormat:
         found=found if is_packed else f"the format {config.get('format')!r}",
         needed=f"one of {', '.join(CHECKPOINT_FORMATS)} ({PACKED_FORMAT})",
         remedy="Quantize the float model with fxquant.quantize.",
+    )
+
+
+def _is_ours(rounding: Mapping[str, Any], stored: StoredLayer) -> bool:
+    """Whether a layer with `activation="int8"` rounds the same groups of its input."""
+    columns = stored.q.shape[1]
+    size = rounding.get("group_size") if rounding.get("strategy") == "group" else columns
+    known = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True}
+    return (
+        size == min(activation_group(stored.group_size, columns), columns)
+        and rounding.get("strategy") in ("group", "token")
+        and all(rounding.get(key) == value for key, value in known.items())
     )
 
 

@@ -197,6 +197,13 @@ def for_folder(config: QuantConfig) -> QuantConfig:
             needed=f"{name!r}, the format of the new folder",
             remedy="Leave it out, or load the model, quantize it and call fxquant.export.",
         )
+    if config.activation_bits is not None:
+        raise OptionError(
+            "activation_bits",
+            found=f"{config.activation_bits} bits",
+            needed=f"float activations: of the {name} folder weights alone are made here",
+            remedy="Leave it out, or load the model, quantize it and call fxquant.export.",
+        )
     return config.changed(target=name)
 
 

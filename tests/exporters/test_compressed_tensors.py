@@ -135,3 +135,59 @@ def test_options_are_checked(int4, tmp_path, options):
     with pytest.raises(fxquant.OptionError, match="max_shard_bytes|base"):
         fxquant.export(int4.graph, tmp_path / "new", format=FORMAT, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options", [{"bits": 4, "group_size": 32}, {"bits": 8, "group_size": -1}], ids=str
+)
+@pytest.mark.usefixtures("float32_products")
+def test_activations_that_are_rounded_while_the_model_runs(options, int4, tmp_path):
+    """W4A8 and W8A8: the folder says which inputs share a scale, and transformers rounds these."""
+    chosen = {**options, "activation_bits": 8, "observer": "dynamic", "method": "rtn", **QUIET}
+    graph, _ = fxquant.quantize(int4.model, [IDS], target=FORMAT, **chosen)
+    (advice,) = fxquant.export(graph, tmp_path / "new", format=FORMAT, base=int4.folder)
+    assert not advice.is_loss
+    assert "vLLM" in advice.problem
+    ours, exact = graph(**IDS).logits, fxquant.dequantize_model(graph)(**IDS).logits
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval()
+    with torch.no_grad():
+        theirs = loaded(**IDS).logits
+    for name, layer in quantized_layers(graph).items():
+        assert torch.equal(loaded.get_submodule(name).weight, layer.dequantize())
+    # They divide a range into 255 steps and we into 254: one rounding is as far from floats as the
+    # other, and their distance that of two roundings.
+    cost = fxquant.sqnr_db(exact, ours)
+    assert cost < 60
+    assert fxquant.sqnr_db(exact, theirs) == pytest.approx(cost, abs=3)
+    assert fxquant.sqnr_db(ours, theirs) > cost - 6
+
+    back = fxquant.load_checkpoint(tmp_path / "new")
+    assert torch.equal(back(**IDS).logits, ours)
+    fxquant.export(back, tmp_path / "again", format=FORMAT, base=int4.folder)
+    for part in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / part).read_bytes() == (tmp_path / "new" / part).read_bytes()
+
+
+def test_ranges_of_activations_that_calibration_found_are_refused(int4, tmp_path):
+    graph, _ = fxquant.quantize(
+        int4.model, [IDS], activation_bits=8, observer="minmax", zero_points="integer", **QUIET
+    )
+    with pytest.raises(fxquant.SaveError, match='no grid for each channel.*observer="dynamic"'):
+        fxquant.export(graph, tmp_path / "new", format=FORMAT, base=int4.folder)
+    with pytest.raises(fxquant.OptionError, match="ranges that are dynamic"):
+        fxquant.QuantConfig(target=FORMAT, activation_bits=8, observer="minmax")
+
+
+def test_a_folder_that_rounds_inputs_as_no_layer_of_ours_does_is_read_with_a_warning(
+    int4, tmp_path
+):
+    fxquant.export(int4.graph, tmp_path / "new", format=FORMAT, base=int4.folder)
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    (group,) = config["quantization_config"]["config_groups"].values()
+    group["input_activations"] = {
+        "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
+    }  # fmt: skip
+    (tmp_path / "new" / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="read floats: the folder rounds what they read"):
+        back = fxquant.load_checkpoint(tmp_path / "new")
+    assert {layer.activation for layer in quantized_layers(back).values()} == {"float"}
