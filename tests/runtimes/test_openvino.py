@@ -10,6 +10,8 @@ from tests.exporters.test_onnx import quantized
 LEAST_DB = 100  # the same weights; products and norms are OpenVINO's own
 ASYMMETRIC = {"symmetric": False, "zero_points": "integer"}
 
+pytestmark = pytest.mark.usefixtures("float32_products")
+
 
 def run(path, x):
     """All outputs of a file, without activations rounded on the fly."""
