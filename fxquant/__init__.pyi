@@ -20,7 +20,8 @@ from .errors import (
 )
 from .exporters.export import check_export, export
 from .exporters.findings import Finding
-from .exporters.load import RoundedScalesWarning, load_checkpoint
+from .exporters.load import load_checkpoint
+from .exporters.placing import RoundedScalesWarning
 from .exporters.stream import quantize_checkpoint
 from .fusion.fuse import fuse
 from .fusion.modules import fuse_modules

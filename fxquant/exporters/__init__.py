@@ -17,6 +17,7 @@ written, and every weight is read back from the new files and compared.
 | `verify.py` | weights read back from what was written |
 | `compressed_tensors.py`, `gptq.py`, `awq.py` | the formats that are Hugging Face folders |
 | `load.py`, `stored_layer.py` | `load_checkpoint`: folders that were quantized elsewhere |
+| `gguf_load.py`, `placing.py` | the same of a GGUF file, and layers in the place of float ones |
 | `flat_module.py` | a model with tensors in a row as inputs and outputs |
 | `onnx.py` | ONNX files |
 | `onnx_layers.py`, `onnx_standard.py` | layers as operators of ONNX Runtime, or of the standard |

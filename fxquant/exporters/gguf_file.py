@@ -74,6 +74,14 @@ class GgufFile:
         """What the bias of a module is called here; None if it is not here."""
         return self._named(module, "bias")
 
+    def kind(self, name: str) -> str:
+        """The name of the type of a tensor; of one that is not here that of floats."""
+        return self._tensors[name].tensor_type.name if name in self._tensors else "F32"
+
+    def blocks(self, name: str) -> np.ndarray:
+        """The bytes of a quantized tensor, uint8 [rows, bytes]."""
+        return np.array(self._tensors[name].data, np.uint8)
+
     def values(self, name: str) -> np.ndarray:
         """The float32 values of a tensor, rows first."""
         tensor = self._tensors[name]

@@ -141,3 +141,68 @@ def test_files_that_read_back_differently_are_not_put_in_place(int4, base, tmp_p
     with pytest.raises(fxquant.SaveError, match="other weights in the files"):
         fxquant.export(int4.graph, tmp_path / "new.gguf", format="gguf", base=base)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("source", ["int4", "mixed"])
+def test_what_was_exported_comes_back_to_the_bit(source, base, tmp_path, request):
+    made = request.getfixturevalue(source)
+    fxquant.export(made.graph, tmp_path / "new.gguf", format="gguf", base=base)
+    back = fxquant.load_checkpoint(tmp_path / "new.gguf", made.model)
+    ours = quantized_layers(made.graph)
+    assert set(quantized_layers(back)) == set(ours)
+    for name, layer in quantized_layers(back).items():
+        assert layer.bits == ours[name].bits
+        assert torch.equal(layer.dequantize(), ours[name].dequantize())
+    # Rows of 8 bits come back in groups of 32, whose sums are added in another order.
+    assert fxquant.sqnr_db(made.graph(**IDS).logits, back(**IDS).logits) > 50
+    assert type(made.model.get_submodule("model.layers.0.mlp.up_proj")) is torch.nn.Linear
+    fxquant.export(back, tmp_path / "again.gguf", format="gguf", base=base)
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "new.gguf").read_bytes()
+
+
+def rewritten(base, path, kinds):
+    """The base with weights in types that the library of llama.cpp makes of them."""
+    reader, types = gguf.GGUFReader(base), gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    for tensor in reader.tensors:
+        kind = next((types[k] for end, k in kinds.items() if tensor.name.endswith(end)), types.F32)
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_files_of_llama_cpp_are_read(int4, base, tmp_path):
+    kinds = {"attn_q.weight": "Q4_0", "attn_k.weight": "Q4_1", "up.weight": "Q8_0",
+             "down.weight": "Q5_0"}  # fmt: skip
+    rewritten(base, tmp_path / "q.gguf", kinds)
+    with pytest.warns(fxquant.RoundedScalesWarning, match="3 layers have scales with more digits"):
+        back = fxquant.load_checkpoint(tmp_path / "q.gguf", int4.model)
+    found = tensors(tmp_path / "q.gguf")
+    for part, own in NAMES.items():
+        expected = gguf.dequantize(*(getattr(found[f"blk.0.{own}.weight"], key)
+                                     for key in ("data", "tensor_type")))  # fmt: skip
+        layer = back.get_submodule(f"model.layers.0.{part}")
+        weight = layer.weight.detach().float()
+        if part in HEADS:
+            weight = in_order_of_file(weight, HEADS[part])
+        assert fxquant.sqnr_db(torch.from_numpy(expected.copy()), weight) > 45, part
+    assert {layer.bits for layer in quantized_layers(back).values()} == {4, 8}
+    assert len(quantized_layers(back)) == 3  # Q5_0 became its float values
+
+
+def test_another_model_or_none_is_refused(int4, base, tmp_path):
+    fxquant.export(int4.graph, tmp_path / "new.gguf", format="gguf", base=base)
+    with pytest.raises(fxquant.OptionError, match="model=: its weights tell in which order"):
+        fxquant.load_checkpoint(tmp_path / "new.gguf")
+    torch.manual_seed(1)
+    other = LlamaForCausalLM(SMALL)
+    with pytest.raises(fxquant.LoadError, match="another weight in the file than in the model"):
+        fxquant.load_checkpoint(tmp_path / "new.gguf", other)
+    with pytest.raises(fxquant.LoadError, match="no layer of the model in Q4_0"):
+        fxquant.load_checkpoint(base, int4.model)
