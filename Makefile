@@ -35,7 +35,7 @@ test-browser: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --override-ini addopts= --import-mode=importlib tests/browser
 
 # Libraries too heavy for CI, which run what fxquant makes. Those that CI has (ONNX Runtime, gguf,
-# transformers with compressed-tensors, diffusers, PEFT) are in `make test`.
+# transformers with compressed-tensors, diffusers, PEFT) are in `make test`. Needs Debian's cmake.
 test-runtimes: $(VENV)/installed-dev
 	$(call require,runtimes)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
