@@ -162,6 +162,7 @@ def _plan(model: nn.Module, qmodel: GraphModule, *, with_tensors: bool) -> _Plan
     own = dict(model.named_modules(remove_duplicate=False))
     own["model"] = own.get("model", model)
     unmatched: list[str] = []
+    own_bias: list[str] = []  # of layers whose bias is the model's own, which nobody scales
     report = qmodel.meta.get(REPORT_KEY)
     read_only = set(report.read_only) if isinstance(report, TraceReport) else set()
     packed = packed_parameters(model, qmodel)
@@ -183,7 +184,7 @@ def _plan(model: nn.Module, qmodel: GraphModule, *, with_tensors: bool) -> _Plan
                 if isinstance(packed[parameter][0].layer, RoundedInput):
                     rounded.add(site.name)
                 if getattr(site.module, "bias", None) is not None:
-                    unmatched.append(site.name)  # the model keeps its own bias
+                    own_bias.append(site.name)
             else:
                 plan.left_float.append(site.name)
                 unmatched.append(site.name)
@@ -204,14 +205,15 @@ def _plan(model: nn.Module, qmodel: GraphModule, *, with_tensors: bool) -> _Plan
     plan.left_float = list(dict.fromkeys(plan.left_float))
     plan.float_inputs = [n for n in grids if n not in rounded and n not in plan.left_float]
     plan.float_inputs += rounded_products(qmodel)
-    _check_scales(qmodel, unmatched)
+    _check_scales(qmodel, unmatched, own_bias)
     return plan
 
 
-def _check_scales(qmodel: GraphModule, unmatched: list[str]) -> None:
+def _check_scales(qmodel: GraphModule, unmatched: list[str], own_bias: list[str]) -> None:
     """Refuse if one side of a folded scale would be taken over and the other not."""
     for folded in (qmodel.meta.get(INFO_KEY) or {}).get("folded_scales", ()):
         missing = [n for n in (*folded["producers"], *folded["readers"]) if n in unmatched]
+        missing += [n for n in folded["producers"] if n in own_bias]
         if missing:
             raise OptionError(
                 "swap_modules",

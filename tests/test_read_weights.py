@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxquant
+from fxquant.errors import OptionError
 from fxquant.modules.packed_parameter import PackedParameter
 from fxquant.modules.packed_tensor import PackedTensor
 
@@ -116,6 +117,30 @@ def test_attention_of_torchs_multiplies_all_its_weights_as_integers(kind, bits, 
     monkeypatch.setattr(PackedTensor, "materialize", None)  # nothing may need the values
     with torch.no_grad():  # scores may be summed in another order
         torch.testing.assert_close(swapped(X), q(X), rtol=1e-5, atol=1e-5)
+
+
+def test_a_scale_folded_into_what_a_packed_projection_reads_is_in_the_copy_too():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, norm_first=True).eval()
+    wide = X * torch.linspace(0.1, 4, 64)
+    options = {**OPTIONS, "modules_to_not_convert": ["self_attn.out_proj"]}  # which values feed
+    q, info = fxquant.static_quantize(model, [wide, wide.roll(1, 0)], method="awq", **options)
+    assert any("self_attn.in_proj" in folded.readers for folded in info.folded_scales)
+    swapped = fxquant.swap_modules(model, q)
+    with torch.no_grad():
+        torch.testing.assert_close(swapped(wide), q(wide), rtol=1e-5, atol=1e-5)
+
+
+def test_a_scale_folded_into_a_bias_that_the_model_keeps_is_refused():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, norm_first=True).eval()
+    wide = X * torch.linspace(0.1, 4, 64)
+    q, info = fxquant.static_quantize(
+        model, [wide, wide.roll(1, 0)], method="smoothquant", **OPTIONS
+    )
+    assert any("self_attn.in_proj" in folded.producers for folded in info.folded_scales)
+    with pytest.raises(OptionError, match="a channel scale folded into self_attn.in_proj"):
+        fxquant.swap_modules(model, q)
 
 
 class Calls(nn.Module):
