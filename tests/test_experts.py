@@ -36,6 +36,12 @@ class Numbers(Experts):
         return torch.bmm(h.unsqueeze(1), self.down.transpose(1, 2)[numbers]).squeeze(1)
 
 
+class Turned(Experts):
+    def multiply(self, rows, numbers):
+        h = torch.relu(torch.bmm(rows.unsqueeze(1), self.up[numbers].mT))
+        return torch.bmm(h, self.down[numbers].adjoint()).squeeze(1)
+
+
 class Sorted(Experts):
     def multiply(self, rows, numbers):
         order = numbers.argsort()
@@ -52,7 +58,7 @@ class Dense(Experts):
         return (made * F.one_hot(numbers, E).T[..., None].to(rows.dtype)).sum(0)
 
 
-KINDS = [Numbers, Sorted, Dense]
+KINDS = [Numbers, Turned, Sorted, Dense]
 DATA = [torch.randn(40, W, generator=torch.Generator().manual_seed(i)) for i in range(6)]
 OPTIONS = {"group_size": 32, "skip_param_threshold": 0, "accuracy_warning": "ignore"}
 

@@ -6,6 +6,7 @@
 | `effects.py` | which ops write into memory or draw random numbers |
 | `linear_operands.py` | which ops are a linear layer, and where its operands are |
 | `activation_products.py` | which products have no weight among their factors |
+| `routing.py` | where experts are chosen, and by what |
 | `saved_ops.py` | its column "may be in a file" |
 | `batch_norms.py` | what a BatchNorm in a graph multiplies and adds |
 | `calls.py` | `Call`, the arguments of one call |

@@ -88,6 +88,9 @@ def add_figures(
         float_gm, quantized_gm, info.decisions, calls, observers,
         compares_nodes=False, processes=processes,
     )  # fmt: skip
+    info.changed_experts = {
+        name: seen.changed / seen.tokens for name, seen in run.experts.items() if seen.tokens
+    }
     is_same = original is float_gm and result is quantized_gm
     output = run.output if is_same else output_sqnr(original, result, calls, processes=processes)
     info.sqnr_db = info.fitted_sqnr_db = output.db_or_none

@@ -7,7 +7,7 @@ model, the error at its output splits into two parts:
         cumulative          introduced             arrived
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,8 +23,10 @@ from fxquant.graph.calls import Call
 from fxquant.graph.layers import Site, layer_arguments, sites, unbatched
 from fxquant.graph.left_alone import graph_left_alone
 from fxquant.graph.ops import is_rearrangement
+from fxquant.graph.routing import choices_of_experts
 from fxquant.graph.stepper import Stepper, is_tensor
 from fxquant.graph.structures import main_output
+from fxquant.measure.chosen_experts import ChosenExperts
 from fxquant.measure.output_metric import Metric, OutputError
 from fxquant.measure.row_parts import row_parts
 from fxquant.modules.layer import QuantizedLayer
@@ -54,11 +56,15 @@ class LayerErrors:
 
 @dataclass(frozen=True)
 class PairedRun:
-    """Errors by layer name, of nodes of the outermost graph, and of the model's output."""
+    """Errors by layer name, of nodes of the outermost graph, and of the model's output.
+
+    `experts` has what routers chose, by the name of the first layer that they chose for.
+    """
 
     layers: dict[str, LayerErrors]
     nodes: dict[Node, SqnrMeter] = field(default_factory=dict)
     output: SqnrMeter = field(default_factory=SqnrMeter)
+    experts: dict[str, ChosenExperts] = field(default_factory=dict)
 
     @classmethod
     def of(cls, names: Iterable[str]) -> "PairedRun":
@@ -72,6 +78,8 @@ class PairedRun:
         for node, meter in other.nodes.items():
             self.nodes.setdefault(node, SqnrMeter()).merge(meter)
         self.output.merge(other.output)
+        for name, chosen in other.experts.items():
+            self.experts.setdefault(name, ChosenExperts()).merge(chosen)
 
 
 @torch.no_grad()
@@ -101,10 +109,12 @@ def run_paired(
     """
     pairs = _layer_pairs(float_gm, quantized_gm)
     names = [name for name, _, _ in pairs]
+    choices = choices_of_experts(quantized_gm)
 
     def over(part: Sequence[Call]) -> PairedRun:
         run = PairedRun.of(names)
         compared = _Compared(run, quantized_gm) if compares_nodes else None
+        chosen = {n: run.experts.setdefault(name, ChosenExperts()) for n, name in choices.items()}
         for call in part:
             results: dict[str, list[Tensor]] = {name: [] for name in names}
             hooks: list[tuple[nn.Module, Any]] = []
@@ -118,7 +128,7 @@ def run_paired(
                 graph_left_alone(quantized_gm),
             ):
                 clean, noisy = Stepper(float_gm, call), Stepper(quantized_gm, call)
-                run.output.add(*map(select, _run_side_by_side(clean, noisy, compared)))
+                run.output.add(*map(select, _run_side_by_side(clean, noisy, compared, chosen)))
         return run
 
     total = PairedRun.of(names)
@@ -150,8 +160,9 @@ def _run_side_by_side(
     clean: Stepper,
     noisy: Stepper,
     compared: "_Compared | None",
+    chosen: Mapping[Node, ChosenExperts],
 ) -> tuple[Any, Any]:
-    """The results of both; nodes are compared if that is wanted."""
+    """The results of both; nodes are compared if that is wanted, and choices of experts always."""
     partner = {node.name: i for i, node in enumerate(clean.nodes)}
     clean_values: dict[Node, Any] = {}
     noisy_values: dict[Node, Any] = {}
@@ -168,6 +179,8 @@ def _run_side_by_side(
                 return expected, found
             if compared is not None:
                 compared.add(node, expected, found)
+            if node in chosen:
+                chosen[node].add(expected, found)
             clean.free(clean_values, done)
         noisy.free(noisy_values, index + 1)
     raise AssertionError("a graph without an output")

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any, Self
 
 from torch.fx import GraphModule
@@ -63,6 +64,9 @@ class QuantizationInfo(View):
         folded_norms: each BatchNorm that was folded into the layer before it.
         products: with quantized activations, how the factors of each product of two values are
             rounded, or that they stay float, by the name of its node.
+        changed_experts: of a mixture of experts, the share of the tokens that are given other
+            experts than in the float model, by the name of the first layer that they are chosen
+            for; on the rows that `sqnr_db` is measured on.
         fused: how many nodes of the graph stand for several, by the name of the pattern (see
             `fuse`); empty for a graph that is not fused.
         trace: what tracing did, as plain data.
@@ -82,6 +86,7 @@ class QuantizationInfo(View):
     folded_scales: list[FoldedScale] = field(default_factory=list)
     folded_norms: list[FoldedNorm] = field(default_factory=list)
     products: dict[str, str] = field(default_factory=dict)
+    changed_experts: dict[str, float] = field(default_factory=dict)
     fused: dict[str, int] = field(default_factory=dict)
     trace: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -139,9 +144,13 @@ class QuantizationInfo(View):
     def __str__(self) -> str:
         counts = Counter(self.products.values())
         products = "".join(f"\nproducts of activations: {n}, {how}" for how, n in counts.items())
+        experts = ""
+        if self.changed_experts:
+            share = mean(self.changed_experts.values())
+            experts = f"\nexperts: {share:.1%} of the tokens get others than in the float model"
         fused = "".join(f"\nfused: {name}, {count}" for name, count in self.fused.items())
         warnings = "".join(f"\nwarning: {text}" for text in self.warnings)
-        return f"{super().__str__()}{products}{fused}{warnings}"
+        return f"{super().__str__()}{products}{experts}{fused}{warnings}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

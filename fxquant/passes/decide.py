@@ -7,7 +7,7 @@ The first rule of this list that applies decides:
 3. `skip_layer_types`; `layer_types` that leave it out
 4. the weight of an embedding that is quantized: the layers tied to it read the same integers
 5. `bits`, where it is a mapping; `embeddings`, of rows that are looked up
-6. a weight tied to a layer that stays float (by default only)
+6. a weight tied to a layer that stays float, a router of experts (by default only)
 7. `skip_param_threshold`
 8. fewer inputs than `group_size`: INT8, whatever width was asked for
 9. `target`: a weight that the format cannot hold
@@ -36,6 +36,7 @@ from fxquant.config.skip_rules import (
 )
 from fxquant.config.targets import TARGETS
 from fxquant.graph.parameters import ParameterNode, memory_of, parameter_nodes
+from fxquant.graph.routing import routers
 from fxquant.modules.weight_forms import chosen_form, form_of, has_real_values, matrix_of
 from fxquant.numerics.integers import INT8, WIDTHS
 from fxquant.numerics.quantized_weight import ONE_GROUP, is_per_channel
@@ -93,7 +94,7 @@ def decide(gm: GraphModule, config: QuantConfig) -> list[Decision]:
     """
     nodes = parameter_nodes(gm)
     _check_rules(nodes, config)
-    weights = _Weights()
+    weights = _Weights(routers=routers(gm))
     decided = {n.name: _decide_node(n, config, weights) for n in nodes if n.is_lookup}
     weights.looked_up = {
         memory_of(n.parameters[0]): (n.name, decided[n.name].action)
@@ -119,10 +120,12 @@ class _Weights:
     Attributes:
         looked_up: the embedding that reads it, and its action, where that is quantized.
         float_ones: a layer that reads it and stays float.
+        routers: names of layers that choose experts.
     """
 
     looked_up: dict[int, tuple[str, str]] = field(default_factory=dict)
     float_ones: dict[int, str] = field(default_factory=dict)
+    routers: set[str] = field(default_factory=set)
 
 
 def add_notes(decisions: Iterable[Decision], notes: Mapping[str, str]) -> list[Decision]:
@@ -193,6 +196,9 @@ def _first_rule(
     other = weights.float_ones.get(memory_of(node.parameters[0]))
     if other is not None and not is_explicit:
         return "float", "default: tied weight", f"its weight is shared with {other}, which is float"
+    if node.name in weights.routers and not is_explicit:
+        why = "it chooses experts: a little error would make it choose others"
+        return "float", "default: router", why
     return _by_size(node, config, bits, rule, reason)
 
 

@@ -239,7 +239,7 @@ _info = record(
     {
         "rows": list_of(_row), "folded_scales": list_of(_folded),
         "folded_norms": list_of(_folded_norm), "fused": map_of(whole), "warnings": _texts,
-        "products": map_of(text),
+        "products": map_of(text), "changed_experts": map_of(number),
         "trace": _info_trace, "config": _config, "method": text, "sqnr_db": number,
         # instead of "config", in files that were written before it was there
         "bits": _bits, "group_size": whole, "symmetric": flag, "observer": text,

@@ -78,7 +78,7 @@ def _batched(
         matrices = found.value if is_swapped else found.value.transpose(1, 2)
         return GroupedProduct(found, matrices, rows, is_swapped=is_swapped)
     turned = is_swapped
-    while op_name(weight) in ("transpose", "swapaxes", "swapdims") and _is_swap(weight):
+    while _is_swap(weight):
         weight, turned = weight.args[0], not turned
     if op_name(weight) not in ("index", "getitem") or len(weight.args) != 2:
         return None
@@ -91,8 +91,13 @@ def _batched(
     return GroupedProduct(found, matrices, rows, numbers=numbers, is_swapped=is_swapped)
 
 
-def _is_swap(node: Node) -> bool:
-    """Whether a transposition exchanges the last two of three dimensions."""
+def _is_swap(node: Any) -> bool:
+    """Whether it is a transposition that exchanges the last two of three dimensions."""
+    name = op_name(node) if isinstance(node, Node) else ""
+    if name in ("mT", "adjoint") or (name == "getattr" and node.args[1] == "mT"):
+        return True
+    if name not in ("transpose", "swapaxes", "swapdims"):
+        return False
     return sorted(int(d) % 3 for d in node.args[1:] if isinstance(d, int)) == [1, 2]
 
 
