@@ -2,11 +2,13 @@
 
     OMP_WAIT_POLICY=passive python benchmarks/allocation.py
     OMP_WAIT_POLICY=passive python benchmarks/allocation.py --model minilm --average 4
+    OMP_WAIT_POLICY=passive python benchmarks/allocation.py --model minilm --embeddings 8
 
 Each layer is measured at 2 to 8 bits once (`sensitivity`, method gradient, layers made by gptq);
-then the model is quantized by `best` with the widths that `allocate` chose. The texts are those of
-`accuracy.py`; the figure of MiniLM is the SQNR of its mean-pooled embedding, that of the language
-model its perplexity on other parts of the book.
+then the model is quantized by `best` with the widths that `allocate` chose. With `--embeddings`
+nothing is allocated: 4 bits are compared with 4 bits and embeddings of that width. The texts are
+those of `accuracy.py`; the figure of MiniLM is the SQNR of its mean-pooled embedding, that of the
+language model its perplexity on other parts of the book.
 """
 
 import time
@@ -70,14 +72,31 @@ def rows_of(name: str, averages: list[int], pieces: int) -> list[dict[str, Any]]
     return rows
 
 
+def rows_with_embeddings(name: str, embeddings: int, pieces: int) -> list[dict[str, Any]]:
+    """The table of one model with embeddings in float and in integers."""
+    subject = SUBJECTS[name](pieces)
+    rows = []
+    for widths, bits in (
+        ("4, embeddings float", None),
+        (f"4, embeddings {embeddings}", embeddings),
+    ):
+        model = static(subject, {"method": "best", "embeddings": bits})
+        rows.append({"widths": widths, **figures(name, subject, model, pieces)})
+    return rows
+
+
 def main() -> None:
     """Print the tables."""
     parser = subject_parser(__doc__)
     parser.add_argument("--average", nargs="*", type=int, default=[4, 3])
+    parser.add_argument("--embeddings", type=int)
     arguments = parser.parse_args()
     table: list[dict[str, Any]] = []
     for name in arguments.model:
-        rows = rows_of(name, arguments.average, arguments.pieces)
+        if arguments.embeddings is not None:
+            rows = rows_with_embeddings(name, arguments.embeddings, arguments.pieces)
+        else:
+            rows = rows_of(name, arguments.average, arguments.pieces)
         report(f"{name}, group 128, best", rows, None)
         table += [{"model": name, **row} for row in rows]
     if arguments.json is not None:
