@@ -197,3 +197,13 @@ def test_a_folder_of_transformers_has_the_grids() -> None:
         loaded = transformers.AutoModel.from_pretrained(folder)
     assert isinstance(loaded.encoder.layer[0].output.dense, RoundedInput)
     assert torch.equal(loaded(**batches[0])[0], swapped(**batches[0])[0])
+
+
+def test_a_grid_that_is_no_tensor_of_the_graph_is_not_taken() -> None:
+    model, graph, _ = quantized("a layer by itself")
+    (rounded,) = (n for n in graph.graph.nodes if "dequantize" in n.name)
+    value = next(n for n in graph.graph.nodes if n.op == "placeholder")
+    rounded.args = (rounded.args[0], value, *rounded.args[2:])  # as a damaged file may have it
+    with pytest.warns(LeftFloatWarning, match="is rounded in the graph alone"):
+        swapped = fxquant.swap_modules(model, graph)
+    assert swapped.fxquant_float_inputs

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxquant.errors import LoadError, caller_level
+from fxquant.errors import LoadError, caller_level, check_path
 from fxquant.exporters.awq import Awq
 from fxquant.exporters.checkpoint import CheckpointFormat
 from fxquant.exporters.compressed_tensors import PACKED_FORMAT, CompressedTensors
@@ -55,6 +55,7 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module | None = No
         LoadError: the folder has another format, a layer that cannot be held, or tensors for which
             the model has no place, or not all that it needs.
     """
+    check_path("folder", folder)
     if os.fspath(folder).endswith(".gguf"):
         return load_gguf(folder, model)
     reader = FolderReader(folder)

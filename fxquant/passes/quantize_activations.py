@@ -139,17 +139,24 @@ def static_grids(gm: GraphModule) -> dict[str, tuple[Tensor, Tensor] | None]:
         if site.input.target is not dequantize_activation:
             floats.add(site.name)
             continue
-        scale, zero_point = (_buffer(gm, node) for node in site.input.args[1:3])
-        known = grids.setdefault(site.name, (scale, zero_point))
-        if known and not (torch.equal(known[0], scale) and torch.equal(known[1], zero_point)):
+        found = _grid_of(gm, site.input)
+        known = grids.setdefault(site.name, found)
+        if known is None or found is None or not all(map(torch.equal, known, found)):
             grids[site.name] = None
     return {name: None if name in floats else grid for name, grid in grids.items()}
 
 
-def _buffer(gm: GraphModule, node: object) -> Tensor:
-    assert isinstance(node, Node)  # `_insert` made it
-    value: Tensor = tensor_attribute(gm, node)
-    return value
+def _grid_of(gm: GraphModule, rounded: Node) -> tuple[Tensor, Tensor] | None:
+    """Scale and zero point of a dequantized value, where the graph holds them as tensors."""
+    held = [
+        tensor_attribute(gm, node)
+        for node in rounded.args[1:3]
+        if isinstance(node, Node) and node.op == "get_attr"
+    ]
+    if len(held) != 2 or not all(isinstance(t, Tensor) and t.ndim <= 1 for t in held):
+        return None
+    scale, zero_point = held
+    return (scale, zero_point) if scale.shape == zero_point.shape else None
 
 
 def _insert(
