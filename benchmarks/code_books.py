@@ -66,10 +66,10 @@ def rounded(weight: Tensor, levels_of: Levels, is_searched: bool) -> Tensor:
     return best.flatten(1).to(weight.dtype)
 
 
-def with_rounded(subject: Subject, levels_of: Levels, is_searched: bool) -> nn.Module:
-    """The float graph with the weights rounded that `rtn` rounds."""
-    quantized = data_free(subject, {"method": "rtn"})
-    names = {s.name for s in sites(quantized) if isinstance(s.module, QuantizedLayer)}
+def with_rounded(
+    subject: Subject, names: set[str], levels_of: Levels, is_searched: bool
+) -> nn.Module:
+    """The float graph with the weights of some layers rounded."""
     made: Any = copy.deepcopy(subject.graph)
     for site in list(sites(made)):
         if site.name in names:
@@ -85,12 +85,13 @@ def rows_of(name: str, pieces: int) -> list[dict[str, Any]]:
         "NF4": lambda _: NF4, "FP4": lambda _: FP4, "learned": learned,
         "integers": lambda _: INTEGERS,
     }  # fmt: skip
+    shipped: Any = data_free(subject, {"method": "rtn"})
+    names = {s.name for s in sites(shipped) if isinstance(s.module, QuantizedLayer)}
     rows = []
     for book, levels_of in books.items():
         for how in ("largest", "searched"):
-            model = with_rounded(subject, levels_of, how == "searched")
+            model = with_rounded(subject, names, levels_of, how == "searched")
             rows.append({"values": f"{book}, {how}", **subject.row(model)})
-    shipped = data_free(subject, {"method": "rtn"})
     return [*rows, {"values": "rtn as shipped, no data", **subject.row(shipped)}]
 
 

@@ -125,9 +125,13 @@ class QuantizedGroupedLinear(LayerAround):
         return list(self.children())  # type: ignore[arg-type]
 
     @property
-    def expert_layers(self) -> list[QuantizedLayer]:
+    def matrices(self) -> int:
         """See `QuantizedLayer`."""
-        return list(self.layers)
+        return self.experts
+
+    def expert(self, number: int) -> QuantizedLayer:
+        """See `QuantizedLayer`."""
+        return self.layers[number]
 
     def without_bias(self) -> "QuantizedGroupedLinear":
         """See `QuantizedLayer`."""

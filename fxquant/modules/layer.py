@@ -44,9 +44,13 @@ class QuantizedLayer(nn.Module):
         return LazyWeight(self.dequantize, self.weight_shape, self._weight_dtype, device)
 
     @property
-    def expert_layers(self) -> "list[QuantizedLayer] | None":
-        """The layer of each of the matrices that the weight consists of; None: it is one."""
+    def matrices(self) -> int | None:
+        """How many matrices the weight consists of, as that of experts does; None: it is one."""
         return None
+
+    def expert(self, number: int) -> "QuantizedLayer":
+        """The layer of one of these matrices."""
+        raise NotImplementedError(type(self).__name__)
 
     def without_bias(self) -> "QuantizedLayer":
         """A layer that shares the packed weight and adds nothing."""
@@ -99,6 +103,22 @@ class LayerAround(QuantizedLayer):
     def activation_arithmetic(self) -> str | None:
         """See `QuantizedLayer`."""
         return self.inner.activation_arithmetic
+
+
+class LayerOver(LayerAround):
+    """A quantized layer that stands for another one, its only child, with all that this adds."""
+
+    layer: QuantizedLayer
+
+    @property
+    def inner(self) -> QuantizedLayer:
+        """The layer that multiplies."""
+        return self.layer
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """What the layer adds."""
+        return self.layer.bias
 
 
 def has_quantized_layer(module: nn.Module) -> bool:

@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxquant.modules.grouped_linear import QuantizedGroupedLinear
-from fxquant.modules.layer import LayerAround, QuantizedLayer
+from fxquant.modules.layer import LayerOver, QuantizedLayer
 from fxquant.modules.packed_tensor import PackedTensor
 
 PREFIX = "packed_"  # of the child's name: in front, since libraries find parameters by their ends
 
 
-class PackedParameter(LayerAround):
+class PackedParameter(LayerOver):
     """The integers of a parameter that code of the user's multiplies with.
 
     Args:
@@ -30,8 +30,6 @@ class PackedParameter(LayerAround):
             swapped.
         layer: the quantized layer that multiplies by it.
     """
-
-    layer: QuantizedLayer
 
     def __init__(
         self,
@@ -56,16 +54,6 @@ class PackedParameter(LayerAround):
         *leading, out_features, in_features = layer.weight_shape
         experts = leading[0] if leading else None
         return cls(experts, in_features, out_features, is_transposed, layer)
-
-    @property
-    def inner(self) -> QuantizedLayer:
-        """The layer that multiplies by it."""
-        return self.layer
-
-    @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
-        """What the layer adds: nothing."""
-        return self.layer.bias
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

@@ -72,9 +72,10 @@ class PackedTensor(LazyWeight):
         if self.numbers is None:
             values = self.layer.dequantize()
         else:
-            layers, kinds = self.layer.expert_layers, self.numbers.unique(return_inverse=True)
-            assert layers is not None  # numbers are those of experts
-            values = torch.stack([layers[i].dequantize() for i in kinds[0].tolist()])[kinds[1]]
+            kinds = self.numbers.unique(return_inverse=True)
+            values = torch.stack([self.layer.expert(i).dequantize() for i in kinds[0].tolist()])[
+                kinds[1]
+            ]
         values = values.transpose(-2, -1) if self.is_transposed else values
         if self.repeats is not None:
             values = values.expand(self.repeats, -1, -1)
@@ -107,19 +108,19 @@ def _pick(weight: Any, key: Any) -> Any:
     """`weight[key]` of experts: one of them, or those of some numbers."""
     if not isinstance(weight, PackedTensor) or weight.numbers is not None:
         return NotImplemented
-    layer, experts = weight.layer, weight.layer.expert_layers
+    layer, experts = weight.layer, weight.layer.matrices
     if experts is None or isinstance(key, bool):
         return NotImplemented
     if isinstance(key, Tensor) and key.dtype in (torch.int32, torch.int64):
         if key.ndim == 1:
-            numbers = torch.where(key < 0, key + len(experts), key)  # counted from the end
-            if ((numbers < 0) | (numbers >= len(experts))).any():
-                raise IndexError(f"an expert outside of 0 to {len(experts) - 1} is picked")
+            numbers = torch.where(key < 0, key + experts, key)  # counted from the end
+            if ((numbers < 0) | (numbers >= experts)).any():
+                raise IndexError(f"an expert outside of 0 to {experts - 1} is picked")
             return PackedTensor(layer, weight.is_transposed, numbers, weight.dtype)
         key = key.item() if key.ndim == 0 else key
     if not isinstance(key, int):
         return NotImplemented
-    return PackedTensor(experts[key], weight.is_transposed, dtype=weight.dtype)
+    return PackedTensor(layer.expert(key), weight.is_transposed, dtype=weight.dtype)
 
 
 def _each(weight: Any, dim: int = 0) -> Any:

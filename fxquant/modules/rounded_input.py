@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from fxquant.modules.activation import dequantize_activation, quantize_activation
 from fxquant.modules.grouped_linear import QuantizedGroupedLinear
-from fxquant.modules.layer import LayerAround, QuantizedLayer
+from fxquant.modules.layer import LayerOver, QuantizedLayer
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.packed_tensor import PackedTensor
 
 
-class RoundedInput(LayerAround):
+class RoundedInput(LayerOver):
     """Round the input as `quantize_activation` does, then call the layer.
 
     Args:
@@ -27,7 +27,6 @@ class RoundedInput(LayerAround):
         zero_point: whole numbers in 0..255 as float32, the same shape.
     """
 
-    layer: QuantizedLayer
     scale: Tensor
     zero_point: Tensor
 
@@ -51,31 +50,24 @@ class RoundedInput(LayerAround):
         return cls(len(scale) if scale.ndim else None, layer, scale, zero_point)
 
     @property
-    def inner(self) -> QuantizedLayer:
-        """The layer that reads the rounded values."""
-        return self.layer
-
-    @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
-        """What the layer adds."""
-        return self.layer.bias
-
-    @property
     def weight(self) -> Tensor:
         """The weight; code that multiplies with it rounds its input, as the layer does."""
         is_product = isinstance(self.layer, QuantizedLinear | QuantizedGroupedLinear)
         return PackedTensor(self) if is_product else self.layer.weight
 
     @property
-    def expert_layers(self) -> list[QuantizedLayer] | None:
+    def matrices(self) -> int | None:
         """See `QuantizedLayer`."""
-        layers = self.layer.expert_layers
-        if layers is None:
-            return None
-        return [RoundedInput.of(layer, self.scale, self.zero_point) for layer in layers]
+        return self.layer.matrices
+
+    def expert(self, number: int) -> "RoundedInput":
+        """See `QuantizedLayer`."""
+        return RoundedInput.of(self.layer.expert(number), self.scale, self.zero_point)
 
     def without_bias(self) -> "RoundedInput":
         """See `QuantizedLayer`."""
+        if self.bias is None:
+            return self
         return RoundedInput.of(self.layer.without_bias(), self.scale, self.zero_point)
 
     @property
