@@ -26,6 +26,8 @@ written, and every weight is read back from the new files and compared.
 | `onnx_reader.py` | weights read from an ONNX file |
 | `stream.py`, `folder_writer.py` | a folder quantized shard by shard, without the model in memory |
 | `meta_model.py`, `model_weights.py` | the folder's model without weights, and weights of parts |
+| `stored_names.py` | what a folder calls the parameters of its model's class |
+| `experts.py` | which parameters of a model without weights are matrices of experts |
 | `blockwise.py` | a folder's model calibrated block by block |
 | `block_list.py`, `block_record.py`, `block_calls.py` | its blocks, and what they are called with |
 | `unfinished.py` | a folder on its way, which a killed run is gone on with |

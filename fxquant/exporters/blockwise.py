@@ -13,7 +13,7 @@ together, and the first process writes it.
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxquant.config.quant_config import QuantConfig
 from fxquant.distributed.processes import ALONE, Processes
@@ -27,7 +27,8 @@ from fxquant.graph.calls import Call
 from fxquant.graph.layers import name_below, sites
 from fxquant.graph.structures import main_output
 from fxquant.measure.heldout import hold_out
-from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.grouped_linear import GroupedLinear
+from fxquant.modules.layer import QuantizedLayer
 from fxquant.numerics.metrics import SqnrMeter
 from fxquant.passes.calibration_data import check_batches
 from fxquant.passes.decide import Decision
@@ -101,7 +102,7 @@ class Blockwise:
         """Which of the tensors called `names` make up the shard of each block."""
         shards: list[list[str]] = [[] for _ in self.blocks.blocks]
         for name in names:
-            owner = self.blocks.owner(name)
+            owner = self.blocks.owner(self.weights.parameter_of.get(name, name))
             if owner is not None:
                 shards[owner].append(name)
         return shards
@@ -138,7 +139,7 @@ class Blockwise:
 
     def _quantize(
         self, number: int, waiting: BlockCalls
-    ) -> tuple[dict[str, QuantizedLinear], dict[str, str]]:
+    ) -> tuple[dict[str, QuantizedLayer], dict[str, str]]:
         """The quantized layers of a block by name, and what there is to say of some."""
         own = [d for d in self.decisions if self.blocks.owner(d.module) == number]
         chosen = {d.module: d.bits for d in own if d.bits is not None}
@@ -170,12 +171,18 @@ class Blockwise:
             notes = {name: text.removeprefix("; ") for name, text in added.items() if text}
             rounded = RoundedLayers(self.config)
             for name in chosen.keys() - made.keys():
-                layer = self.weights.model.get_submodule(name)
+                layer = self._float_layer(name)
                 made[name] = rounded.quantize(name, layer, chosen[name])
                 notes[name] = "its block does not call it: rounded to nearest without data"
-        layers = {name: m for name, m in made.items() if isinstance(m, QuantizedLinear)}
-        assert layers.keys() == chosen.keys()  # the format holds linear layers alone
+        layers = {name: m for name, m in made.items() if isinstance(m, QuantizedLayer)}
+        assert layers.keys() == chosen.keys()
         return layers, notes
+
+    def _float_layer(self, name: str) -> nn.Module:
+        """A layer of the model, or one on the parameter of that name, which experts have."""
+        owner, _, last = name.rpartition(".")
+        found = getattr(self.weights.model.get_submodule(owner), last)
+        return found if isinstance(found, nn.Module) else GroupedLinear.on(found)
 
     def _output_sqnr(self, waiting: BlockCalls, read: Callable[[str], Tensor]) -> float | None:
         """The output's error, a row at a time: outputs may be large.

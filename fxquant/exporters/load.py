@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,15 @@ from fxquant.exporters.gptq import Gptq
 from fxquant.exporters.meta_model import meta_model
 from fxquant.exporters.placing import (
     layer_of,
+    put_experts,
     put_layer,
     warn_of_rounded,
 )
 from fxquant.exporters.stored_layer import StoredLayer
+from fxquant.exporters.stored_names import stored_parameters
 from fxquant.graph.copying import copy_sharing_tensors
+from fxquant.modules.linear import QuantizedLinear
+from fxquant.modules.packed_parameter import child_name
 from fxquant.numerics.grouping import activation_group
 from fxquant.swap import finish_quantized
 
@@ -31,6 +36,7 @@ CHECKPOINT_FORMATS: dict[str, type[CheckpointFormat]] = {
     "awq": Awq,
 }
 QUANTIZATION = "quantization_config"
+WEIGHT = ".weight"
 
 
 def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -65,7 +71,11 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module | None = No
     made = copy_sharing_tensors(model, frozen=True).eval()
     ending = f".{format.packed_name}"
     names = [name.removesuffix(ending) for name in reader.files if name.endswith(ending)]
-    taken: set[str] = set()
+    inside = tuple(f"{name}." for name in names)
+    floats = [key for key in reader.files if not key.startswith(inside)]
+    known = stored_parameters([*floats, *(name + WEIGHT for name in names)], made)
+    parameter_of = {tensor: key for key, stored in known.items() for tensor in stored.tensors}
+    parts: dict[str, dict[str, QuantizedLinear]] = defaultdict(dict)
     rounded: dict[str, float] = {}
     unlike: list[str] = []
     for name in names:
@@ -76,9 +86,16 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module | None = No
             layer.activation = "int8"
         elif rounding is not None:
             unlike.append(name)
-        put_layer(made, name, layer)
-        taken.update(key for key in reader.files if key.startswith(f"{name}."))
-    _load_floats(made, reader, taken, names)
+        parts[parameter_of.get(name + WEIGHT, name + WEIGHT)][name + WEIGHT] = layer
+    for parameter, layers in parts.items():
+        if parameter not in known or known[parameter].conversion is None:
+            (layer,) = layers.values()
+            put_layer(made, parameter.removesuffix(WEIGHT), layer)
+        else:
+            put_experts(made, known[parameter], layers)
+    placeless = [key for key in floats if key not in parameter_of]
+    values = {key: s.made(reader.tensor) for key, s in known.items() if key not in parts}
+    _load_floats(made, values, placeless, [p.removesuffix(WEIGHT) for p in parts])
     finish_quantized(made)
     if unlike:
         text = f"{len(unlike)} layers, {unlike[0]} among them, read floats: the folder rounds what "
@@ -120,10 +137,16 @@ def _bias(reader: FolderReader, name: str) -> Tensor | None:
 
 
 def _load_floats(
-    model: nn.Module, reader: FolderReader, taken: set[str], quantized: list[str]
+    model: nn.Module, tensors: dict[str, Tensor], placeless: list[str], quantized: list[str]
 ) -> None:
-    """Take over all other tensors; the memory of the caller's model is not written."""
-    tensors = {key: reader.tensor(key) for key in reader.files if key not in taken}
+    """Take over all other tensors; the memory of the caller's model is not written.
+
+    Args:
+        model: has the quantized layers.
+        tensors: by their names in the model.
+        placeless: names of the folder's tensors that the model has no place for.
+        quantized: names of the layers and parameters that are quantized.
+    """
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
@@ -133,11 +156,12 @@ def _load_floats(
     tie: Any = getattr(model, "tie_weights", None)
     if callable(tie):
         tie()
-    inside = tuple(f"{name}." for name in quantized)
+    inside = (*(f"{name}." for name in quantized), *(f"{child_name(n)}." for n in quantized))
     known = {id(tensor) for key, tensor in model.state_dict(keep_vars=True).items()
              if key in tensors}  # fmt: skip
     own = model.state_dict(keep_vars=True)
     lost = [key for key in missing if not key.startswith(inside) and id(own[key]) not in known]
+    unexpected = [*unexpected, *placeless]
     if lost or unexpected:
         found = f"no tensor {lost[0]}" if lost else f"a tensor {unexpected[0]} without a place"
         raise _other_class(found)

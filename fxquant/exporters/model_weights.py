@@ -1,13 +1,18 @@
-"""The tensors of a folder, read into the modules of a model on meta when they are needed."""
+"""The tensors of a folder, read into the modules of a model on meta when they are needed.
+
+The folder and the class of the model may have other names; see `stored_names`.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from fxquant.errors import OptionError
 from fxquant.exporters.folder_reader import FolderReader, ShardReader
+from fxquant.exporters.stored_names import Rows, StoredParameter, stored_parameters
 
 
 class ModelWeights:
@@ -16,6 +21,11 @@ class ModelWeights:
     Args:
         base: the folder.
         model: of the folder's class; parameters on meta.
+
+    Attributes:
+        stored: what makes up each parameter and buffer, by its name in the model.
+        parameter_of: the parameter or buffer that a tensor of the folder belongs to, by its name;
+            tensors that the class has no use for are not there.
     """
 
     def __init__(self, base: FolderReader, model: nn.Module) -> None:
@@ -24,6 +34,10 @@ class ModelWeights:
         self._names: dict[int, list[str]] = defaultdict(list)  # a tied parameter has several
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._names[id(parameter)].append(name)
+        self.stored = stored_parameters(base.files, model)
+        self.parameter_of = {
+            tensor: name for name, stored in self.stored.items() for tensor in stored.tensors
+        }
 
     def check(self) -> None:
         """Look for a tensor for each parameter; no data is read.
@@ -32,7 +46,7 @@ class ModelWeights:
             OptionError: the folder has no such tensor, or one of another shape.
         """
         for parameter in self.model.parameters():
-            self._name_of(parameter)
+            self.check_shape(parameter)
 
     def read(self, name: str) -> Tensor:
         """A tensor of the folder; its file is not kept open, whose pages would count as memory."""
@@ -84,30 +98,53 @@ class ModelWeights:
             filling.undo()
 
     def tensor_of(self, parameter: nn.Parameter, read: Callable[[str], Tensor]) -> Tensor:
-        """The values of one of the model's parameters on meta."""
-        return read(self._name_of(parameter))
+        """The values of one of the model's parameters on meta, of what `read` gives by name."""
+        return self._stored(parameter).made(read)
 
-    def _name_of(self, parameter: nn.Parameter) -> str:
-        """What the folder calls a parameter."""
+    def rows_of(self, name: str) -> Rows | None:
+        """Where the folder has the rows of a layer's weight: by tensor, their places in it.
+
+        Args:
+            name: of a layer, or of a parameter that is the whole weight of one.
+
+        Returns:
+            None where the folder has no such weight, or has it as no matrices called `.weight`.
+        """
+        stored = self.stored.get(f"{name}.weight", self.stored.get(name))
+        return None if stored is None else stored.rows(self.base.shape)
+
+    def _stored(self, parameter: nn.Parameter) -> StoredParameter:
+        """What makes up a parameter."""
         names = self._names[id(parameter)]
-        name = next((name for name in names if name in self.base.files), None)
-        found = "no such tensor" if name is None else f"shape {list(self.base.shape(name))}"
-        if name is None or self.base.shape(name) != tuple(parameter.shape):
-            raise OptionError(
-                f"{names[0]} in the folder {str(self.base.path)!r}",
-                found=found,
-                needed=f"the tensor of shape {list(parameter.shape)} that the model of the "
-                "folder's config.json has",
-                remedy="Save the model anew with save_pretrained, from the class that config.json "
-                "names; or load it and call fxquant.quantize.",
-            )
-        return name
+        stored = next((self.stored[name] for name in names if name in self.stored), None)
+        if stored is None:
+            raise _no_tensor(self.base, names[0], parameter, "no such tensor")
+        return stored
 
-    def buffers_of(self, module: nn.Module) -> dict[str, str]:
-        """Which buffers of its own the folder holds, and under what name."""
+    def check_shape(self, parameter: nn.Parameter) -> None:
+        """Raise an `OptionError` unless the folder has a parameter's elements; no data is read."""
+        stored = self._stored(parameter)
+        made = stored.made(lambda name: torch.empty(self.base.shape(name), device="meta"))
+        if made.shape != parameter.shape:
+            found = f"shape {list(made.shape)}"
+            raise _no_tensor(self.base, next(iter(stored.tensors)), parameter, found)
+
+    def buffers_of(self, module: nn.Module) -> dict[str, StoredParameter]:
+        """The buffers of its own that the folder holds."""
         path = self._paths[module]
         full = {name: f"{path}.{name}" if path else name for name in module._buffers}
-        return {name: other for name, other in full.items() if other in self.base.files}
+        return {name: self.stored[other] for name, other in full.items() if other in self.stored}
+
+
+def _no_tensor(base: FolderReader, name: str, parameter: nn.Parameter, found: str) -> OptionError:
+    return OptionError(
+        f"{name} in the folder {str(base.path)!r}",
+        found=found,
+        needed=f"the tensor of shape {list(parameter.shape)} that the model of the folder's "
+        "config.json has",
+        remedy="Save the model anew with save_pretrained, from the class that config.json names; "
+        "or load it and call fxquant.quantize.",
+    )
 
 
 class _Filling:
@@ -132,8 +169,8 @@ class _Filling:
                 self._made[parameter] = nn.Parameter(tensor, requires_grad=False)
             self._empty.append((module, name, parameter))
             module._parameters[name] = self._made[parameter]
-        for name, full in self.weights.buffers_of(module).items():
-            module._buffers[name] = self.read(full)
+        for name, stored in self.weights.buffers_of(module).items():
+            module._buffers[name] = stored.made(self.read)
 
     def undo(self) -> None:
         """Take the values back."""

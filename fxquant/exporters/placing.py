@@ -7,9 +7,12 @@ from torch import Tensor, nn
 
 from fxquant.errors import LoadError, caller_level, near_misses
 from fxquant.exporters.stored_layer import StoredLayer
+from fxquant.exporters.stored_names import StoredParameter
 from fxquant.graph.layers import is_plain_linear
+from fxquant.modules.grouped_linear import GroupedLinear, QuantizedGroupedLinear
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_of import linear_of
+from fxquant.modules.packed_parameter import PackedParameter, child_name, hand_over
 from fxquant.numerics.metrics import sqnr_db
 from fxquant.numerics.quantized_weight import SCALE_DTYPE, QuantizedWeight, symmetric_zero_point
 
@@ -78,6 +81,43 @@ def put_layer(model: nn.Module, name: str, layer: QuantizedLinear) -> None:
             remedy="Pass a model of the configuration whose checkpoint it is.",
         )
     model.set_submodule(name, layer.to(linear.weight.dtype).eval())
+
+
+def put_experts(
+    model: nn.Module, stored: StoredParameter, layers: dict[str, QuantizedLinear]
+) -> None:
+    """Put matrices that a folder has one by one into the parameter that they make up.
+
+    Args:
+        model: is changed; the code of its experts stays.
+        stored: of the parameter.
+        layers: by the names of the tensors that hold their weights.
+
+    Raises:
+        LoadError: the parameter is not [experts, out, in], or some matrices are missing, or they
+            are quantized in different ways.
+    """
+    parameter = model.get_parameter(stored.name)
+    shapes = {name: layer.weight_shape for name, layer in layers.items()}
+    is_whole = layers.keys() == stored.tensors.keys()
+    rows = stored.rows(lambda name: shapes[name]) if is_whole else None
+    weights = [layer.quantized_weight for layer in layers.values()]
+    forms = {(w.bits, w.group_size, w.in_features, w.symmetric) for w in weights}
+    count = sum(shape[0] for shape in shapes.values())
+    is_fitting = parameter.ndim == 3 and count == parameter.shape[0] * parameter.shape[1]
+    if rows is None or len(forms) > 1 or not is_fitting:
+        raise LoadError(
+            stored.name,
+            found=f"{len(layers)} quantized matrices in {len(forms)} forms, {count} rows in all",
+            needed=f"all {len(stored.tensors)} matrices of a parameter "
+            f"{list(parameter.shape)} in one form, row by row",
+            remedy="Pass a model of the class and configuration whose checkpoint it is.",
+        )
+    order = torch.cat([rows[name] for name in layers]).argsort()
+    weight = QuantizedWeight.joined(weights).rows(order)
+    layer = QuantizedGroupedLinear.of(GroupedLinear.on(parameter), weight, None)
+    hand_over(model, stored.name)
+    model.set_submodule(child_name(stored.name), PackedParameter.of(layer, False))
 
 
 def warn_of_rounded(rounded: dict[str, float]) -> None:

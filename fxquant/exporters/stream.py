@@ -9,6 +9,7 @@ see `unfinished.py`.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from fxquant.errors import OptionError, check_path
 from fxquant.exporters.blockwise import Blockwise
 from fxquant.exporters.checkpoint import copy_other_files
 from fxquant.exporters.compressed_tensors import CompressedTensors
+from fxquant.exporters.experts import experts_parameters
 from fxquant.exporters.folder_reader import CONFIG, FolderReader
 from fxquant.exporters.folder_writer import FolderWriter
 from fxquant.exporters.meta_model import meta_model
@@ -38,7 +40,7 @@ from fxquant.passes.calibration_data import drawn_calls
 from fxquant.passes.check_alike import call_digests
 from fxquant.passes.decide import Decision, add_notes, decide, why_float
 from fxquant.passes.token_noise import check_has_batches
-from fxquant.tracing.opaque import graph_around
+from fxquant.tracing.opaque import graph_of_layers
 
 SHARD_BYTES = 256 * 10**6  # of the float tensors that a file is made of, where it is no block's
 
@@ -150,10 +152,9 @@ def _quantize(
         original_size_mb=sum(base.nbytes(name) for name in base.files) / MEGABYTE,
         quantized_size_mb=size / MEGABYTE,
     )
-    if blockwise is not None:
-        check_accuracy_warnings(
-            info, made.sqnr_warning_threshold, made.sqnr_error_threshold, made.accuracy_warning
-        )
+    check_accuracy_warnings(
+        info, made.sqnr_warning_threshold, made.sqnr_error_threshold, made.accuracy_warning
+    )
     unfinished.finish(size)
     return processes.broadcast(info, 0)
 
@@ -241,7 +242,15 @@ def decided(base: FolderReader, config: QuantConfig) -> tuple[list[Decision], Mo
     config_of_model: Any = model.config
     if getattr(config_of_model, "use_cache", False):
         config_of_model.use_cache = False  # blocks are called without a cache of keys and values
-    decisions = decide(graph_around(model, None), config)
+    weights = ModelWeights(base, model)
+    experts = experts_parameters(model)
+    layers = {e.name: e.layer_on(model.get_parameter(name)) for name, e in experts.items()}
+    one_by_one = [
+        e.name
+        for e in experts.values()
+        if not e.is_transposed and weights.rows_of(e.name) is not None
+    ]
+    decisions = decide(graph_of_layers(model, layers), config, one_by_one)
     if all(decision.bits is None for decision in decisions):
         raise OptionError(
             "config",
@@ -251,17 +260,18 @@ def decided(base: FolderReader, config: QuantConfig) -> tuple[list[Decision], Mo
             "Layers of other classes than nn.Linear can be quantized in memory, with quantize.",
         )
     for decision in decisions:
-        weight = f"{decision.module}.weight"
-        is_there = weight in base.files and base.shape(weight) == decision.shape
-        if decision.bits is not None and not is_there:
+        rows = None if decision.bits is None else weights.rows_of(decision.module)
+        count = sum(map(len, rows.values())) if rows else 0
+        if decision.bits is not None and count != math.prod(decision.shape[:-1]):
             raise OptionError(
                 decision.module,
-                found=f"no tensor {weight} of shape {list(decision.shape)} in the folder",
-                needed="each chosen layer's weight under the layer's name",
+                found=f"no tensor {decision.module}.weight of shape {list(decision.shape)} in the "
+                "folder, nor others that make it up row by row",
+                needed="each chosen layer's weight under its name, or one that transformers knows",
                 remedy="Leave it float with modules_to_not_convert, or load the model and call "
                 "fxquant.quantize.",
             )
-    return decisions, ModelWeights(base, model)
+    return decisions, weights
 
 
 def _shards(base: FolderReader, without: Collection[str]) -> list[list[str]]:

@@ -335,9 +335,17 @@ def _general_warnings(info: QuantizationInfo) -> list[str]:
     return found
 
 
+def _product_elements(info: QuantizationInfo) -> int:
+    """Of all weights that are factors of a product; of the layers', where nothing was traced."""
+    traced = info.trace.get("product_elements")
+    if traced is not None:
+        return sum(traced.values())
+    return sum(d.weight_elements for d in info.decisions if d.product is not None)
+
+
 def _rounded_experts(info: QuantizationInfo) -> list[str]:
     """A warning where more than a tenth of all product weights is of experts that fell back."""
-    total = sum(info.trace.get("product_elements", {}).values())
+    total = _product_elements(info)
     fell = [d for d in info.decisions if d.product == "expert" and FELL_BACK in d.reason]
     share = sum(d.weight_elements for d in fell) / max(total, 1)
     if share <= FLOAT_SHARE:
@@ -351,7 +359,7 @@ def _rounded_experts(info: QuantizationInfo) -> list[str]:
 
 def _float_products(info: QuantizationInfo) -> list[str]:
     """A warning where more than a tenth of all product weights stays float: which, and why."""
-    total = sum(info.trace.get("product_elements", {}).values())
+    total = _product_elements(info)
     kept = [d for d in info.decisions if d.action == "float" and d.product is not None]
     left = total - sum(
         d.weight_elements for d in info.decisions if d.action != "float" and d.product is not None
@@ -361,7 +369,7 @@ def _float_products(info: QuantizationInfo) -> list[str]:
     reasons: dict[str, int] = {}
     for d in kept:
         reasons[d.reason] = reasons.get(d.reason, 0) + d.weight_elements
-    unseen = total - sum(info.trace.get("traced_elements", {}).values())
+    unseen = total - sum(info.trace.get("traced_elements", {"": total}).values())
     if unseen > 0:
         reasons["in modules that could not be traced"] = unseen
     largest = sorted(reasons.items(), key=lambda item: -item[1])[:3]

@@ -18,7 +18,7 @@ goes before the defaults of rules 2 and 3.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,12 +79,16 @@ class Decision:
         return BITS_OF.get(self.action)
 
 
-def decide(gm: GraphModule, config: QuantConfig) -> list[Decision]:
+def decide(
+    gm: GraphModule, config: QuantConfig, stored_one_by_one: Collection[str] = ()
+) -> list[Decision]:
     """Decide about each layer of a traced model.
 
     Args:
         gm: a graph from `trace`.
         config: the caller's rules.
+        stored_one_by_one: names of layers of experts whose matrices a folder of the target's format
+            has one by one, as it has those of linear layers.
 
     Returns:
         One row for each node with parameters, in the order of the graph.
@@ -94,7 +98,7 @@ def decide(gm: GraphModule, config: QuantConfig) -> list[Decision]:
     """
     nodes = parameter_nodes(gm)
     _check_rules(nodes, config)
-    weights = _Weights(routers=routers(gm))
+    weights = _Weights(routers=routers(gm), stored_one_by_one=set(stored_one_by_one))
     decided = {n.name: _decide_node(n, config, weights) for n in nodes if n.is_lookup}
     weights.looked_up = {
         memory_of(n.parameters[0]): (n.name, decided[n.name].action)
@@ -121,11 +125,13 @@ class _Weights:
         looked_up: the embedding that reads it, and its action, where that is quantized.
         float_ones: a layer that reads it and stays float.
         routers: names of layers that choose experts.
+        stored_one_by_one: see `decide`.
     """
 
     looked_up: dict[int, tuple[str, str]] = field(default_factory=dict)
     float_ones: dict[int, str] = field(default_factory=dict)
     routers: set[str] = field(default_factory=set)
+    stored_one_by_one: set[str] = field(default_factory=set)
 
 
 def add_notes(decisions: Iterable[Decision], notes: Mapping[str, str]) -> list[Decision]:
@@ -199,11 +205,17 @@ def _first_rule(
     if node.name in weights.routers and not is_explicit:
         why = "it chooses experts: a little error would make it choose others"
         return "float", "default: router", why
-    return _by_size(node, config, bits, rule, reason)
+    is_linear = node.name in weights.stored_one_by_one
+    return _by_size(node, config, bits, rule, reason, is_linear)
 
 
 def _by_size(
-    node: ParameterNode, config: QuantConfig, bits: int, rule: str, reason: str
+    node: ParameterNode,
+    config: QuantConfig,
+    bits: int,
+    rule: str,
+    reason: str,
+    is_linear: bool,
 ) -> tuple[str, str, str]:
     threshold = config.skip_param_threshold
     origin = "skip_param_threshold"
@@ -216,22 +228,31 @@ def _by_size(
     if bits < INT8.bits and is_per_channel(bits, config.group_size, inputs):
         why = f"{inputs} inputs are fewer than a group of {config.group_size}"
         bits, rule, reason = INT8.bits, "group_size", f"{why}: INT8 per channel instead"
-    problem = _target_problem(node, config, bits)
+    problem = _target_problem(node, config, bits, is_linear)
     if problem is not None:
         return "float", f"target: {config.target}", problem
     return ACTIONS[bits], rule, reason
 
 
-def _target_problem(node: ParameterNode, config: QuantConfig, bits: int) -> str | None:
-    """Why the format that the model will be exported to cannot hold the layer, or None."""
+def _target_problem(
+    node: ParameterNode, config: QuantConfig, bits: int, is_linear: bool
+) -> str | None:
+    """Why the format that the model will be exported to cannot hold the layer, or None.
+
+    Args:
+        node: the layer's.
+        config: the caller's rules.
+        bits: that the layer would have.
+        is_linear: whether its matrices are linear layers there, whatever its kind.
+    """
     form = None if node.module is None else form_of(node.module)
     if config.target is None or form is None:
         return None
-    if form.kind != "linear":
+    if form.kind != "linear" and not is_linear:
         return f"the format holds no {form.kind}"
     is_per_row = bits == INT8.bits or config.group_size == ONE_GROUP
     group_size = node.shape[-1] if is_per_row else config.group_size
-    problems = TARGETS[config.target].problems(node.shape, bits, group_size)
+    problems = TARGETS[config.target].problems(node.shape[-2:], bits, group_size)
     return problems[0] if problems else None
 
 

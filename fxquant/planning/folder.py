@@ -8,7 +8,7 @@ from torch import nn
 from fxquant.config.method import Recipe
 from fxquant.config.quant_config import QuantConfig
 from fxquant.exporters.block_list import BlockList, find_blocks
-from fxquant.exporters.folder_reader import FolderReader
+from fxquant.exporters.model_weights import ModelWeights
 from fxquant.exporters.stream import SHARD_BYTES
 from fxquant.graph.calls import Call
 from fxquant.passes.decide import Decision
@@ -162,16 +162,17 @@ def _block_steps(block: _Block, recipe: Recipe, speed: Speed) -> list[Step]:
     return [Step(step.name, step.seconds * block.count, step.processes) for step in steps]
 
 
-def take_dtypes(model: nn.Module, base: FolderReader) -> None:
+def take_dtypes(weights: ModelWeights) -> None:
     """Let parameters on meta have the dtypes of the folder's tensors; tied ones stay tied."""
     made: dict[nn.Parameter, nn.Parameter] = {}
-    for path, module in model.named_modules():
+    for path, module in weights.model.named_modules():
         for name, parameter in module._parameters.items():
-            full = f"{path}.{name}" if path else name
+            stored = weights.stored.get(f"{path}.{name}" if path else name)
             if parameter is None:
                 continue
-            if parameter not in made and base.has(full):
-                made[parameter] = nn.Parameter(parameter.to(base.dtype(full)), requires_grad=False)
+            if parameter not in made and stored is not None:
+                dtype = weights.base.dtype(next(iter(stored.tensors)))
+                made[parameter] = nn.Parameter(parameter.to(dtype), requires_grad=False)
             module._parameters[name] = made.get(parameter, parameter)
 
 

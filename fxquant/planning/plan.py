@@ -176,7 +176,7 @@ def _plan_folder(
             fitting = for_blocks(config, recipe)
             drawn = drawn_calls(data, weights.model, config.num_calibration_samples)
             check_batches(drawn)
-        take_dtypes(weights.model, base)
+        take_dtypes(weights)
         forecast = forecast_folder(weights.model, decisions, fitting, recipe, drawn, most_bytes)
     return Plan(
         decisions,

@@ -7,13 +7,13 @@ whole. Weights are rounded alone, as in `quantize_checkpoint`: nothing is known 
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from fxquant.config.method import parse_method
 from fxquant.config.quant_config import QuantConfig
 from fxquant.errors import FxquantError, OptionError
+from fxquant.exporters.experts import ExpertsParameter
 from fxquant.integrations.huggingface.empty_layer import (
     INITIALIZED,
     become,
@@ -21,7 +21,6 @@ from fxquant.integrations.huggingface.empty_layer import (
     tied_weights,
     untie,
 )
-from fxquant.modules.grouped_linear import GroupedLinear
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.packed_parameter import PackedParameter, child_name, hand_over
 from fxquant.passes.decide import decide, why_float
@@ -32,23 +31,6 @@ from fxquant.passes.rounded_layers import RoundedLayers
 from fxquant.tracing.opaque import graph_of_layers
 
 WEIGHT = ".weight"
-
-
-@dataclass(frozen=True)
-class ExpertsParameter:
-    """A parameter [experts, out, in], or [experts, in, out].
-
-    Attributes:
-        name: of the layer that multiplies by it, as in a traced graph.
-        is_transposed: whether it is [experts, in, out].
-    """
-
-    name: str
-    is_transposed: bool
-
-    def layer_on(self, value: Tensor) -> GroupedLinear:
-        """The float layer on values of the parameter."""
-        return GroupedLinear.on(value.mT if self.is_transposed else value)
 
 
 class RoundedOnLoading:

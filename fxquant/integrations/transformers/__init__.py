@@ -6,7 +6,6 @@
 | `cache.py` | `RoomyCache`: keys and values with room for more tokens |
 | `config.py` | `FxquantConfig`: what config.json says of the quantization |
 | `quantizer.py` | `FxquantQuantizer`: what transformers calls while it loads and saves |
-| `experts.py` | which parameters of a model without weights are matrices of experts |
 | `round_op.py` | the step of loading that quantizes a weight |
 | `saving.py` | `save_pretrained` of swapped models, also inside sentence-transformers |
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 
+from fxquant.exporters.experts import experts_parameters
 from fxquant.integrations.huggingface.loading import layers_to_load
 from fxquant.integrations.huggingface.rounded_layers import RoundedOnLoading
 from fxquant.integrations.huggingface.saved_layers import (
@@ -19,7 +20,6 @@ from fxquant.integrations.huggingface.saved_layers import (
 )
 from fxquant.integrations.huggingface.saving import described_state
 from fxquant.integrations.transformers.config import FxquantConfig
-from fxquant.integrations.transformers.experts import experts_parameters
 from fxquant.integrations.transformers.round_op import RoundOp
 from fxquant.modules.packed_parameter import parameter_name
 from fxquant.pretrained import guard_saving

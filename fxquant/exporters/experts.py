@@ -5,12 +5,31 @@ graph: the library's own marks say it. Its experts' classes tell whether matrice
 [experts, out, in] or [experts, in, out]; classes that hold one parameter `weight` store the first.
 """
 
-from torch import nn
+from dataclasses import dataclass
 
-from fxquant.integrations.huggingface.rounded_layers import ExpertsParameter
+from torch import Tensor, nn
+
+from fxquant.modules.grouped_linear import GroupedLinear
 
 COUNT, ORDER = "num_experts", "is_transposed"
 ONLY = "weight"  # a parameter of this name has no other one beside it
+
+
+@dataclass(frozen=True)
+class ExpertsParameter:
+    """A parameter [experts, out, in], or [experts, in, out].
+
+    Attributes:
+        name: of the layer that multiplies by it, as in a traced graph.
+        is_transposed: whether it is [experts, in, out].
+    """
+
+    name: str
+    is_transposed: bool
+
+    def layer_on(self, value: Tensor) -> GroupedLinear:
+        """The float layer on values of the parameter."""
+        return GroupedLinear.on(value.mT if self.is_transposed else value)
 
 
 def experts_parameters(model: nn.Module) -> dict[str, ExpertsParameter]:
