@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,8 @@ def decided(base: FolderReader, config: QuantConfig) -> tuple[list[Decision], Mo
         for e in experts.values()
         if not e.is_transposed and weights.rows_of(e.name) is not None
     ]
-    decisions = decide(graph_of_layers(model, layers), config, one_by_one)
+    found = decide(graph_of_layers(model, layers), config, one_by_one)
+    decisions = [_without_tracing(decision) for decision in found]
     if all(decision.bits is None for decision in decisions):
         raise OptionError(
             "config",
@@ -272,6 +274,14 @@ def decided(base: FolderReader, config: QuantConfig) -> tuple[list[Decision], Mo
                 "fxquant.quantize.",
             )
     return decisions, weights
+
+
+def _without_tracing(decision: Decision) -> Decision:
+    """The decision about code of a model that nothing tried to trace."""
+    if decision.rule != "opaque":
+        return decision
+    why = f"{decision.kind} is no layer that is known without tracing the model"
+    return replace(decision, rule="op table", reason=why)
 
 
 def _shards(base: FolderReader, without: Collection[str]) -> list[list[str]]:
