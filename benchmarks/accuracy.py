@@ -32,14 +32,17 @@ W8A8 = {"bits": 8, "activation_bits": 8}
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
     "rtn, asymmetric": {"method": "rtn", "symmetric": False},
+    "rtn, nf4": {"method": "rtn", "code_book": "nf4"},
     "hqq": {"method": "hqq"},
     "awq": {"method": "awq"},
     "smoothquant": {"method": "smoothquant"},
     "gptq": {"method": "gptq"},
     "gptq, asymmetric": {"method": "gptq", "symmetric": False},
+    "gptq, nf4": {"method": "gptq", "code_book": "nf4"},
     "awq+gptq": {"method": "awq+gptq"},
     "best": {"method": "best"},
     "best, asymmetric": {"method": "best", "symmetric": False},
+    "best, nf4": {"method": "best", "code_book": "nf4"},
     "W4A8 best, static": {"method": "best", "activation_bits": 8, "observer": "histogram"},
     "W4A8 best, dynamic": {"method": "best", "activation_bits": 8, "observer": "dynamic"},
     "W8A8 static": {"method": "rtn", "observer": "histogram", **W8A8},
@@ -49,12 +52,15 @@ METHODS: dict[str, dict[str, Any]] = {
 DATA_FREE: dict[str, dict[str, Any]] = {
     "no data: rtn": {"method": "rtn"},
     "no data: rtn, asymmetric": {"method": "rtn", "symmetric": False},
+    "no data: rtn, nf4": {"method": "rtn", "code_book": "nf4"},
+    "no data: hqq, nf4": {"method": "hqq", "code_book": "nf4"},
     "no data: hqq, asymmetric": {"method": "hqq", "symmetric": False},
 }
 # With the text that fxquant ships: in place of the book, or behind it.
 BUILT_IN: dict[str, dict[str, Any]] = {
     "built-in text: gptq, asymmetric": {"method": "gptq", "symmetric": False},
     "built-in text: best, asymmetric": {"method": "best", "symmetric": False},
+    "built-in text: best, nf4": {"method": "best", "code_book": "nf4"},
 }
 BOTH: dict[str, dict[str, Any]] = {
     "book and built-in text: gptq, asymmetric": {"method": "gptq", "symmetric": False},

@@ -38,6 +38,7 @@ def static_quantize(
     group_size: int = 128,
     symmetric: bool = True,
     zero_points: str = "float",
+    code_book: str | None = None,
     target: str | None = None,
     method: str = "auto",
     observer: str = "minmax",
@@ -67,6 +68,7 @@ def static_quantize(
         group_size: see there.
         symmetric: see there.
         zero_points: see there.
+        code_book: see there.
         target: see there.
         method: see there.
         observer: see there.
@@ -97,6 +99,7 @@ def static_quantize(
         group_size=group_size,
         symmetric=symmetric,
         zero_points=zero_points,
+        code_book=code_book,
         target=target,
         method=method,
         observer=observer,
@@ -278,6 +281,7 @@ def _allocated(
         group_size=config.group_size,
         symmetric=config.symmetric,
         zero_points=config.zero_points,
+        code_book=config.code_book,
         target=config.target,
         embeddings=config.embeddings,
         modules_to_not_convert=config.modules_to_not_convert,

@@ -26,6 +26,7 @@ def gptq(
     group_size: int = 128,
     symmetric: bool = True,
     integer_zero_points: bool = False,
+    code_book: str | None = None,
     damping: float = DAMPING,
 ) -> QuantizedWeight:
     """Quantize a weight for the inputs it will see.
@@ -37,6 +38,7 @@ def gptq(
         group_size: columns a group; the last group may be short. -1: one group a row.
         symmetric: one fixed zero point, or one for each group.
         integer_zero_points: these are whole numbers, 0 .. 2 ** bits - 1, not fractions.
+        code_book: a name of `numerics.code_books.CODE_BOOKS`, or None for integers.
         damping: what is added to the diagonal of the second moments, in units of its mean; more is
             taken where they have no inverse.
 
@@ -46,11 +48,12 @@ def gptq(
 
     Raises:
         WeightError: the weight is not a finite matrix.
-        OptionError: `group_size` or `bits` is not usable.
+        OptionError: `group_size` or `bits` is not usable, or not with the code book.
     """
     fixed = round_to_nearest(
         weight, bits=bits, group_size=group_size, symmetric=symmetric,
-        integer_zero_points=integer_zero_points, importance=moments.importance,
+        integer_zero_points=integer_zero_points, code_book=code_book,
+        importance=moments.importance,
     )  # fmt: skip
     if not moments.tokens:
         return fixed
@@ -71,14 +74,7 @@ def gptq(
     lazy_update(rest, factor, step)
     integers = torch.empty_like(q)
     integers[order] = q
-    return QuantizedWeight.from_integers(
-        integers.T.to(torch.uint8).contiguous(),
-        fixed.scales,
-        fixed.zero_points,
-        bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
-    )
+    return fixed.with_integers(integers.T, fixed.scales, fixed.zero_points)
 
 
 def _ordered_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:

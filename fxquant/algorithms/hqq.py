@@ -16,14 +16,11 @@ from fxquant.numerics.integers import (
     dequantize_affine,
     quantize_affine,
     safe_scale,
-    unsigned,
 )
 from fxquant.numerics.quantized_weight import (
     SCALE_DTYPE,
     QuantizedWeight,
-    resolved_group_size,
     rows_of_block,
-    symmetric_zero_point,
 )
 from fxquant.numerics.weights import calculate_scale_zp_groupwise, stored_zero_points
 
@@ -40,6 +37,7 @@ def half_quadratic(
     group_size: int = 128,
     symmetric: bool = True,
     integer_zero_points: bool = False,
+    code_book: str | None = None,
 ) -> QuantizedWeight:
     """Quantize a weight robustly against outliers.
 
@@ -50,19 +48,24 @@ def half_quadratic(
             whole row) the method is known to fail on models: use smaller ones.
         symmetric: one fixed zero point, or one for each group.
         integer_zero_points: these are whole numbers, 0 .. 2 ** bits - 1, not fractions.
+        code_book: a name of `numerics.code_books.CODE_BOOKS`, or None for integers.
 
     Returns:
         The integers with their scales and zero points.
 
     Raises:
         WeightError: the weight is not a finite matrix.
-        OptionError: `group_size` or `bits` is not usable.
+        OptionError: `group_size` or `bits` is not usable, or not with the code book.
     """
     scales, zero_points = calculate_scale_zp_groupwise(
-        weight, group_size, symmetric, bits=bits, integer_zero_points=integer_zero_points
-    )
+        weight, group_size, symmetric, bits=bits, integer_zero_points=integer_zero_points,
+        code_book=code_book,
+    )  # fmt: skip
     whole = integer_zero_points
-    group_size, integer = resolved_group_size(group_size, weight.shape[1]), unsigned(bits)
+    made = QuantizedWeight.empty(
+        weight, bits=bits, group_size=group_size, symmetric=symmetric, code_book=code_book
+    )
+    group_size, integer = made.group_size, made.integer
     rows = rows_of_block(weight.shape[1], SEARCH_BLOCK_ELEMENTS)
     counts = group_mask(weight.shape[1], group_size)
     parts = [
@@ -72,10 +75,8 @@ def half_quadratic(
         )
     ]
     q, scales, zero_points = (torch.cat(part) for part in zip(*parts, strict=True))
-    integers = from_groups(q, weight.shape[1]).to(torch.uint8)
-    return QuantizedWeight.from_integers(
-        integers, scales, zero_points, bits=bits, group_size=group_size, symmetric=symmetric
-    )
+    made.fill(from_groups(q, weight.shape[1]), scales, zero_points)
+    return made
 
 
 def _solve(
@@ -106,8 +107,7 @@ def _solve(
         best_zero = torch.where(better, zero_point, best_zero)
         rest = groups - _shrink(residual, strength) * unit  # without the few that are far off
         if symmetric:
-            levels = q - symmetric_zero_point(integer.bits)
-            levels = levels * counts
+            levels = (q - integer.middle) * counts
             fitted = (levels * rest).sum(-1) / levels.square().sum(-1)
             fitted = torch.where(torch.isfinite(fitted), fitted, scale)
             scale = safe_scale(fitted.to(SCALE_DTYPE).float())

@@ -82,10 +82,9 @@ class _Descent:
         scales, zeros = self._by_column(self.scales), self._by_column(self.zero_points)
         gradient = self.hessian @ ((self.q - zeros).mul_(scales).sub_(self.target))
         reach = (scales * self.hessian.diagonal()[:, None]).reciprocal_()
-        lowest, highest = self.integer.quant_min, self.integer.quant_max
 
         def step(i: int, slope: Tensor) -> Tensor:
-            best = (self.q[i] - slope * reach[i]).round_().clamp_(lowest, highest)
+            best = self.integer.nearest_(self.q[i] - slope * reach[i])
             change = (best - self.q[i]).mul_(scales[i])
             self.q[i] = best
             return change
@@ -113,11 +112,7 @@ class _Descent:
 
     def result(self) -> QuantizedWeight:
         """What was found."""
-        q = self.q.T.to(torch.uint8).contiguous()
-        return QuantizedWeight.from_integers(
-            q, self.scales, self.zero_points, bits=self.integer.bits,
-            group_size=self.group_size, symmetric=self.start.symmetric,
-        )  # fmt: skip
+        return self.start.with_integers(self.q.T, self.scales, self.zero_points)
 
     def _errors(self, scales: Tensor, zero_points: Tensor) -> Tensor:
         """The squared error of each row, [out]."""

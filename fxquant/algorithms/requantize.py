@@ -38,7 +38,7 @@ def requantize(weight: Tensor, like: QuantizedWeight) -> QuantizedWeight:
         whole = bool((like.zero_points == like.zero_points.round()).all())
         fresh, lowest = round_to_nearest(
             weight, bits=like.bits, group_size=like.group_size, symmetric=like.symmetric,
-            integer_zero_points=whole and not like.symmetric,
+            integer_zero_points=whole and not like.symmetric, code_book=like.code_book,
         ), 0  # fmt: skip
     rows = rows_of_block(like.in_features)
     blocks = zip(weight.split(rows), like.split(rows), fresh.split(rows), strict=True)
@@ -52,10 +52,7 @@ def _on_grid_of(block: Tensor, old: QuantizedWeight, lowest: int) -> QuantizedWe
     size, columns = min(old.group_size, old.in_features), old.in_features
     scales, zeros = (expand_groups(t.float(), size, columns) for t in (old.scales, old.zero_points))
     q = quantize_affine(block, scales, zeros, old.integer).clamp_(min=lowest)
-    return QuantizedWeight.from_integers(
-        q.to(torch.uint8), old.scales, old.zero_points, bits=old.bits, group_size=old.group_size,
-        symmetric=old.symmetric,
-    )  # fmt: skip
+    return old.with_integers(q, old.scales, old.zero_points)
 
 
 def _better(block: Tensor, kept: QuantizedWeight, new: QuantizedWeight) -> QuantizedWeight:
@@ -63,12 +60,11 @@ def _better(block: Tensor, kept: QuantizedWeight, new: QuantizedWeight) -> Quant
     size, columns = min(kept.group_size, kept.in_features), kept.in_features
     is_kept = _squared_error(block, kept, size) <= _squared_error(block, new, size)
     columns_kept = expand_groups(is_kept, size, columns)
-    return QuantizedWeight.from_integers(
+    return kept.with_integers(
         torch.where(columns_kept, kept.integers(), new.integers()),
         torch.where(is_kept, kept.scales, new.scales),
         torch.where(is_kept, kept.zero_points, new.zero_points),
-        bits=kept.bits, group_size=kept.group_size, symmetric=kept.symmetric,
-    )  # fmt: skip
+    )
 
 
 def _squared_error(block: Tensor, quantized: QuantizedWeight, size: int) -> Tensor:

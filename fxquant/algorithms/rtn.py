@@ -35,6 +35,9 @@ CLIP_RATIOS = {
     3: (*_RATIOS, 1.15, 1.3, 0.56, 0.5),
     **dict.fromkeys((4, 5, 6, 8), _RATIOS),
 }
+# No level of a code book clips at full range; its levels lie closer on the positive side, so both
+# signs of the scale are tried.
+BOOK_RATIOS = tuple(sign * r for r in (1.0, 0.95, 0.9, 0.85, 0.8, 0.72, 0.64) for sign in (1, -1))
 REFITS = 8  # nearly always fewer are needed
 # Of the weighted variance of the levels, whose mean is rounded. With less, all that count are at
 # one level, and what is left is the rounding error of the mean: no scale can be fitted to it.
@@ -49,6 +52,7 @@ def round_to_nearest(
     group_size: int = 128,
     symmetric: bool = True,
     integer_zero_points: bool = False,
+    code_book: str | None = None,
     importance: Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize a weight by rounding, with the best range for each group.
@@ -59,6 +63,7 @@ def round_to_nearest(
         group_size: columns a group; the last group may be short. -1: one group a row.
         symmetric: one fixed zero point, or one for each group.
         integer_zero_points: these are whole numbers, 0 .. 2 ** bits - 1, not fractions.
+        code_book: a name of `numerics.code_books.CODE_BOOKS`, or None for integers.
         importance: [in], how much a column's squared error counts: the mean square of the layer's
             input. All columns count alike without it.
 
@@ -67,13 +72,16 @@ def round_to_nearest(
 
     Raises:
         WeightError: the weight is not a finite matrix.
-        OptionError: `group_size` or `bits` is not usable, or `importance` has another length.
+        OptionError: `group_size` or `bits` is not usable, or not with the code book, or
+            `importance` has another length.
     """
     check_weight(weight)
     importance = _checked_importance(importance, weight)
-    made = QuantizedWeight.empty(weight, bits=bits, group_size=group_size, symmetric=symmetric)
+    made = QuantizedWeight.empty(
+        weight, bits=bits, group_size=group_size, symmetric=symmetric, code_book=code_book
+    )
     if rounding.unsupported(weight) is None:
-        ratios = CLIP_RATIOS[bits]
+        ratios = clip_ratios(made)
         rounding.round_groups(
             weight, made, clip_ratios=ratios, refits=REFITS,
             integer_zero_points=integer_zero_points, importance=importance,
@@ -81,6 +89,11 @@ def round_to_nearest(
     else:
         _round_in_torch(weight.detach(), made, importance, integer_zero_points)
     return made
+
+
+def clip_ratios(made: QuantizedWeight) -> tuple[float, ...]:
+    """The ratios that are tried for a weight of this form."""
+    return CLIP_RATIOS[made.bits] if made.code_book is None else BOOK_RATIOS
 
 
 def _checked_importance(importance: Tensor | None, weight: Tensor) -> Tensor | None:
@@ -112,7 +125,7 @@ def _round_block(
     weights = _column_weights(block, made.group_size, importance)  # [1, groups, group_size]
     fit = _Fit(groups, weights, made.integer)
     low, high = groups.amin(-1), groups.amax(-1)
-    for ratio in CLIP_RATIOS[made.bits]:
+    for ratio in clip_ratios(made):
         if made.symmetric:
             extreme = torch.where(high > -low, high, low) * ratio
             fit.offer(*scales_from_extreme(extreme, made.integer))
@@ -140,8 +153,7 @@ class _Fit:
         # In units of the scale: the distance to the nearest level is found before it is scaled.
         reciprocal = scale.reciprocal()[..., None]
         torch.mul(self.groups, reciprocal, out=self.exact).add_(zero_point[..., None])
-        torch.round(self.exact, out=self.q).clamp_(self.integer.quant_min, self.integer.quant_max)
-        distance = self.q.sub_(self.exact)
+        distance = self.integer.nearest_(self.q.copy_(self.exact)).sub_(self.exact)
         if self.root is not None:
             distance.mul_(self.root)
         error = torch.linalg.vector_norm(distance, dim=-1).mul_(scale.abs())

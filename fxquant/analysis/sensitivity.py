@@ -63,6 +63,7 @@ def sensitivity(
     rounding: str | None = None,
     symmetric: bool = True,
     zero_points: str = "float",
+    code_book: str | None = None,
     target: str | None = None,
     embeddings: int | None = None,
     metric: Metric = "sqnr",
@@ -96,6 +97,7 @@ def sensitivity(
             the data, which is much faster.
         symmetric: one fixed zero point, or one for each group.
         zero_points: `"float"` or `"integer"`, as in `QuantConfig`.
+        code_book: of weights of 4 bits, as in `QuantConfig`.
         target: a format that the model will be exported to, as in `QuantConfig`.
         embeddings: bits of the rows of embeddings, which are measured too; None leaves them float.
         metric: of the output's error: `"sqnr"`, `"kl"` where the output is logits, or (with
@@ -128,6 +130,7 @@ def sensitivity(
         group_size=group_size,
         symmetric=symmetric,
         zero_points=zero_points,
+        code_book=code_book,
         target=target,
         modules_to_not_convert=modules_to_not_convert,
         skip_layer_names=skip_layer_names,

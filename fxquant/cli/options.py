@@ -8,6 +8,7 @@ import click
 
 from fxquant.config.quant_config import ZERO_POINTS, QuantConfig, as_config
 from fxquant.config.targets import TARGETS
+from fxquant.numerics.code_books import CODE_BOOKS
 from fxquant.numerics.integers import WIDTHS
 
 MODEL_HELP = """
@@ -52,6 +53,8 @@ _RULES = (
     click.option("--asymmetric", is_flag=True, help="A zero point for each group."),
     click.option("--zero-points", type=click.Choice(ZERO_POINTS),
                  help="Of asymmetric weights; other formats need integers.  [default: float]"),
+    click.option("--code-book", type=click.Choice(list(CODE_BOOKS)),
+                 help="16 levels of weights of 4 bits in the place of integers.  [default: none]"),
     click.option("--target", type=click.Choice(list(TARGETS)),
                  help="A format that the model will be exported to: keep to what it holds."),
     click.option("--method", metavar="NAME", help="rtn, hqq, gptq, awq, smoothquant, some joined "
@@ -98,6 +101,7 @@ def config_of(rules: dict[str, Any]) -> QuantConfig:
         "group_size": rules["group_size"],
         "symmetric": False if rules["asymmetric"] else None,
         "zero_points": rules["zero_points"],
+        "code_book": rules["code_book"],
         "target": rules["target"],
         "method": rules["method"],
         "observer": rules["observer"],

@@ -5,7 +5,9 @@ from typing import Any
 
 from fxquant.config.skip_rules import NameRule, type_rule
 from fxquant.errors import OptionError, check_number
+from fxquant.numerics.code_books import CODE_BITS, check_code_book
 from fxquant.numerics.integers import WIDTHS
+from fxquant.numerics.quantized_weight import check_symmetric
 
 FLOAT_BITS = 16  # how a mapping of bits says "leave it float"
 # A class, a function or a name of one of them.
@@ -76,6 +78,33 @@ def check_embeddings(value: Any) -> None:
             found=repr(value),
             needed=f"None, or one of {', '.join(map(str, WIDTHS))}",
             remedy="Leave it None for float embeddings.",
+        )
+
+
+def check_code_book_fits(
+    code_book: str | None, bits: int | Mapping[str, int], embeddings: int | None, symmetric: bool
+) -> None:
+    """Refuse a code book that no weight can have.
+
+    Args:
+        code_book: the option, as are all that follow.
+        bits: one width, or some by name.
+        embeddings: the width of embeddings.
+        symmetric: whether there is one zero point.
+
+    Raises:
+        OptionError: there is no such book, none of the widths is its own, or it would get zero
+            points.
+    """
+    check_code_book(code_book)
+    check_symmetric(code_book, symmetric)
+    widths = bits.values() if isinstance(bits, Mapping) else [bits]
+    if code_book is not None and CODE_BITS not in {*widths, embeddings}:
+        raise OptionError(
+            "code_book",
+            found=f"{code_book!r} for weights of {', '.join(map(str, widths))} bits",
+            needed=f"weights of {CODE_BITS} bits: a code book has 16 levels",
+            remedy=f"Pass bits={CODE_BITS}, or leave code_book out.",
         )
 
 

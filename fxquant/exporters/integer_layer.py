@@ -25,6 +25,7 @@ class IntegerLayer:
         bias: float [out] or None.
         activation_group: inputs of a token that share a scale, where the layer rounds them to 8
             bits while it runs; None where it multiplies floats.
+        code_book: the name of the 16 levels that `q` is one of, which no format has integers for.
     """
 
     q: Tensor
@@ -35,6 +36,7 @@ class IntegerLayer:
     symmetric: bool
     bias: Tensor | None
     activation_group: int | None = None
+    code_book: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -68,5 +70,6 @@ def integer_weight(weight: QuantizedWeight, bias: Tensor | None = None) -> Integ
     own = None if bias is None else bias.detach().cpu()
     q, scales = weight.integers().cpu(), weight.scales.cpu()
     return IntegerLayer(
-        q, scales, weight.zero_points.cpu(), weight.group_size, weight.bits, weight.symmetric, own
-    )
+        q, scales, weight.zero_points.cpu(), weight.group_size, weight.bits, weight.symmetric, own,
+        code_book=weight.code_book,
+    )  # fmt: skip

@@ -86,7 +86,7 @@ class Onnx:
         for name, module in source.layers.items():
             layer = integer_layer(module)
             yield from holdable(name, layer, self.target)
-            if layer is None:
+            if layer is None or layer.code_book is not None:
                 continue
             yield from exact_scales(name, layer, source.dtype, self.target)
             if self.standard or layer.bits == 8:

@@ -13,8 +13,9 @@ from fxquant.modules.grouped_linear import GroupedLinear, QuantizedGroupedLinear
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.linear_of import linear_of
 from fxquant.modules.packed_parameter import PackedParameter, child_name, hand_over
+from fxquant.numerics.integers import unsigned
 from fxquant.numerics.metrics import sqnr_db
-from fxquant.numerics.quantized_weight import SCALE_DTYPE, QuantizedWeight, symmetric_zero_point
+from fxquant.numerics.quantized_weight import SCALE_DTYPE, QuantizedWeight
 
 
 class RoundedScalesWarning(UserWarning):
@@ -43,7 +44,7 @@ def layer_of(
             needed="finite scales other than 0",
             remedy="Make the checkpoint again: such a group of weights carries nothing.",
         )
-    middle = symmetric_zero_point(stored.bits)
+    middle = unsigned(stored.bits).middle
     is_symmetric = bool((stored.zero_points == middle).all())
     q = stored.q.to(torch.uint8).contiguous()
     grid = scales.contiguous(), stored.zero_points.contiguous()

@@ -61,6 +61,10 @@ def holdable(name: str, layer: IntegerLayer | None, target: Target) -> Iterator[
         remedy = "Leave it float with modules_to_not_convert."
         yield Finding(name, "the format has no layers of this kind", remedy)
         return
+    if layer.code_book is not None:
+        problem = f"it has the levels of the code book {layer.code_book}: the format has integers"
+        yield Finding(name, problem, "Quantize without code_book.")
+        return
     for problem in target.problems(layer.shape, layer.bits, layer.group_size):
         yield Finding(name, problem, within(target))
 

@@ -58,8 +58,9 @@ def format_of(layer: QuantizedLinearIntN) -> Hashable:
     """What layers must have in common to be one: see `joined`."""
     bias = None if layer.bias is None else layer.bias.dtype
     return (
-        type(layer), layer.in_features, layer.bits, layer.group_size, layer.symmetric, bias,
-        layer.activation, layer.backend, layer.weight.dtype, layer.weight.device, layer.training,
+        type(layer), layer.in_features, layer.bits, layer.group_size, layer.symmetric,
+        layer.code_book, bias, layer.activation, layer.backend, layer.weight.dtype,
+        layer.weight.device, layer.training,
     )  # fmt: skip
 
 

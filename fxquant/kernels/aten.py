@@ -13,16 +13,13 @@ from torch import Tensor
 from fxquant.kernels.gradient import checked_product
 from fxquant.kernels.interface import LinearSpec
 from fxquant.numerics.grouping import group_count
-from fxquant.numerics.quantized_weight import (
-    ZERO_POINT_DTYPE,
-    QuantizedWeight,
-    symmetric_zero_point,
-)
+from fxquant.numerics.integers import unsigned
+from fxquant.numerics.quantized_weight import ZERO_POINT_DTYPE, QuantizedWeight
 
 GROUP_SIZES = (32, 64, 128, 256)
 ROW_MULTIPLE = 16  # the op takes multiples of this
 INT4_BITS = 4
-ZERO_POINT = symmetric_zero_point(INT4_BITS)
+ZERO_POINT = unsigned(INT4_BITS).middle
 
 
 class AtenBackend:
@@ -36,6 +33,8 @@ class AtenBackend:
             return f"it runs on CPUs, not on {device.type}"
         if spec.bits != INT4_BITS:
             return f"the weight has {spec.bits} bits, not {INT4_BITS}"
+        if spec.code_book is not None:
+            return f"the weight has the levels of {spec.code_book}, not integers"
         if spec.group_size not in GROUP_SIZES:
             return f"group_size is {spec.group_size}, not one of {GROUP_SIZES}"
         if spec.activation != "float":
@@ -80,15 +79,7 @@ class AtenBackend:
         zero_points = torch.full_like(scales, ZERO_POINT)
         if asymmetric:
             zero_points = asymmetric[1].float()
-        return QuantizedWeight(
-            data.contiguous(),
-            scales.contiguous(),
-            zero_points,
-            spec.group_size,
-            spec.in_features,
-            spec.symmetric,
-            INT4_BITS,
-        )
+        return spec.weight(data.contiguous(), scales.contiguous(), zero_points)
 
     def rows(
         self, tensors: tuple[Tensor, ...], spec: LinearSpec, places: Tensor

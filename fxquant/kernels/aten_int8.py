@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxquant.kernels.gradient import checked_product
 from fxquant.kernels.interface import LinearSpec
-from fxquant.numerics.quantized_weight import SCALE_DTYPE, QuantizedWeight, symmetric_zero_point
+from fxquant.numerics.quantized_weight import SCALE_DTYPE, QuantizedWeight
 
 INT8_BITS = 8
 COLUMNS = 16  # torch 2.13's op reads beyond its input where columns are no multiple of this
@@ -43,10 +43,7 @@ class AtenInt8Backend:
         """Leave the padding away."""
         q, scales = tensors[0][:, : spec.in_features].contiguous(), tensors[1].float()[:, None]
         packed = q.view(torch.uint8) ^ _TOP_BIT
-        middle = torch.full_like(scales, symmetric_zero_point(INT8_BITS))
-        return QuantizedWeight(
-            packed, scales, middle, spec.group_size, spec.in_features, True, INT8_BITS
-        )
+        return spec.weight(packed, scales, torch.full_like(scales, spec.middle))
 
     def rows(
         self, tensors: tuple[Tensor, ...], spec: LinearSpec, places: Tensor

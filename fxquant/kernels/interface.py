@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import OptionError
+from fxquant.numerics.code_books import integer_type
 from fxquant.numerics.quantized_weight import QuantizedWeight
 
 
@@ -18,9 +19,10 @@ class LinearSpec:
         out_features: rows of the weight.
         in_features: columns of the weight.
         group_size: columns a group; the last group may be short.
-        symmetric: whether every zero point is 2 ** (bits - 1).
+        symmetric: whether every zero point is `middle`.
         activation: `"float"`, or `"int8"` for activations quantized on the fly.
-        bits: of an integer of the weight.
+        bits: of what is stored of an integer of the weight.
+        code_book: as in `QuantizedWeight`.
     """
 
     out_features: int
@@ -29,6 +31,19 @@ class LinearSpec:
     symmetric: bool
     activation: str = "float"
     bits: int = 4
+    code_book: str | None = None
+
+    @property
+    def middle(self) -> float:
+        """The zero point of symmetric weights."""
+        return integer_type(self.bits, self.code_book).middle
+
+    def weight(self, packed: Tensor, scales: Tensor, zero_points: Tensor) -> QuantizedWeight:
+        """The weight of these tensors, which are as `QuantizedWeight` has them."""
+        return QuantizedWeight(
+            packed, scales, zero_points, self.group_size, self.in_features, self.symmetric,
+            self.bits, self.code_book,
+        )  # fmt: skip
 
 
 def check_input(x: Tensor, in_features: int, bits: int) -> None:

@@ -5,7 +5,6 @@ both sum in float32 and read one layout. A row's result does not depend on the o
 threads.
 """
 
-from itertools import product
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from fxquant.kernels.native_layout import (
 )
 from fxquant.kernels.reference import REFERENCE
 from fxquant.kernels.registration import LIBRARY, implements
+from fxquant.numerics.code_books import CODE_BITS, CODE_BOOKS, code_book_of, number_of
 from fxquant.numerics.integers import WIDTHS
 from fxquant.numerics.quantized_weight import QuantizedWeight
 from fxquant.numerics.weights import quantize_weight
@@ -36,7 +36,7 @@ SHAPE_REMEDY = "Give x the in_features, and bias the out_features, of the layer.
 
 LINEAR_SCHEMA = (
     "linear_intn(Tensor x, Tensor weight, Tensor? bias, int in_features, int out_features,"
-    " int bits, bool symmetric, bool int8_activations) -> Tensor"
+    " int bits, bool symmetric, bool int8_activations, int code_book=0) -> Tensor"
 )
 
 
@@ -49,6 +49,7 @@ def _multiply(
     bits: int,
     symmetric: bool,
     int8_activations: bool,
+    code_book: int = 0,
     function: str = "none",
     is_gated: bool = False,
 ) -> Tensor:
@@ -81,6 +82,7 @@ def _multiply(
             out_features,
             bits,
             symmetric,
+            code_book,
             int8_activations,
             NUMBERS[function],
             is_gated,
@@ -122,11 +124,12 @@ def _spec_of(
     bits: int,
     symmetric: bool,
     int8_activations: bool,
+    code_book: int = 0,
 ) -> LinearSpec:
     """What the op's weight was packed for; its groups are the layout's."""
-    activation = "int8" if int8_activations else "float"
+    activation, book = "int8" if int8_activations else "float", code_book_of(code_book)
     group_size = group_size_of(weight, bits, symmetric)
-    return LinearSpec(out_features, in_features, group_size, symmetric, activation, bits)
+    return LinearSpec(out_features, in_features, group_size, symmetric, activation, bits, book)
 
 
 def _linear_intn_shape(
@@ -146,7 +149,7 @@ def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     weight = from_blocks(ctx.saved_tensors[0], ctx.spec).dequantize()
     to_x, to_bias = gradients_of_linear(gradient, weight, ctx.bias_type)
-    return to_x, None, to_bias, None, None, None, None, None
+    return to_x, None, to_bias, None, None, None, None, None, None
 
 
 torch.library.register_fake("fxquant::linear_intn", _linear_intn_shape, lib=LIBRARY)
@@ -186,7 +189,8 @@ class NativeBackend:
         if FAULT is not None or not is_plain(blocks) or not blocks.is_contiguous():
             return from_blocks(blocks, spec).dequantize()
         y = torch.empty(spec.out_features, spec.in_features)
-        sizes = spec.in_features, spec.out_features, spec.bits, spec.symmetric
+        book = number_of(spec.code_book)
+        sizes = spec.in_features, spec.out_features, spec.bits, spec.symmetric, book
         at, threads = blocks.data_ptr(), torch.get_num_threads()
         is_sound = _native.dequantize(at, blocks.shape, *sizes, y.data_ptr(), threads)
         assert is_sound  # `pack` made it
@@ -255,6 +259,7 @@ class NativeBackend:
             spec.out_features,
             spec.bits,
             spec.symmetric,
+            number_of(spec.code_book),
             scales is not None,
             torch.get_num_threads(),
         )
@@ -281,10 +286,10 @@ class NativeBackend:
         return gate(product, function) if is_gated else FUNCTIONS[function](product)
 
 
-def _form(spec: LinearSpec) -> tuple[int, int, int, bool, bool]:
+def _form(spec: LinearSpec) -> tuple[int, int, int, bool, bool, int]:
     """The op's last arguments."""
-    int8_activations = spec.activation == "int8"
-    return spec.in_features, spec.out_features, spec.bits, spec.symmetric, int8_activations
+    int8_activations, book = spec.activation == "int8", number_of(spec.code_book)
+    return spec.in_features, spec.out_features, spec.bits, spec.symmetric, int8_activations, book
 
 
 NATIVE = NativeBackend()
@@ -296,10 +301,13 @@ def self_test() -> str | None:
         return NOT_BUILT
     wave = torch.arange(70 * 72, dtype=torch.float32, device="cpu").sin()
     x = wave[: 9 * 72].view(9, 72).bfloat16().float()
-    for bits, symmetric in product(WIDTHS, (True, False)):
-        weight = quantize_weight(wave.view(70, 72), bits, 32, symmetric)
+    forms: list[tuple[int, bool, str | None]] = [(bits, True, None) for bits in WIDTHS]
+    forms += [(bits, False, None) for bits in WIDTHS]
+    forms += [(CODE_BITS, True, book) for book in CODE_BOOKS]
+    for bits, symmetric, book in forms:
+        weight = quantize_weight(wave.view(70, 72), bits, 32, symmetric, code_book=book)
         for activation in ("float", "int8"):
-            spec = LinearSpec(70, 72, 32, symmetric, activation, bits)
+            spec = LinearSpec(70, 72, 32, symmetric, activation, bits, book)
             expected = REFERENCE.matmul(x, REFERENCE.pack(weight, spec), spec)
             y = NATIVE.matmul(x, NATIVE.pack(weight, spec), spec)
             if not torch.allclose(y, expected, rtol=0, atol=1e-4):

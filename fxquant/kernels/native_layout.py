@@ -20,7 +20,6 @@ from fxquant.numerics.quantized_weight import (
     ZERO_POINT_DTYPE,
     QuantizedWeight,
     rows_of_block,
-    symmetric_zero_point,
 )
 
 BLOCK = 64  # outputs
@@ -68,10 +67,7 @@ def from_blocks(blocks: Tensor, spec: LinearSpec) -> QuantizedWeight:
     packed = blocks.new_empty(out_features, packed_columns(in_features, bits))
     groups = group_count(in_features, spec.group_size)
     scales = blocks.new_empty(out_features, groups, dtype=torch.float32)
-    zero_points = torch.full_like(scales, symmetric_zero_point(bits))
-    weight = QuantizedWeight(
-        packed, scales, zero_points, spec.group_size, in_features, spec.symmetric, bits
-    )
+    weight = spec.weight(packed, scales, torch.full_like(scales, spec.middle))
     size = _group_of(spec.group_size, in_features, bits)
     count = _blocks_at_once(blocks.shape[1] * size)
     for part, some in zip(blocks.split(count), weight.split(count * BLOCK), strict=True):
@@ -90,15 +86,13 @@ def rows_of_blocks(blocks: Tensor, spec: LinearSpec, places: Tensor) -> Quantize
     in_features, bits, block, lane = spec.in_features, spec.bits, places // BLOCK, places % BLOCK
     first = _first_groups(blocks, spec.group_size, in_features, bits)
     scales = blocks.view(SCALE_DTYPE)[block, :, lane][:, first].float()
-    zero_points, start = torch.full_like(scales, symmetric_zero_point(bits)), 2 * BLOCK
+    zero_points, start = torch.full_like(scales, spec.middle), 2 * BLOCK
     if not spec.symmetric:
         zero_points = blocks.view(ZERO_POINT_DTYPE)[block, :, lane + BLOCK][:, first].float()
         start *= 2
     codes = blocks.view(torch.int32)[..., start // 4 :].unflatten(-1, (-1, BLOCK))
     packed = _packed_rows(codes[block, :, :, lane].flatten(1), in_features, bits)
-    return QuantizedWeight(
-        packed, scales, zero_points, spec.group_size, in_features, spec.symmetric, bits
-    )
+    return spec.weight(packed, scales, zero_points)
 
 
 def _first_groups(blocks: Tensor, group_size: int, in_features: int, bits: int) -> slice:

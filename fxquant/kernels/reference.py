@@ -28,15 +28,7 @@ class ReferenceBackend:
     def unpack(self, tensors: tuple[Tensor, ...], spec: LinearSpec) -> QuantizedWeight:
         """The saved layout itself."""
         packed, scales, zero_points = tensors
-        return QuantizedWeight(
-            packed,
-            scales.float(),
-            zero_points.float(),
-            spec.group_size,
-            spec.in_features,
-            spec.symmetric,
-            spec.bits,
-        )
+        return spec.weight(packed, scales.float(), zero_points.float())
 
     def rows(
         self, tensors: tuple[Tensor, ...], spec: LinearSpec, places: Tensor

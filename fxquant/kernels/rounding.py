@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.kernels.extension import FLOAT_TYPES, NOT_BUILT, _native
+from fxquant.numerics.code_books import CODE_BITS, CODE_BOOKS, number_of
 from fxquant.numerics.quantized_weight import QuantizedWeight
 from fxquant.numerics.weights import quantize_weight
 
@@ -43,7 +44,7 @@ def round_groups(
     Args:
         weight: finite, [out, in], of a type for which `unsupported` is None.
         made: contiguous memory for the result, which says its form; see `QuantizedWeight.empty`.
-        clip_ratios: of each group's full range, at most 64.
+        clip_ratios: of each group's full range, at most 64; one below 0 turns the scale's sign.
         refits: at most so many refits by least squares.
         integer_zero_points: zero points are levels.
         importance: float32 [in] on the CPU, how much a column's squared error counts.
@@ -59,6 +60,7 @@ def round_groups(
         columns,
         min(made.group_size, columns),
         made.bits,
+        number_of(made.code_book),
         made.symmetric,
         integer_zero_points,
         0 if importance is None else importance.data_ptr(),
@@ -76,14 +78,17 @@ def self_test() -> str | None:
     if NOT_BUILT is not None:
         return NOT_BUILT
     weight = torch.arange(5 * 70, dtype=torch.float32, device="cpu").sin().view(5, 70)
-    for bits in (3, 4):
-        for symmetric in (True, False):
-            plain = quantize_weight(weight, bits, 32, symmetric)
-            found = QuantizedWeight.empty(weight, bits=bits, group_size=32, symmetric=symmetric)
-            round_groups(weight, found, clip_ratios=(1.0, 0.9), refits=1)
-            full, best = (made.dequantize() - weight for made in (plain, found))
-            if not best.norm() <= full.norm() * 1.0001:
-                return f"it rounds wrongly on this CPU ({_native.instruction_sets()[0]})"
+    forms: list[tuple[int, bool, str | None]] = [(3, True, None), (3, False, None)]
+    forms += [(4, True, None), (4, False, None), *((CODE_BITS, True, b) for b in CODE_BOOKS)]
+    for bits, symmetric, book in forms:
+        plain = quantize_weight(weight, bits, 32, symmetric, code_book=book)
+        found = QuantizedWeight.empty(
+            weight, bits=bits, group_size=32, symmetric=symmetric, code_book=book
+        )
+        round_groups(weight, found, clip_ratios=(1.0, 0.9), refits=1)
+        full, best = (made.dequantize() - weight for made in (plain, found))
+        if not best.norm() <= full.norm() * 1.0001:
+            return f"it rounds wrongly on this CPU ({_native.instruction_sets()[0]})"
     return None
 
 

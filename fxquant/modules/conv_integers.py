@@ -20,7 +20,6 @@ from fxquant.kernels.gradient import needs_gradient
 from fxquant.kernels.native import NATIVE
 from fxquant.modules.activation import levels_of_samples
 from fxquant.modules.linear_intn import QuantizedLinearIntN
-from fxquant.numerics.quantized_weight import symmetric_zero_point
 
 Grid = tuple[Tensor, Tensor]  # scale and zero point, one number each
 
@@ -170,7 +169,7 @@ def _packed_of(conv: Any) -> PackedConv | None:
     if not has_integers(conv):
         return None
     weight = conv.matrix.quantized_weight
-    q = (weight.integers().int() - int(symmetric_zero_point(weight.bits))).to(torch.int8)
+    q = (weight.integers().int() - int(weight.integer.middle)).to(torch.int8)
     height, width = _pair(conv.kernel_size, 1)
     kernel = pack_kernel(q.view(len(q), -1, height, width), weight.scales[:, 0])
     pads = conv.pads

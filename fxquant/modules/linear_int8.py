@@ -14,7 +14,8 @@ from fxquant.modules.linear import (
     check_saved,
 )
 from fxquant.modules.linear_intn import QuantizedLinearIntN
-from fxquant.numerics.quantized_weight import SCALE_DTYPE, QuantizedWeight, symmetric_zero_point
+from fxquant.numerics.integers import UINT8
+from fxquant.numerics.quantized_weight import SCALE_DTYPE, QuantizedWeight
 from fxquant.numerics.weights import quantize_weight_int8
 
 _TOP_BIT = 0x80  # flips 0..255 to -128..127
@@ -115,7 +116,7 @@ class QuantizedLinearInt8(QuantizedLinearIntN):
 def _as_weight(q: Tensor, scales: Tensor) -> QuantizedWeight:
     """The weight of integers int8 [out, in] and scales [out]."""
     grid = scales.float()[:, None]
-    middle = torch.full_like(grid, symmetric_zero_point(QuantizedLinearInt8.bits))
+    middle = torch.full_like(grid, UINT8.middle)
     packed = q.contiguous().view(torch.uint8) ^ _TOP_BIT
     in_features = q.shape[1]
     return QuantizedWeight(packed, grid, middle, in_features, in_features, True, 8)

@@ -22,8 +22,8 @@ from fxquant.modules.linear import (
     check_names,
     moved_only,
 )
-from fxquant.modules.saved_weight import FORM, weight_of_saved
-from fxquant.numerics.quantized_weight import QuantizedWeight, saved_bytes, symmetric_zero_point
+from fxquant.modules.saved_weight import CODE_BOOK, FORM, weight_of_saved
+from fxquant.numerics.quantized_weight import QuantizedWeight, saved_bytes
 from fxquant.numerics.weights import quantize_weight
 
 _PICKLED = "_saved_weight"
@@ -40,12 +40,15 @@ class QuantizedLinearIntN(QuantizedLinear):
 
     - `_packed_weight`: uint8 [out, ceil(in · bits / 8)], lowest bit first (see `numerics/packing`).
     - `_scales`: bfloat16 [out, groups].
-    - `_zero_points`: float16 [out, groups]; symmetric weights share one element, 2 ** (bits - 1).
+    - `_zero_points`: float16 [out, groups]; symmetric weights share one element, 2 ** (bits - 1),
+      or 128 with a code book.
 
     Attributes:
-        bits: of an integer: 2, 3, 4, 5, 6 or 8.
+        bits: of what is stored of an integer: 2, 3, 4, 5, 6 or 8.
         group_size: columns a group; the last group may be short.
-        symmetric: whether every zero point is 2 ** (bits - 1).
+        symmetric: whether all zero points are that one number.
+        code_book: the name of the 16 levels that q is one of, see `numerics/code_books`; None: q is
+            any integer of the width.
     """
 
     _options: tuple[str, ...] = ("bits", *FORM, "activation", "dtype")
@@ -61,13 +64,19 @@ class QuantizedLinearIntN(QuantizedLinear):
         super().__init__(in_features, out_features, bias, activation, weight_dtype)
         self.bits = weight.bits
         self.group_size, self.symmetric = weight.group_size, weight.symmetric
+        self.code_book = weight.code_book
         self._kernel_names: tuple[str, ...] = ()
         self._derived: dict[Any, Any] = {}
         self._hold(weight)
 
     @classmethod
     def rounded(
-        cls, linear: nn.Linear, bits: int, group_size: int = 128, symmetric: bool = True
+        cls,
+        linear: nn.Linear,
+        bits: int,
+        group_size: int = 128,
+        symmetric: bool = True,
+        code_book: str | None = None,
     ) -> Self:
         """Round the weights of `linear` to nearest, over the full range of each group.
 
@@ -76,13 +85,16 @@ class QuantizedLinearIntN(QuantizedLinear):
             bits: of an integer: 2, 3, 4, 5, 6 or 8.
             group_size: columns a group; the last group may be short. -1: one group a row.
             symmetric: one fixed zero point, or one for each group.
+            code_book: a name of `numerics.code_books.CODE_BOOKS`, or None for integers.
 
         Raises:
             WeightError: `linear` is no Linear, or its weight is not finite.
-            OptionError: `group_size` or `bits` is not usable.
+            OptionError: `group_size` or `bits` is not usable, or not with the code book.
         """
         linear = check_linear(linear)
-        weight = quantize_weight(linear.weight.detach(), bits, group_size, symmetric)
+        weight = quantize_weight(
+            linear.weight.detach(), bits, group_size, symmetric, code_book=code_book
+        )
         return cls(weight, linear.bias, weight_dtype=linear.weight.dtype)
 
     def _prepare(self) -> None:
@@ -103,6 +115,7 @@ class QuantizedLinearIntN(QuantizedLinear):
             symmetric=self.symmetric,
             activation=self._activation,
             bits=self.bits,
+            code_book=self.code_book,
         )
 
     @property
@@ -144,19 +157,12 @@ class QuantizedLinearIntN(QuantizedLinear):
 
     def _from_saved(self, saved: dict[str, Tensor]) -> QuantizedWeight:
         """Undo `_saved`, for a layer of this form."""
-        return QuantizedWeight(
-            saved["_packed_weight"],
-            saved["_scales"].float(),
-            saved["_zero_points"].float(),
-            self.group_size,
-            self.in_features,
-            self.symmetric,
-            self.bits,
-        )
+        grid = saved["_scales"].float(), saved["_zero_points"].float()
+        return self.spec.weight(saved["_packed_weight"], *grid)
 
     def _misfit(self, prefix: str, saved: dict[str, Tensor]) -> str | None:
         """Why tensors of the right shapes are no weight of this layer's form, or None."""
-        zero_points, middle = saved["_zero_points"], symmetric_zero_point(self.bits)
+        zero_points, middle = saved["_zero_points"], self.spec.middle
         if self.symmetric and not zero_points.is_meta and (zero_points != middle).any():
             return f"{prefix}_zero_points is not {middle:g} everywhere; this layer is."
         return None
@@ -363,7 +369,8 @@ class QuantizedLinearIntN(QuantizedLinear):
             "activation": self._activation,
             "dtype": str(self._weight_dtype).removeprefix("torch."),
         }
-        return {name: values[name] for name in self._options}
+        book = {} if self.code_book is None else {CODE_BOOK: self.code_book}
+        return {**{name: values[name] for name in self._options}, **book}
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """The tensors to save."""
@@ -385,7 +392,7 @@ class QuantizedLinearIntN(QuantizedLinear):
             OptionError: the tensors do not fit the description.
         """
         where = cls.__name__
-        check_names(where, description, set(cls._options), set())
+        check_names(where, description, set(cls._options), {CODE_BOOK})
         bits = description["bits"] if "bits" in cls._options else cls.bits
         weight = weight_of_saved(where, bits, description, tensors)
         dtype = FLOAT_DTYPES[description["dtype"]]
@@ -393,7 +400,7 @@ class QuantizedLinearIntN(QuantizedLinear):
 
     def extra_repr(self) -> str:
         """The shape and format, for printing a model."""
-        kind = "symmetric" if self.symmetric else "asymmetric"
+        kind = self.code_book or ("symmetric" if self.symmetric else "asymmetric")
         shape = f"{super().extra_repr()}, bits={self.bits}"
         return f"{shape}, group_size={self.group_size}, {kind}, {self.backend}"
 

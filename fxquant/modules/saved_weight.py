@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from fxquant.modules.linear import FLOAT_DTYPES, check_grid, check_names, check_saved
+from fxquant.numerics.code_books import CODE_BITS, CODE_BOOKS, integer_type
 from fxquant.numerics.integers import WIDTHS
-from fxquant.numerics.quantized_weight import QuantizedWeight, symmetric_zero_point
+from fxquant.numerics.quantized_weight import QuantizedWeight
 
 LARGEST_SIZE = 1 << 31
 FORM = ("in_features", "group_size", "symmetric")  # of a description
+CODE_BOOK = "code_book"  # of the description of a weight that has one
 
 
 def weight_of_saved(
@@ -22,7 +24,8 @@ def weight_of_saved(
     Args:
         where: the name of the layer's class, for errors.
         bits: of an integer, as saved.
-        description: plain data with the names of `FORM` and the `dtype` of the float weight.
+        description: plain data with the names of `FORM`, perhaps `CODE_BOOK`, and the `dtype` of
+            the float weight.
         tensors: `packed_weight`, `scales`, and of asymmetric weights `zero_points`; the layer's
             `bias` is checked with them.
 
@@ -32,7 +35,7 @@ def weight_of_saved(
     check_names(where, tensors, {"packed_weight", "scales"}, {"zero_points", "bias"})
     weight = _as_saved(where, bits, description, tensors)
     check_grid(where, tensors.get("bias"), weight.scales, weight.zero_points)
-    middle = symmetric_zero_point(weight.bits)
+    middle = weight.integer.middle
     is_middle = not weight.symmetric or bool((weight.zero_points == middle).all())
     check_saved(where, is_middle, "other zero points", f"{middle:g} everywhere")
     return replace(weight, scales=weight.scales.float(), zero_points=weight.zero_points.float())
@@ -47,6 +50,10 @@ def _as_saved(
     is_usable = sizes and type(bits) is int and bits in WIDTHS and type(symmetric) is bool
     is_usable = is_usable and description["dtype"] in FLOAT_DTYPES
     is_usable = is_usable and symmetric is ("zero_points" not in tensors)
+    code_book = description.get(CODE_BOOK)
+    if code_book is not None:
+        is_known = isinstance(code_book, str) and code_book in CODE_BOOKS
+        is_usable = is_usable and symmetric and bits == CODE_BITS and is_known
     check_saved(where, is_usable, f"the description {description!r:.200}", "sizes and options")
     packed: Any = tensors["packed_weight"]
     scales: Any = tensors["scales"]
@@ -54,8 +61,10 @@ def _as_saved(
     check_saved(where, fits, "no packed weight and scales", "both, as matrices")
     zero_points: Any = tensors.get("zero_points")
     if zero_points is None:
-        zero_points = torch.full_like(scales, symmetric_zero_point(bits))
-    weight = QuantizedWeight(packed, scales, zero_points, group_size, in_features, symmetric, bits)
+        zero_points = torch.full_like(scales, integer_type(bits, code_book).middle)
+    weight = QuantizedWeight(
+        packed, scales, zero_points, group_size, in_features, symmetric, bits, code_book
+    )
     check_saved(where, packed.dtype == torch.uint8, f"a {packed.dtype} weight", "torch.uint8")
     weight.check_shapes()
     return weight

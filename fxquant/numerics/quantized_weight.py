@@ -9,6 +9,8 @@ formats before the integers are chosen: what is stored is exactly what the integ
   (llama.cpp's Q4_0 does the same).
 - asymmetric: a zero point for each group, not whole: a weight needs no exact zero, and on Gaussian
   weights at 4 bits that is worth 0.4 dB after a clip search.
+- with a code book: symmetric, and q one of 16 integers of 8 bits, which are not equally far apart
+  (see `code_books`). What is stored of q is its number among them, 4 bits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,19 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.errors import OptionError
+from fxquant.numerics.code_books import integer_type
 from fxquant.numerics.grouping import from_groups, group_count
-from fxquant.numerics.integers import IntegerType, unsigned
+from fxquant.numerics.integers import IntegerType
 from fxquant.numerics.packing import pack_codes, packed_columns, unpack_codes
 
 SCALE_DTYPE = torch.bfloat16  # float32's range: no weight is too small for it
 ZERO_POINT_DTYPE = torch.float16
 ONE_GROUP = -1  # instead of a group size: all inputs of a row share a scale
 BLOCK_ELEMENTS = 1 << 20  # of a block of rows: its temporaries stay in the cache
-
-
-def symmetric_zero_point(bits: int) -> float:
-    """The zero point of symmetric weights: half of the levels lie below it."""
-    return float(1 << (bits - 1))
 
 
 def check_group_size(group_size: object) -> None:
@@ -43,6 +41,17 @@ def check_group_size(group_size: object) -> None:
             found=repr(group_size),
             needed=f"a whole number of at least 1, or {ONE_GROUP} for one group a row",
             remedy="128 and 32 are usual.",
+        )
+
+
+def check_symmetric(code_book: str | None, symmetric: bool) -> None:
+    """Raise an `OptionError` if a code book is asked for with a zero point for each group."""
+    if code_book is not None and not symmetric:
+        raise OptionError(
+            "symmetric",
+            found=f"False with the code book {code_book!r}",
+            needed="True: the levels of a code book lie around zero",
+            remedy="Leave symmetric out, or code_book.",
         )
 
 
@@ -88,8 +97,9 @@ class QuantizedWeight:
         zero_points: float32 [out, groups], representable in float16.
         group_size: columns a group; the last group may be short.
         in_features: the number of columns.
-        symmetric: whether every zero point is 2 ** (bits - 1).
-        bits: of an integer: 2, 3, 4, 5, 6 or 8.
+        symmetric: whether every zero point is `integer.middle`.
+        bits: of what is stored of an integer: 2, 3, 4, 5, 6 or 8.
+        code_book: the name of the integers that there are, in `code_books`; None: all of the width.
     """
 
     packed: Tensor
@@ -99,6 +109,7 @@ class QuantizedWeight:
     in_features: int
     symmetric: bool
     bits: int
+    code_book: str | None = None
 
     @classmethod
     def from_integers(
@@ -115,18 +126,33 @@ class QuantizedWeight:
         packed = pack_codes(q, bits)
         return cls(packed, scales, zero_points, group_size, q.shape[1], symmetric, bits)
 
+    def with_integers(self, q: Tensor, scales: Tensor, zero_points: Tensor) -> "QuantizedWeight":
+        """Another weight of this form: integers [out, in], scales and zero points [out, groups]."""
+        return replace(self, packed=self._packed(q), scales=scales, zero_points=zero_points)
+
+    def _packed(self, q: Tensor) -> Tensor:
+        return pack_codes(self.integer.codes_of(q.to(torch.uint8).contiguous()), self.bits)
+
     @classmethod
     def empty(
-        cls, weight: Tensor, *, bits: int, group_size: int, symmetric: bool
+        cls,
+        weight: Tensor,
+        *,
+        bits: int,
+        group_size: int,
+        symmetric: bool,
+        code_book: str | None = None,
     ) -> "QuantizedWeight":
         """Memory for the quantized form of `weight` [out, in].
 
         Results are written there block by block: small blocks that stay would cut memory to pieces.
 
         Raises:
-            OptionError: there are no integers of so many bits, or `group_size` is not usable.
+            OptionError: there are no integers of so many bits, `group_size` is not usable, or
+                the code book has another width or is asked for with zero points.
         """
-        unsigned(bits)
+        integer_type(bits, code_book)
+        check_symmetric(code_book, symmetric)
         out_features, in_features = weight.shape
         group_size = resolved_group_size(group_size, in_features)
         groups = group_count(in_features, group_size)
@@ -134,12 +160,12 @@ class QuantizedWeight:
         shape = (out_features, packed_columns(in_features, bits))
         packed = torch.empty(shape, dtype=torch.uint8, device=device)
         scales, zeros = torch.empty(2, out_features, groups, dtype=torch.float32, device=device)
-        return cls(packed, scales, zeros, group_size, in_features, symmetric, bits)
+        return cls(packed, scales, zeros, group_size, in_features, symmetric, bits, code_book)
 
     @property
     def integer(self) -> IntegerType:
-        """The range of the integers."""
-        return unsigned(self.bits)
+        """The integers that there are."""
+        return integer_type(self.bits, self.code_book)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -153,11 +179,11 @@ class QuantizedWeight:
 
     def integers(self) -> Tensor:
         """The integers, uint8 [out, in]."""
-        return unpack_codes(self.packed, self.in_features, self.bits)
+        return self.integer.of_codes(unpack_codes(self.packed, self.in_features, self.bits))
 
     def fill(self, q: Tensor, scales: Tensor, zero_points: Tensor) -> None:
         """Write integers [out, in], scales and zero points [out, groups] into this memory."""
-        self.packed.copy_(pack_codes(q.to(torch.uint8), self.bits))
+        self.packed.copy_(self._packed(q))
         self.scales.copy_(scales)
         self.zero_points.copy_(zero_points)
 
@@ -248,7 +274,7 @@ class QuantizedWeight:
         """
         zero_points = self.zero_points.detach()
         if self.symmetric:
-            one = zero_points.new_full((1, 1), symmetric_zero_point(self.bits))
+            one = zero_points.new_full((1, 1), self.integer.middle)
             zero_points = one.to(ZERO_POINT_DTYPE).expand(self.scales.shape)
         else:
             zero_points = zero_points.to(ZERO_POINT_DTYPE).contiguous()

@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import WeightError, check_type
+from fxquant.numerics.code_books import integer_type
 from fxquant.numerics.grouping import from_groups, to_groups
 from fxquant.numerics.integers import (
     INT8,
     UINT4,
+    UINT8,
     IntegerType,
     quantize_affine,
     safe_scale,
-    unsigned,
 )
-from fxquant.numerics.packing import pack_codes
 from fxquant.numerics.quantized_weight import (
     SCALE_DTYPE,
     ZERO_POINT_DTYPE,
     QuantizedWeight,
+    check_symmetric,
     resolved_group_size,
     rows_of_block,
-    symmetric_zero_point,
 )
 
 # The most half ranges that a range may be away from zero. Then zero points are at most 60 at 4 bits
@@ -66,8 +66,9 @@ def check_weight(weight: Tensor, where: str = "weight") -> None:
 
 def scales_from_extreme(extreme: Tensor, integer: IntegerType = UINT4) -> tuple[Tensor, Tensor]:
     """Symmetric scales and zero points, float32, that map `extreme` values to the lowest level."""
-    zero_point = symmetric_zero_point(integer.bits)
-    scale = safe_scale((extreme.float() / -zero_point).to(SCALE_DTYPE).float())
+    zero_point = integer.middle
+    lowest = integer.quant_min - zero_point
+    scale = safe_scale((extreme.float() / lowest).to(SCALE_DTYPE).float())
     return scale, torch.full_like(scale, zero_point)
 
 
@@ -110,6 +111,7 @@ def calculate_scale_zp_groupwise(
     *,
     bits: int = 4,
     integer_zero_points: bool = False,
+    code_book: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points that cover each group's full range.
 
@@ -120,6 +122,7 @@ def calculate_scale_zp_groupwise(
             each group.
         bits: of an integer.
         integer_zero_points: zero points are whole numbers, 0 .. 2 ** bits - 1.
+        code_book: a name of `code_books.CODE_BOOKS`, or None for integers.
 
     Returns:
         `(scales, zero_points)`, each float32 [out, ceil(in / group_size)] and exactly
@@ -127,9 +130,10 @@ def calculate_scale_zp_groupwise(
 
     Raises:
         WeightError: the weight is not a finite matrix.
-        OptionError: `group_size` or `bits` is not usable.
+        OptionError: `group_size` or `bits` is not usable, or not with the code book.
     """
-    integer = unsigned(bits)
+    integer = integer_type(bits, code_book)
+    check_symmetric(code_book, symmetric)
     check_weight(weight)
     group_size = resolved_group_size(group_size, weight.shape[1])
     groups = to_groups(weight, min(group_size, weight.shape[1]))
@@ -153,6 +157,7 @@ def quantize_weight(
     symmetric: bool = True,
     *,
     integer_zero_points: bool = False,
+    code_book: str | None = None,
 ) -> QuantizedWeight:
     """Quantize a weight by rounding to nearest over the full range of each group.
 
@@ -163,15 +168,18 @@ def quantize_weight(
         symmetric: one fixed zero point, 2 ** (bits - 1), and signed scales, or a zero point for
             each group.
         integer_zero_points: zero points are whole numbers, 0 .. 2 ** bits - 1.
+        code_book: a name of `code_books.CODE_BOOKS`, or None for integers.
 
     Raises:
         WeightError: the weight is not a finite matrix.
-        OptionError: `group_size` or `bits` is not usable.
+        OptionError: `group_size` or `bits` is not usable, or not with the code book.
     """
-    integer = unsigned(bits)
+    integer = integer_type(bits, code_book)
     check_weight(weight)
     weight = weight.detach()
-    made = QuantizedWeight.empty(weight, bits=bits, group_size=group_size, symmetric=symmetric)
+    made = QuantizedWeight.empty(
+        weight, bits=bits, group_size=group_size, symmetric=symmetric, code_book=code_book
+    )
     rows = rows_of_block(weight.shape[1])
     for block, part in zip(weight.split(rows), made.split(rows), strict=True):
         groups = to_groups(block, min(made.group_size, made.in_features))
@@ -201,10 +209,10 @@ def with_exact_scales(made: QuantizedWeight, weight: Tensor, dtype: torch.dtype)
     if not changed.any():
         return made
     groups = to_groups(weight.detach()[changed].float(), min(made.group_size, made.in_features))
-    scales, zeros = stored[changed][..., None], made.zero_points[changed][..., None]
-    q = quantize_affine(groups, scales, zeros, made.integer)
+    scales, zeros = stored[changed], made.zero_points[changed]
+    q = quantize_affine(groups, scales[..., None], zeros[..., None], made.integer)
     packed = made.packed.clone()
-    packed[changed] = pack_codes(from_groups(q, made.in_features).to(torch.uint8), made.bits)
+    packed[changed] = made.with_integers(from_groups(q, made.in_features), scales, zeros).packed
     return replace(made, packed=packed, scales=stored)
 
 
@@ -261,8 +269,8 @@ def quantize_weight_int8(weight: Tensor) -> QuantizedWeight:
     check_weight(weight)
     largest = weight.abs().amax(dim=1, keepdim=True).float()
     scales = safe_scale((largest / INT8.quant_max).to(SCALE_DTYPE).float())
-    zeros = torch.full_like(scales, symmetric_zero_point(INT8.bits))
-    q = quantize_affine(weight.float(), scales, zeros, unsigned(INT8.bits)).to(torch.uint8)
+    zeros = torch.full_like(scales, UINT8.middle)
+    q = quantize_affine(weight.float(), scales, zeros, UINT8).to(torch.uint8)
     return QuantizedWeight.from_integers(
         q, scales, zeros, bits=INT8.bits, group_size=weight.shape[1], symmetric=True
     )

@@ -231,7 +231,8 @@ def _by_size(
     problem = _target_problem(node, config, bits, is_linear)
     if problem is not None:
         return "float", f"target: {config.target}", problem
-    return ACTIONS[bits], rule, reason
+    book = config.form(bits)["code_book"]
+    return ACTIONS[bits], rule, reason if book is None else f"{reason}, with the levels of {book}"
 
 
 def _target_problem(

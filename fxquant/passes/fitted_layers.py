@@ -138,10 +138,11 @@ class FittedLayers:
 
     def _fitted(self, matrix: Tensor, bits: int, moments: LayerMoments) -> QuantizedWeight:
         """The weight fitted to the inputs, some outputs at a time: each is on its own."""
-        form = self.config.form
+        form = self.config.form(bits)
         made = QuantizedWeight.empty(
-            matrix, bits=bits, group_size=form["group_size"], symmetric=form["symmetric"]
-        )
+            matrix, bits=bits, group_size=form["group_size"], symmetric=form["symmetric"],
+            code_book=form["code_book"],
+        )  # fmt: skip
         shrinkage = best_shrinkage(moments)
         rows = rows_of_block(matrix.shape[1], FITTED_ELEMENTS)
         for number, part in enumerate(made.split(rows)):
@@ -161,7 +162,7 @@ class FittedLayers:
     ) -> tuple[QuantizedWeight, Any]:
         """The block as `rtn` makes it, which learns less from the data."""
         weight = round_to_nearest(
-            matrix, bits=bits, **self.config.form, importance=moments.importance
+            matrix, bits=bits, **self.config.form(bits), importance=moments.importance
         )
         weight = exact_in_target(weight, matrix, self.config)
         lost = (matrix.double() - weight.dequantize().double()) @ (moments.total / moments.tokens)

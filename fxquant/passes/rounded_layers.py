@@ -124,10 +124,10 @@ class RoundedLayers:
 
     def _round(self, blocks: Blocks, part: str, matrix: Tensor, bits: int) -> QuantizedWeight:
         if self.rounding == "hqq" and not self._lacks_groups(blocks):
-            return half_quadratic(matrix, bits=bits, **self.config.form)
+            return half_quadratic(matrix, bits=bits, **self.config.form(bits))
         statistics = self.statistics.get(part)
         importance = None if statistics is None else statistics.mean_square
-        return round_to_nearest(matrix, bits=bits, **self.config.form, importance=importance)
+        return round_to_nearest(matrix, bits=bits, **self.config.form(bits), importance=importance)
 
     def _lacks_groups(self, blocks: Blocks) -> bool:
         """Whether `"hqq"` cannot be taken, as rows have one group."""

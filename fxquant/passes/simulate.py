@@ -30,7 +30,7 @@ class SimulatedWeights:
         """The rounded weight, float32 [out, in]."""
         if is_per_channel(bits, self.config.group_size, weight.shape[1]):
             return quantize_weight_int8(weight).dequantize()
-        return quantize_weight(weight, bits, **self.config.form).dequantize()
+        return quantize_weight(weight, bits, **self.config.form(bits)).dequantize()
 
 
 class SimulatedActivations:

@@ -222,7 +222,7 @@ _config = record(
     {},
     {
         "bits": _bits, "embeddings": whole, "group_size": whole, "symmetric": flag,
-        "zero_points": text, "target": text, "method": text, "observer": text,
+        "zero_points": text, "code_book": text, "target": text, "method": text, "observer": text,
         "activation_bits": optional(whole), "activation_products": flag, "layer_types": _texts,
         "modules_to_not_convert": _texts, "skip_layer_types": _texts, "skip_layer_names": _texts,
         "skip_param_threshold": whole, "num_calibration_samples": whole, "token_noise": number,

@@ -49,6 +49,7 @@ struct Values {
 
 struct Case {
   int out, in, rows, group_size, bits;
+  const uint8_t* book;
   bool symmetric, int8, has_bias, has_bad;
   Float x_type, bias_type;
 };
@@ -61,7 +62,8 @@ Case random_case() {
   if (pick(0, 2) == 0) c.out = NR * pick(1, 3);
   c.bits = pick(0, 1) ? 4 : widths[pick(0, 5)];
   do c.group_size = sizes[pick(0, 5)]; while (c.group_size % unit_of(c.bits) != 0);
-  c.symmetric = pick(0, 1), c.int8 = pick(0, 1), c.has_bias = pick(0, 1);
+  c.book = c.bits == kBookBits && pick(0, 2) == 0 ? kCodeBooks[0] : nullptr;
+  c.symmetric = c.book || pick(0, 1), c.int8 = pick(0, 1), c.has_bias = pick(0, 1);
   c.has_bad = pick(0, 3) == 0;
   c.x_type = static_cast<Float>(pick(0, 2)), c.bias_type = static_cast<Float>(pick(0, 2));
   return c;
@@ -180,8 +182,8 @@ bool dequantizes_rightly(const Weight& weight, const std::vector<double>& w) {
 }
 
 bool is_right(const Case& c, const InstructionSet& set) {
-  Weight weight{nullptr, c.out, c.in, c.group_size, c.symmetric, c.bits};
-  const double middle = 1 << (c.bits - 1);
+  Weight weight{nullptr, c.out, c.in, c.group_size, c.symmetric, c.bits, c.book};
+  const double middle = weight.middle();
   std::vector<uint8_t> data(weight.blocks() * weight.groups() * weight.group_bytes());
   weight.data = data.data();
   std::vector<double> w(static_cast<size_t>(c.out) * c.in);
@@ -198,7 +200,8 @@ bool is_right(const Case& c, const InstructionSet& set) {
           const int64_t row = b * NR + n, column = g * c.group_size + k;
           if (row >= c.out || column >= c.in) continue;
           const double zero = c.symmetric ? middle : from_f16(zero_point);
-          w[row * c.in + column] = from_bf16(scale) * (code_of(codes, c.bits, k, n) - zero);
+          const int code = code_of(codes, c.bits, k, n), q = c.book ? c.book[code] : code;
+          w[row * c.in + column] = from_bf16(scale) * (q - zero);
         }
       }
     }

@@ -19,6 +19,7 @@ from fxquant.kernels.interface import LinearSpec
 from fxquant.kernels.native import LINEAR_INTN, NATIVE, NOT_BUILT
 from fxquant.kernels.native_layout import kernel_group, to_blocks
 from fxquant.kernels.reference import REFERENCE, quantize_tokens
+from fxquant.numerics.code_books import CODE_BOOKS, number_of
 from fxquant.numerics.grouping import activation_group
 from fxquant.numerics.integers import WIDTHS
 from fxquant.numerics.weights import quantize_weight
@@ -41,9 +42,9 @@ def _fastest_set_afterwards():
         native._native.use(name)
 
 
-def layer(o, i, group_size=32, symmetric=True, activation="float", bits=4):
-    spec = LinearSpec(o, i, group_size, symmetric, activation, bits)
-    weight = quantize_weight(torch.randn(o, i), bits, group_size, symmetric)
+def layer(o, i, group_size=32, symmetric=True, activation="float", bits=4, code_book=None):
+    spec = LinearSpec(o, i, group_size, symmetric, activation, bits, code_book)
+    weight = quantize_weight(torch.randn(o, i), bits, group_size, symmetric, code_book=code_book)
     return spec, weight, NATIVE.pack(weight, spec)
 
 
@@ -52,8 +53,8 @@ def layer(o, i, group_size=32, symmetric=True, activation="float", bits=4):
     i=st.integers(1, 300),
     rows=st.integers(0, 20) | st.just(200),
     group_size=st.sampled_from([8, 32, 40, 64, 128, 256, 512, 2048]),
-    bits=st.just(4) | st.sampled_from(WIDTHS),
-    symmetric=st.booleans(),
+    form=st.tuples(st.just(4) | st.sampled_from(WIDTHS), st.booleans(), st.none())
+    | st.tuples(st.just(4), st.just(True), st.sampled_from(list(CODE_BOOKS))),
     activation=st.sampled_from(["float", "int8"]),
     dtype=FLOATS,
     bias_dtype=st.none() | FLOATS,
@@ -62,10 +63,11 @@ def layer(o, i, group_size=32, symmetric=True, activation="float", bits=4):
 )
 @settings(max_examples=1000, deadline=None)
 def test_every_instruction_set_computes_what_float64_computes(
-    o, i, rows, group_size, bits, symmetric, activation, dtype, bias_dtype, zero_row, size
+    o, i, rows, group_size, form, activation, dtype, bias_dtype, zero_row, size
 ):
+    bits, symmetric, code_book = form
     assume(kernel_group(group_size, i, bits) is not None)
-    spec, weight, tensors = layer(o, i, group_size, symmetric, activation, bits)
+    spec, weight, tensors = layer(o, i, group_size, symmetric, activation, bits, code_book)
     x = (torch.randn(rows, i) * size + size / 2).to(dtype)
     if rows and zero_row:
         x[0] = 0
@@ -356,6 +358,46 @@ def test_integers_give_the_same_bits_with_every_instruction_set(bits, symmetric)
         native._native.use(instructions)
         results.append(NATIVE.matmul(x, tensors, spec))
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("book", CODE_BOOKS)
+@both_activations
+def test_levels_of_a_code_book_are_looked_up_wherever_integers_are_read(
+    book, activation, monkeypatch
+):
+    spec, weight, tensors = layer(150, 700, 64, True, activation, 4, book)
+    assert tensors[0].nbytes == NATIVE.pack(layer(150, 700, 64)[1], spec)[0].nbytes
+    again, places = NATIVE.unpack(tensors, spec), torch.tensor([149, 0, 64])
+    assert torch.equal(again.packed, weight.packed)
+    expected = weight.dequantize()
+    for values in (again.dequantize(), NATIVE.dequantize(tensors, spec)):
+        assert torch.equal(values, expected)
+    assert torch.equal(NATIVE.rows(tensors, spec, places).values(), expected[places])
+    x, results = torch.randn(31, 700, requires_grad=True), []
+    for instructions in SETS:
+        native._native.use(instructions)
+        results.append(NATIVE.matmul(x, tensors, spec))
+    if activation == "int8":
+        assert all(torch.equal(results[0], other) for other in results[1:])
+    for result in results:
+        (gradient,) = torch.autograd.grad(result.sum(), x)
+        torch.testing.assert_close(gradient, expected.sum(0).expand(31, 700))
+    arguments = (x, tensors[0], None, 700, 150, 4, True, activation == "int8", number_of(book))
+    if SETS:
+        torch.library.opcheck(LINEAR_INTN, arguments)
+    monkeypatch.setattr(native, "NOT_BUILT", "it was not built")
+    slow = REFERENCE.matmul(x, REFERENCE.pack(weight, spec), spec)
+    assert torch.equal(LINEAR_INTN(*arguments), slow)
+
+
+@pytest.mark.parametrize("instructions", SETS[:1])
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "number"), [(4, True, 9), (8, True, 1), (4, False, 1)]
+)
+def test_code_books_that_do_not_exist_are_refused(instructions, bits, symmetric, number):
+    _, _, tensors = layer(48, 96, 32, symmetric, bits=bits)
+    with pytest.raises(OptionError, match="linear_intn"):
+        LINEAR_INTN(torch.randn(2, 96), tensors[0], None, 96, 48, bits, symmetric, False, number)
 
 
 @pytest.mark.parametrize("instructions", SETS[:1])

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxquant.algorithms import rtn
-from fxquant.algorithms.rtn import CLIP_RATIOS, REFITS, round_to_nearest
+from fxquant.algorithms.rtn import REFITS, clip_ratios, round_to_nearest
 from fxquant.errors import OptionError
 from fxquant.kernels import rounding
 from fxquant.kernels.extension import NOT_BUILT, _native
 from fxquant.kernels.rounding import round_groups, self_test, unsupported
+from fxquant.numerics.code_books import CODE_BOOKS
 from fxquant.numerics.integers import WIDTHS
 from fxquant.numerics.quantized_weight import QuantizedWeight
 
@@ -28,16 +29,22 @@ def _fastest_set_afterwards():
         _native.use(name)
 
 
-def in_cpp(weight, group_size=32, symmetric=True, importance=None, bits=4, whole=False):
-    made = QuantizedWeight.empty(weight, bits=bits, group_size=group_size, symmetric=symmetric)
-    ratios = CLIP_RATIOS[bits]
+def empty(weight, group_size, symmetric, bits, book):
+    return QuantizedWeight.empty(
+        weight, bits=bits, group_size=group_size, symmetric=symmetric, code_book=book
+    )
+
+
+def in_cpp(weight, group_size=32, symmetric=True, importance=None, bits=4, whole=False, book=None):
+    made = empty(weight, group_size, symmetric, bits, book)
+    ratios = clip_ratios(made)
     options = {"clip_ratios": ratios, "refits": REFITS, "integer_zero_points": whole}
     round_groups(weight, made, importance=importance, **options)
     return made
 
 
-def in_torch(weight, group_size, symmetric, importance=None, bits=4, whole=False):
-    made = QuantizedWeight.empty(weight, bits=bits, group_size=group_size, symmetric=symmetric)
+def in_torch(weight, group_size, symmetric, importance=None, bits=4, whole=False, book=None):
+    made = empty(weight, group_size, symmetric, bits, book)
     rtn._round_in_torch(weight, made, importance, whole)
     return made
 
@@ -63,27 +70,28 @@ def error(result, weight, importance=None):
     o=st.integers(20, 60),
     i=st.integers(1, 300),
     group_size=st.sampled_from([1, 3, 8, 17, 32, 64, 128, 256, 500]),
-    symmetric=st.booleans(),
+    form=st.tuples(st.sampled_from(WIDTHS), st.booleans(), st.none())
+    | st.tuples(st.just(4), st.just(True), st.sampled_from(list(CODE_BOOKS))),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     size=st.sampled_from([1e-3, 1.0, 50.0]),
     shift=st.sampled_from([0.0, 3.0]),
     weighted=st.booleans(),
-    bits=st.sampled_from(WIDTHS),
     whole=st.booleans(),
 )
 @settings(max_examples=300, deadline=None)
 def test_every_instruction_set_finds_the_bits_and_torch_the_error(
-    o, i, group_size, symmetric, dtype, size, shift, weighted, bits, whole
+    o, i, group_size, form, dtype, size, shift, weighted, whole
 ):
+    bits, symmetric, book = form
     weight = ((torch.randn(o, i) + shift) * size).to(dtype)
     importance = torch.rand(i) * (torch.rand(i) > 0.3) if weighted else None
     results = []
     for name in SETS:
         _native.use(name)
-        results.append(in_cpp(weight, group_size, symmetric, importance, bits, whole))
+        results.append(in_cpp(weight, group_size, symmetric, importance, bits, whole, book))
     assert all(same_bits(results[0], other) for other in results[1:])
-    expected = in_torch(weight, group_size, symmetric, importance, bits, whole)
-    if whole:
+    expected = in_torch(weight, group_size, symmetric, importance, bits, whole, book)
+    if whole and book is None:
         zeros = results[0].zero_points
         assert ((zeros == zeros.round()) & (zeros >= 0) & (zeros < 2**bits)).all()
     found, allowed = (error(r, weight, importance) for r in (results[0], expected))

@@ -55,7 +55,7 @@ constexpr int kChunkCodes = kUnitRows * kWord;
 //   dot<V>()               adds the products with a vector of outputs to tile V
 //   add(...)               adds the product of a group to 16 outputs of a row
 //   unpack_nibbles(...)    makes of nibbles what the unit multiplies
-//   unpack_wider(bits)     what does so with codes of other widths
+//   unpack_others(weight)  what does so with other codes
 template <class Product>
 struct MatrixUnit : Product {
   using Value = typename Product::Value;
@@ -72,9 +72,9 @@ struct MatrixUnit : Product {
   static void end() { _tile_release(); }
 
   // For one tile, nibbles are unpacked where they are used; for several, once for all of them.
-  static UnpackBytes unpacking(int bits, int tiles) {
-    if (bits == 4) return tiles == 1 ? nullptr : Product::unpack_nibbles;
-    return Product::unpack_wider(bits);
+  static UnpackBytes unpacking(const Weight& weight, int tiles) {
+    if (has_nibbles(weight)) return tiles == 1 ? nullptr : Product::unpack_nibbles;
+    return Product::unpack_others(weight);
   }
 
   template <int R, bool Bytes>
@@ -103,7 +103,7 @@ struct MatrixUnit : Product {
       if (Bytes) {
         codes += chunk / kFour * kWord;
       } else {
-        Product::unpack_nibbles(codes, inputs, unpacked[turn]);
+        Product::unpack_nibbles(codes, inputs, nullptr, unpacked[turn]);
         from = unpacked[turn], codes += inputs / KR * kWord;
       }
       asm volatile("" ::: "memory");  // GCC 12 does not know that loading a tile reads memory
@@ -177,18 +177,11 @@ struct Bf16Product : Bf16Pairs {
   }
 
   // bfloat16 pairs, as `unpack_pairs` gives them of wider codes.
-  static void unpack_nibbles(const uint8_t* codes, int inputs, uint8_t* pairs) {
-    for (int k = 0; k < inputs; k += KR, codes += kWord, pairs += 4 * kWord) {
-      prefetch(codes + kAhead);
-      unrolled<4>([&](auto pair) {
-        for (int at = 0; at < kWord; at += 64) {
-          _mm512_store_si512(pairs + kWord * pair + at, pairs_at(codes + at, pair));
-        }
-      });
-    }
+  static void unpack_nibbles(const uint8_t* codes, int inputs, const uint8_t*, uint8_t* pairs) {
+    unpack_by_table(codes, inputs, values(), pairs);
   }
 
-  static UnpackBytes unpack_wider(int bits) { return unpacking(bits, 1); }
+  static UnpackBytes unpack_others(const Weight& weight) { return unpacking(weight, 1); }
 };
 
 struct Int8Product {
@@ -223,25 +216,33 @@ struct Int8Product {
     return _mm512_add_ps(total, _mm512_mul_ps(product, scales));
   }
 
-  static void unpack_nibbles(const uint8_t* codes, int inputs, uint8_t* bytes) {
-    unpack_signed<4>(codes, inputs, bytes);
+  static void unpack_nibbles(const uint8_t* codes, int inputs, const uint8_t* book,
+                             uint8_t* bytes) {
+    unpack_integers<4>(codes, inputs, book, bytes);
   }
 
-  static UnpackBytes unpack_wider(int bits) {
-    switch (bits) {
-      case 2: return unpack_signed<2>;
-      case 3: return unpack_signed<3>;
-      case 5: return unpack_signed<5>;
-      case 6: return unpack_signed<6>;
-      default: return unpack_signed<8>;
+  static UnpackBytes unpack_others(const Weight& weight) {
+    if (weight.book) return unpack_signed<unpack_book, kBookMiddle>;
+    switch (weight.bits) {
+      case 2: return unpack_integers<2>;
+      case 3: return unpack_integers<3>;
+      case 5: return unpack_integers<5>;
+      case 6: return unpack_integers<6>;
+      default: return unpack_integers<8>;
     }
   }
 
-  // Signed bytes [inputs / 4][64][4] of q − middle.
   template <int Bits>
-  static void unpack_signed(const uint8_t* codes, int inputs, uint8_t* bytes) {
-    const __m512i middles = _mm512_set1_epi8(static_cast<char>(1 << (Bits - 1)));
-    unpack_bytes_of<Bits>(codes, inputs, bytes);
+  static void unpack_integers(const uint8_t* codes, int inputs, const uint8_t* book,
+                              uint8_t* bytes) {
+    unpack_signed<unpack_bytes_of<Bits>, 1 << (Bits - 1)>(codes, inputs, book, bytes);
+  }
+
+  // Signed bytes [inputs / 4][64][4] of q − middle.
+  template <UnpackBytes Unpack, int Middle>
+  static void unpack_signed(const uint8_t* codes, int inputs, const uint8_t* book, uint8_t* bytes) {
+    const __m512i middles = _mm512_set1_epi8(static_cast<char>(Middle));
+    Unpack(codes, inputs, book, bytes);
     for (int at = 0; at < inputs * NR; at += 64) {
       _mm512_store_si512(bytes + at, _mm512_sub_epi8(load(bytes + at), middles));
     }

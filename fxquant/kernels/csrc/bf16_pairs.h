@@ -49,7 +49,11 @@ struct Bf16Pairs {
   // Two bfloat16 (q − 8) for each output: the low nibbles of both 16-bit halves after a shift. They
   // are the inputs (k, k + 2), (k + 4, k + 6), (k + 1, k + 3) and (k + 5, k + 7).
   static __m512i pairs_at(const uint8_t* codes, int pair) {
-    const __m512i table = _mm512_broadcast_i64x4(values());
+    return pairs_at(codes, pair, _mm512_broadcast_i64x4(values()));
+  }
+
+  // The same with the bfloat16 of another table, twice, in the place of q − 8.
+  static __m512i pairs_at(const uint8_t* codes, int pair, __m512i table) {
     return _mm512_permutexvar_epi16(_mm512_srli_epi16(load(codes), 4 * pair), table);
   }
 
@@ -60,9 +64,36 @@ struct Bf16Pairs {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(bits));
   }
 
-  // Null for 4 bits, whose nibbles can be looked up where they are used.
-  static UnpackBytes unpacking(int bits, int) {
-    switch (bits) {
+  // The levels of a book less its middle, which bfloat16 holds exactly: the upper halves of float32.
+  static __m256i values_of(const uint8_t* book) {
+    const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(book));
+    const __m512i q = _mm512_sub_epi32(_mm512_cvtepu8_epi32(levels), _mm512_set1_epi32(kBookMiddle));
+    const __m512i floats = _mm512_castps_si512(_mm512_cvtepi32_ps(q));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(floats, 16));
+  }
+
+  // Pairs of nibbles, in the order of `pairs_at`.
+  static void unpack_by_table(const uint8_t* codes, int inputs, __m256i values, uint8_t* pairs) {
+    const __m512i table = _mm512_broadcast_i64x4(values);
+    for (int k = 0; k < inputs; k += KR, codes += kWord, pairs += 4 * kWord) {
+      prefetch(codes + kAhead);
+      unrolled<4>([&](auto pair) {
+        for (int at = 0; at < kWord; at += 64) {
+          _mm512_store_si512(pairs + kWord * pair + at, pairs_at(codes + at, pair, table));
+        }
+      });
+    }
+  }
+
+  static void unpack_book_pairs(const uint8_t* codes, int inputs, const uint8_t* book,
+                                uint8_t* pairs) {
+    unpack_by_table(codes, inputs, values_of(book), pairs);
+  }
+
+  // Null for integers of 4 bits, whose nibbles can be looked up where they are used.
+  static UnpackBytes unpacking(const Weight& weight, int) {
+    if (weight.book) return unpack_book_pairs;
+    switch (weight.bits) {
       case 2: return unpack_pairs<2>;
       case 3: return unpack_pairs<3>;
       case 5: return unpack_pairs<5>;
@@ -74,7 +105,7 @@ struct Bf16Pairs {
 
   // bfloat16 pairs [inputs / 8][4][64] of q − middle, in the order of `pairs_at`.
   template <int Bits>
-  static void unpack_pairs(const uint8_t* codes, int inputs, uint8_t* pairs) {
+  static void unpack_pairs(const uint8_t* codes, int inputs, const uint8_t*, uint8_t* pairs) {
     constexpr int kUnit = unit_of(Bits), kUnitBytes = kUnit * NR * Bits / 8;
     alignas(64) uint8_t bytes[kUnit * NR];
     for (int done = 0; done < inputs; done += kUnit, codes += kUnitBytes) {

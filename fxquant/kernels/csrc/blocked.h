@@ -6,7 +6,7 @@
 //   prepare_group(...)         a group of one row, from float32, zeros behind it up to `kLanes`; the
 //                              sum is null where nobody reads it
 //   prepare_bf16(...)          the same from bfloat16, if Value is that
-//   unpacking(bits, tiles)     what unpacks codes before so many tiles are multiplied, or null
+//   unpacking(weight, tiles)   what unpacks codes before so many tiles are multiplied, or null
 //   code_bytes                 of a code unpacked
 //   multiply<R, Bytes>(...)    adds the products of a span of groups to the outputs of a tile of R
 //                              rows; codes are nibbles, or else bytes (or what `unpacking` made of
@@ -40,7 +40,7 @@ struct Group {
   const uint16_t* scales;
   const uint16_t* zero_points;  // null where every zero point is the middle
   const uint8_t* codes;
-  int middle;  // 2^(bits - 1)
+  int middle;  // of the integers
 };
 
 struct TileGroup {
@@ -189,7 +189,7 @@ struct OneByOne {
 struct ByteCodes : OneByOne {
   static constexpr int code_bytes = 1, float_tiles = 0;
 
-  static UnpackBytes unpacking(int bits, int) { return unpacking_of(bits); }
+  static UnpackBytes unpacking(const Weight& weight, int) { return unpacking_of(weight); }
 };
 
 // For those of them that multiply one group after another, by `multiply_group<R, Bytes>(...)`.
@@ -225,8 +225,8 @@ struct ByHeight {
   Multiply tall, low;
 
   template <class Mode>
-  static ByHeight of(bool has_nibbles, int tallest) {
-    const auto of_rows = has_nibbles ? multiply_by_rows<Mode, false> : multiply_by_rows<Mode, true>;
+  static ByHeight of(bool by_nibbles, int tallest) {
+    const auto of_rows = by_nibbles ? multiply_by_rows<Mode, false> : multiply_by_rows<Mode, true>;
     return {tallest, of_rows(tallest), of_rows(tallest - 1)};
   }
 
@@ -242,7 +242,7 @@ template <class Mode>
 Span span_of(const Weight& weight, int64_t block, int64_t group, int groups, UnpackBytes unpack,
              uint8_t* buffer) {
   Span span{};
-  span.groups = groups, span.steps = weight.steps(), span.middle = 1 << (weight.bits - 1);
+  span.groups = groups, span.steps = weight.steps(), span.middle = weight.middle();
   span.grid = weight.data + (block * weight.groups() + group) * weight.group_bytes();
   span.grid_stride = weight.group_bytes();
   span.codes = span.grid + weight.grid_bytes(), span.code_stride = span.grid_stride;
@@ -250,7 +250,8 @@ Span span_of(const Weight& weight, int64_t block, int64_t group, int groups, Unp
   if (!unpack) return span;
   const int64_t stride = static_cast<int64_t>(weight.group_size) * NR * Mode::code_bytes;
   for (int i = 0; i < groups; ++i) {
-    unpack(span.codes + i * span.code_stride, weight.group_size, buffer + i * stride);
+    const uint8_t* codes = span.codes + i * span.code_stride;
+    unpack(codes, weight.group_size, weight.book, buffer + i * stride);
   }
   span.codes = buffer, span.code_stride = stride, span.ahead = 0;
   return span;
@@ -285,8 +286,8 @@ void multiply_tiles(const Tiles& tiles, const ByHeight& multiply, Span span, int
 template <class Mode>
 void multiply_slices(const Tiles& tiles, const ByHeight& multiply, const Weight& weight,
                      const Span& span, int64_t group, float* floats) {
-  const auto unpack = weight.bits == 4 ? Mode::template unpack_floats<false>
-                                       : Mode::template unpack_floats<true>;
+  const auto unpack = has_nibbles(weight) ? Mode::template unpack_floats<false>
+                                          : Mode::template unpack_floats<true>;
   const int64_t group_floats = static_cast<int64_t>(weight.group_size) * Mode::float_columns;
   const int64_t slice_floats = span.groups * group_floats;
   for (int i = 0; i < span.groups; ++i) {
@@ -308,9 +309,9 @@ void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last)
   alignas(64) uint8_t unpacked[kWideSpanInputs * NR * Mode::code_bytes];
   alignas(64) float floats[Mode::float_tiles ? kWideSpanInputs * NR : 1];
   const int tallest = (panel.rows + panel.tiles - 1) / panel.tiles;
-  const UnpackBytes unpack = Mode::unpacking(weight.bits, panel.tiles);
-  const bool has_nibbles = weight.bits == 4 && !unpack;
-  const ByHeight by_codes = ByHeight::of<Mode>(has_nibbles, tallest);
+  const UnpackBytes unpack = Mode::unpacking(weight, panel.tiles);
+  const bool by_nibbles = weight.bits == 4 && !unpack;
+  const ByHeight by_codes = ByHeight::of<Mode>(by_nibbles, tallest);
   Mode::begin(weight, tallest);
   while (first < last) {
     const int64_t block = first / panel.tiles;
@@ -330,7 +331,7 @@ void multiply(const Call& call, const Panel& panel, int64_t first, int64_t last)
 
     const Tiles tiles{panel, begin, end, outputs};
     const bool as_floats = Mode::float_tiles > 0 && end - begin >= Mode::float_tiles;
-    const int inputs = has_nibbles && !as_floats ? kSpanInputs : kWideSpanInputs;
+    const int inputs = by_nibbles && !as_floats ? kSpanInputs : kWideSpanInputs;
     const int span_groups = weight.group_size < inputs ? inputs / weight.group_size : 1;
     for (int64_t g = 0; g < weight.groups(); g += span_groups) {
       const int64_t left = weight.groups() - g;

@@ -11,15 +11,15 @@ namespace {
 constexpr double kWeight = 0.5;  // nanoseconds
 
 // What unpacks codes of any width, nibbles too; null for those that are bytes already.
-UnpackBytes all_unpacking_of(int bits) {
-  return bits == 4 ? unpack_bytes_of<4> : unpacking_of(bits);
+UnpackBytes all_unpacking_of(const Weight& weight) {
+  return has_nibbles(weight) ? unpack_bytes_of<4> : unpacking_of(weight);
 }
 
 // A group of one block: `count` inputs of `rows` outputs, from its bytes [inputs / 4][64][4].
 void write_group(const Weight& weight, const uint8_t* grid, const uint8_t* bytes, int rows, int count,
                  float* to) {
   const auto* scales = reinterpret_cast<const uint16_t*>(grid);
-  const float middle = static_cast<float>(1 << (weight.bits - 1));
+  const float middle = static_cast<float>(weight.middle());
   for (int row = 0; row < rows; ++row, to += weight.in_features) {
     const float scale = from_bf16(scales[row]);
     const float zero = weight.symmetric ? middle : from_f16(scales[NR + row]);
@@ -34,14 +34,14 @@ void write_group(const Weight& weight, const uint8_t* grid, const uint8_t* bytes
 
 void write_block(const Weight& weight, int64_t block, float* to) {
   alignas(64) uint8_t unpacked[kMaxGroup * NR];
-  const auto unpack = all_unpacking_of(weight.bits);
+  const auto unpack = all_unpacking_of(weight);
   const int64_t first_row = block * NR, rows_left = weight.out_features - first_row;
   const int rows = rows_left < NR ? static_cast<int>(rows_left) : NR;
   for (int64_t g = 0; g < weight.groups(); ++g) {
     const uint8_t* grid = weight.data + (block * weight.groups() + g) * weight.group_bytes();
     const uint8_t* codes = grid + weight.grid_bytes();
     if (unpack) {
-      unpack(codes, weight.group_size, unpacked);
+      unpack(codes, weight.group_size, weight.book, unpacked);
       codes = unpacked;
     }
     const int64_t first = g * weight.group_size, left = weight.in_features - first;

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "code_books.h"
+
 namespace fxquant {
 
 // The names of the sizes of tiles are those of BLIS and XNNPACK.
@@ -21,7 +23,7 @@ enum class Function : int { none, relu, gelu, gelu_tanh, silu, tanh };
 
 // A weight, cut into blocks of 64 outputs and groups of inputs. A (block, group) is contiguous:
 //   scales       bfloat16 [64]
-//   zero points  float16 [64], absent where every zero point is 2^(bits - 1)
+//   zero points  float16 [64], absent where every zero point is the middle
 //   codes        see codes.h
 struct Weight {
   const uint8_t* data;
@@ -29,8 +31,10 @@ struct Weight {
   int64_t in_features;
   int group_size;
   bool symmetric;
-  int bits;  // 2, 3, 4, 5, 6 or 8
+  int bits;  // of a code: 2, 3, 4, 5, 6 or 8
+  const uint8_t* book = nullptr;  // what codes stand for; null where they are the integers themselves
 
+  int middle() const { return book ? kBookMiddle : 1 << (bits - 1); }
   int64_t groups() const { return (in_features + group_size - 1) / group_size; }
   int64_t blocks() const { return (out_features + NR - 1) / NR; }
   int steps() const { return group_size / KR; }
@@ -97,7 +101,7 @@ struct Kernel {
   int MR;           // at most so many rows in a tile
   int value_bytes;  // of a prepared value
   int speed;        // about so many multiplications in a nanosecond
-  // Whether a zero point other than 2^(bits - 1) is taken off as a multiple of Σ x: then an infinite
+  // Whether a zero point other than the middle is taken off as a multiple of Σ x: then an infinite
   // x would give ∞ − ∞, and its row is left to the portable kernel.
   bool sums_may_cancel;
   // Fills the pairs (tile, group) numbered first .. last - 1 of the panel, groups varying fastest.

@@ -43,14 +43,14 @@ bool read_floats(PyObject* tuple, std::vector<float>* values) {
 
 }  // namespace
 
-// round_groups(weight, type, rows, columns, group_size, bits, symmetric, whole, importance, clip_ratios,
-// refits, packed, scales, zero_points, threads), with addresses and types as for `linear`; importance is
-// float32 or 0, scales and zero points are float32.
+// round_groups(weight, type, rows, columns, group_size, bits, code_book, symmetric, whole, importance,
+// clip_ratios, refits, packed, scales, zero_points, threads), with addresses, types and code book as for
+// `linear`; importance is float32 or 0, scales and zero points are float32.
 PyObject* py_round_groups(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (!has_count("round_groups", count, 15)) return nullptr;
+  if (!has_count("round_groups", count, 16)) return nullptr;
   const Arguments given{arguments};
   std::vector<float> clip_ratios;
-  if (!read_floats(arguments[9], &clip_ratios)) return nullptr;
+  if (!read_floats(arguments[10], &clip_ratios)) return nullptr;
 
   Rounding call{};
   call.weight = given.address(0);
@@ -59,17 +59,23 @@ PyObject* py_round_groups(PyObject*, PyObject* const* arguments, Py_ssize_t coun
   call.columns = given.number(3);
   call.group_size = std::min<int64_t>(given.number(4), call.columns);
   call.bits = static_cast<int>(given.number(5));
-  call.symmetric = given.number(6) != 0;
-  call.whole = given.number(7) != 0;
-  call.importance = given.floats(8);
+  const int64_t book = given.number(6);
+  call.book = code_book_of(book);
+  call.symmetric = given.number(7) != 0;
+  call.whole = given.number(8) != 0;
+  call.importance = given.floats(9);
   call.clip_ratios = clip_ratios.data();
   call.clip_ratio_count = static_cast<int>(clip_ratios.size());
-  call.refits = static_cast<int>(given.number(10));
-  call.packed = static_cast<uint8_t*>(given.address(11));
-  call.scales = static_cast<float*>(given.address(12));
-  call.zero_points = static_cast<float*>(given.address(13));
-  const int threads = static_cast<int>(given.number(14));
+  call.refits = static_cast<int>(given.number(11));
+  call.packed = static_cast<uint8_t*>(given.address(12));
+  call.scales = static_cast<float*>(given.address(13));
+  call.zero_points = static_cast<float*>(given.address(14));
+  const int threads = static_cast<int>(given.number(15));
   if (PyErr_Occurred()) return nullptr;
+  if (book != 0 && (!call.book || call.bits != kBookBits || !call.symmetric)) {
+    PyErr_SetString(PyExc_ValueError, "no such code book, or not of this width or with zero points");
+    return nullptr;
+  }
   if (call.rows < 1 || call.columns < 1 || call.group_size < 1 || call.bits < 1 || call.bits > 8 ||
       clip_ratios.empty() || clip_ratios.size() > kMostRanges) {
     PyErr_SetString(PyExc_ValueError, "nothing to round, no such width, or no range or too many to try");

@@ -5,6 +5,7 @@
 
 #include <arm_neon.h>
 
+#define FXQUANT_NEON
 #include "floats_neon.h"
 #include "attention_rows.h"
 #include "blocked.h"

@@ -7,12 +7,14 @@
 namespace fxquant {
 namespace {
 
-// A weight [blocks, groups, bytes of a group]; its group size is 0 where there is no such group.
+// A weight [blocks, groups, bytes of a group]; its group size is 0 where there is no such group, or no
+// such code book: 0 for integers.
 inline Weight weight_of(const void* data, int64_t out, int64_t in, int64_t group_bytes, int64_t bits,
-                        bool symmetric) {
+                        bool symmetric, int64_t code_book) {
   Weight weight{static_cast<const uint8_t*>(data), out, in, 0, symmetric, 0};
   if (bits < 2 || bits > 8 || bits == 7) return weight;
-  weight.bits = static_cast<int>(bits);
+  weight.bits = static_cast<int>(bits), weight.book = code_book_of(code_book);
+  if (code_book != 0 && (!weight.book || bits != kBookBits || !symmetric)) return weight;
   const int64_t size = (group_bytes - weight.grid_bytes()) * 8 / (NR * bits);
   const bool is_known = size > 0 && size <= kMaxGroup &&
                         size % unit_of(weight.bits) == 0;

@@ -15,11 +15,12 @@ struct Rounding {
   int64_t rows;
   int64_t columns;
   int64_t group_size;       // up to `columns`; the last group may be short
-  int bits;                 // of an integer
-  bool symmetric;           // whether every zero point is `half()`
-  bool whole;               // whether the others are levels, too: 0 .. `highest()`
+  int bits;                 // of a code
+  const uint8_t* book;      // the levels that codes stand for; null where they are 0 .. `highest()`
+  bool symmetric;           // whether every zero point is `middle()`
+  bool whole;               // whether the others are levels, too
   const float* importance;  // [columns], or null where all count alike
-  const float* clip_ratios;     // of the full range, tried in this order
+  const float* clip_ratios;     // of the full range, tried in this order; below 0: the other way round
   int clip_ratio_count;
   int refits;         // at most so many, by least squares
   uint8_t* packed;    // [rows][row_bytes()], lowest bit first
@@ -27,7 +28,8 @@ struct Rounding {
   float* zero_points; // [rows][groups], representable in float16
 
   float highest() const { return static_cast<float>((1 << bits) - 1); }
-  float half() const { return static_cast<float>(1 << (bits - 1)); }
+  float middle() const { return static_cast<float>(book ? kBookMiddle : 1 << (bits - 1)); }
+  float lowest() const { return book ? book[0] : 0; }
   int64_t row_bytes() const { return (columns * bits + 7) / 8; }
   int64_t groups() const { return (columns + group_size - 1) / group_size; }
 };

@@ -38,7 +38,49 @@ struct RoundedGroup {
   const Vector* weights;
   Vector* q;
   int64_t vectors;  // a multiple of kParts
-  float highest;    // level
+};
+
+// The levels 0 .. highest.
+struct AllLevels {
+  float highest;
+
+  explicit AllLevels(const Rounding& call) : highest(call.highest()) {}
+
+  // The nearest to a place on a grid.
+  Vector nearest(Vector place) const {
+    place = place > 0.0f ? place : Vector{};
+    place = place < highest ? place : Vector{} + highest;
+    return (place + 0x1.8p23f) - 0x1.8p23f;  // rounds half to even
+  }
+
+  uint8_t code_of(int level) const { return static_cast<uint8_t>(level); }
+};
+
+// Those of a code book.
+struct BookLevels {
+  float first;
+  float middles[kBookLevels - 1], gaps[kBookLevels - 1];  // between one and the next
+  uint8_t codes[256] = {};
+
+  explicit BookLevels(const Rounding& call) : first(call.book[0]) {
+    for (int i = 0; i < kBookLevels; ++i) {
+      codes[call.book[i]] = static_cast<uint8_t>(i);
+      if (i == 0) continue;
+      const float last = call.book[i - 1], next = call.book[i];
+      middles[i - 1] = (last + next) / 2, gaps[i - 1] = next - last;
+    }
+  }
+
+  // Of two that are as near, the larger one.
+  Vector nearest(Vector place) const {
+    Vector level = Vector{} + first;
+    unrolled<kBookLevels - 1>([&](auto i) {
+      level += place >= middles[i] ? Vector{} + gaps[i] : Vector{};
+    });
+    return level;
+  }
+
+  uint8_t code_of(int level) const { return codes[level]; }
 };
 
 // Sums in sixteen lanes.
@@ -72,7 +114,10 @@ inline float to_zero_point(const Rounding& call, float zero_point) {
 }
 
 inline Grid grid_of_range(const Rounding& call, float low, float high) {
-  if (call.symmetric) return {to_scale((high > -low ? high : low) / -call.half()), call.half()};
+  if (call.symmetric) {
+    const float lowest = call.lowest() - call.middle();
+    return {to_scale((high > -low ? high : low) / lowest), call.middle()};
+  }
   // As `scales_from_range` of numerics/weights.py: no overflow, no zero point too far for float16.
   const float farther = std::fabs(low) > std::fabs(high) ? std::fabs(low) : std::fabs(high);
   if (call.whole || farther > (high / 2 - low / 2) * 8.0f) {
@@ -83,16 +128,9 @@ inline Grid grid_of_range(const Rounding& call, float low, float high) {
   return {scale, to_zero_point(call, 0.0f - low / scale)};
 }
 
-// The nearest level to a place on a grid.
-inline Vector level_at(Vector place, float highest) {
-  place = place > 0.0f ? place : Vector{};
-  place = place < highest ? place : Vector{} + highest;
-  return (place + 0x1.8p23f) - 0x1.8p23f;  // rounds half to even
-}
-
 // The root of the weighted squared error of some grids.
-template <int Count>
-void measure(const RoundedGroup& group, const Grid* grids, float* errors) {
+template <int Count, class Levels>
+void measure(const RoundedGroup& group, const Levels& levels, const Grid* grids, float* errors) {
   Lanes sums[Count];
   float reciprocals[Count];
   for (int c = 0; c < Count; ++c) reciprocals[c] = 1.0f / grids[c].scale;
@@ -101,7 +139,7 @@ void measure(const RoundedGroup& group, const Grid* grids, float* errors) {
       const Vector x = group.x[i + part], weights = group.weights[i + part];
       unrolled<Count>([&](auto c) {
         const Vector place = x * reciprocals[c] + grids[c].zero_point;
-        const Vector distance = level_at(place, group.highest) - place;
+        const Vector distance = levels.nearest(place) - place;
         sums[c].parts[part] += distance * distance * weights;
       });
     });
@@ -112,9 +150,10 @@ void measure(const RoundedGroup& group, const Grid* grids, float* errors) {
 }
 
 // As `quantize_affine`: dividing rounds differently from a product with the reciprocal.
-inline void set_levels(const RoundedGroup& group, const Grid& grid) {
+template <class Levels>
+void set_levels(const RoundedGroup& group, const Levels& levels, const Grid& grid) {
   for (int64_t i = 0; i < group.vectors; ++i) {
-    group.q[i] = level_at(group.x[i] / grid.scale + grid.zero_point, group.highest);
+    group.q[i] = levels.nearest(group.x[i] / grid.scale + grid.zero_point);
   }
 }
 
@@ -154,31 +193,35 @@ inline Grid refitted(const RoundedGroup& group, const Grid& grid, const Rounding
   return call.whole ? with_zero_point(zero_point) : Grid{scale, zero_point};
 }
 
-Grid best_grid(const Rounding& call, const RoundedGroup& group, float low, float high) {
+template <class Levels>
+Grid best_grid(const Rounding& call, const RoundedGroup& group, const Levels& levels, float low,
+               float high) {
   Grid grids[kMostRanges];
   float errors[kMostRanges] = {};
   int best = 0;
   for (int i = 0; i < call.clip_ratio_count; ++i) {
-    grids[i] = grid_of_range(call, low * call.clip_ratios[i], high * call.clip_ratios[i]);
+    const float ratio = std::fabs(call.clip_ratios[i]);
+    grids[i] = grid_of_range(call, low * ratio, high * ratio);
+    if (call.clip_ratios[i] < 0) grids[i].scale = -grids[i].scale;
   }
   int done = 0;
   for (; done + kAtOnce <= call.clip_ratio_count; done += kAtOnce) {
-    measure<kAtOnce>(group, grids + done, errors + done);
+    measure<kAtOnce>(group, levels, grids + done, errors + done);
   }
-  for (; done < call.clip_ratio_count; ++done) measure<1>(group, grids + done, errors + done);
+  for (; done < call.clip_ratio_count; ++done) measure<1>(group, levels, grids + done, errors + done);
   for (int i = 1; i < call.clip_ratio_count; ++i) best = errors[i] < errors[best] ? i : best;
 
   Grid grid = grids[best];
   float error = errors[best];
   for (int i = 0; i < call.refits; ++i) {
-    set_levels(group, grid);
+    set_levels(group, levels, grid);
     const Grid other = refitted(group, grid, call);
     float other_error;
-    measure<1>(group, &other, &other_error);
+    measure<1>(group, levels, &other, &other_error);
     if (!(other_error < error)) return grid;
     grid = other, error = other_error;
   }
-  set_levels(group, grid);
+  set_levels(group, levels, grid);
   return grid;
 }
 
@@ -206,24 +249,26 @@ float extreme_of(const RoundedGroup& group, const Better& better) {
   return result;
 }
 
-// Packs the levels of a row without gaps, lowest bit first; the bits behind the last are 0.
-inline void pack_row(const uint8_t* levels, int64_t columns, int bits, uint8_t* packed) {
-  constexpr int kChunk = 8;  // levels fill whole bytes in every width
+// Packs the codes of a row without gaps, lowest bit first; the bits behind the last are 0.
+inline void pack_row(const uint8_t* codes, int64_t columns, int bits, uint8_t* packed) {
+  constexpr int kChunk = 8;  // codes fill whole bytes in every width
   for (int64_t k = 0; k < columns; k += kChunk) {
     const int64_t rest = columns - k, count = rest < kChunk ? rest : kChunk;
     uint64_t word = 0;
-    for (int64_t i = 0; i < count; ++i) word |= uint64_t{levels[k + i]} << (i * bits);
+    for (int64_t i = 0; i < count; ++i) word |= uint64_t{codes[k + i]} << (i * bits);
     const int64_t bytes = (count * bits + 7) / 8;
     for (int64_t i = 0; i < bytes; ++i) *packed++ = static_cast<uint8_t>(word >> (8 * i));
   }
 }
 
-void round_rows(const Rounding& call, int64_t first, int64_t last, uint8_t* scratch) {
+template <class Levels>
+void round_rows_to(const Rounding& call, int64_t first, int64_t last, uint8_t* scratch) {
+  const Levels levels(call);
   const int64_t room = (call.group_size + kSumLanes - 1) / kSumLanes * kSumLanes;
   auto* x = reinterpret_cast<float*>(scratch);
   float* weights = x + room;
   float* q = weights + room;
-  auto* levels = reinterpret_cast<uint8_t*>(q + room);  // of a row
+  auto* codes = reinterpret_cast<uint8_t*>(q + room);  // of a row
   const int64_t groups = call.groups(), bytes = call.row_bytes();
   int64_t weights_of = -1;  // the size of the group whose weights are loaded, if all are alike
   for (int64_t row = first; row < last; ++row) {
@@ -240,19 +285,23 @@ void round_rows(const Rounding& call, int64_t first, int64_t last, uint8_t* scra
         weights_of = count;
       }
       const auto vectors = [](float* from) { return reinterpret_cast<Vector*>(from); };
-      const RoundedGroup group{vectors(x), vectors(weights), vectors(q), padded / kWidth,
-                               call.highest()};
+      const RoundedGroup group{vectors(x), vectors(weights), vectors(q), padded / kWidth};
       const float low = extreme_of(group, [](auto one, auto other) { return one < other; });
       const float high = extreme_of(group, [](auto one, auto other) { return one > other; });
-      const Grid grid = best_grid(call, group, low, high);
+      const Grid grid = best_grid(call, group, levels, low, high);
       call.scales[row * groups + g] = grid.scale;
       call.zero_points[row * groups + g] = grid.zero_point;
       for (int64_t k = 0; k < count; ++k) {
-        levels[start + k] = static_cast<uint8_t>(static_cast<int>(q[k]));
+        codes[start + k] = levels.code_of(static_cast<int>(q[k]));
       }
     }
-    pack_row(levels, call.columns, call.bits, call.packed + row * bytes);
+    pack_row(codes, call.columns, call.bits, call.packed + row * bytes);
   }
+}
+
+void round_rows(const Rounding& call, int64_t first, int64_t last, uint8_t* scratch) {
+  const auto rows = call.book ? round_rows_to<BookLevels> : round_rows_to<AllLevels>;
+  rows(call, first, last, scratch);
 }
 
 }  // namespace

@@ -52,7 +52,7 @@ void check_memory(bool is_done) {
 
 Tensor linear_intn(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                    int64_t in_features, int64_t out_features, int64_t bits, bool symmetric,
-                   bool int8_activations) {
+                   bool int8_activations, int64_t code_book) {
   const std::optional<Float> type = float_type(x.scalar_type());
   if (!x.is_cpu() || !weight.is_cpu() || (bias && !bias->is_cpu()) ||
       weight.scalar_type() != ScalarType::Byte || weight.dim() != 3 || !type) {
@@ -62,7 +62,7 @@ Tensor linear_intn(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
   const Tensor values = torch::stable::contiguous(x), blocks = torch::stable::contiguous(weight);
   Call call{};
   call.weight = weight_of(blocks.data_ptr(), out_features, in_features, blocks.size(2), bits,
-                          symmetric);
+                          symmetric, code_book);
   if (x.dim() == 0 || x.size(x.dim() - 1) != in_features ||
       !is_sound(call.weight, blocks.sizes().data()) ||
       (bias && (bias->dim() != 1 || bias->size(0) != out_features))) {

@@ -6,7 +6,7 @@ namespace fxquant {
 
 constexpr const char* kLinearSchema =
     "linear_intn(Tensor x, Tensor weight, Tensor? bias, int in_features, int out_features,"
-    " int bits, bool symmetric, bool int8_activations) -> Tensor";
+    " int bits, bool symmetric, bool int8_activations, int code_book=0) -> Tensor";
 
 constexpr const char* kAttentionSchema =
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float? scale)"
