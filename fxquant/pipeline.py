@@ -1,5 +1,6 @@
 """What users call: `quantize` and `static_quantize`. See `stages.py` for the stages."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack, overload
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.fx import GraphModule
 
-from fxquant.analysis.allocation import allocate
+from fxquant.analysis.allocation import to_be_compared
 from fxquant.analysis.sensitivity import measured_sensitivity
 from fxquant.config.method import UNSCALED
 from fxquant.config.option_checks import TypeRule, check_not_fused
@@ -183,7 +184,8 @@ def quantize(
         into: `"graph"` gives the rewritten graph, `"model"` a copy of the model's own class with
             the same quantized layers (see `swap_modules`).
         average_bits: a budget: `sensitivity` measures what each layer costs, `allocate` spends the
-            bits where they pay. Needs data.
+            bits where they pay. The model is quantized so, and with one width for all layers, and
+            what is better on rows that chose no integer is kept. Needs data.
         memory: that values between layers may take while layers are fitted to data, with those in
             work: `"4GB"`, or a number of bytes; by default half of what is free. What does not fit
             waits in a temporary file. The result is the same, bit for bit.
@@ -232,11 +234,14 @@ def _quantize(
         check_not_fused(made.fuse, "into='model', a copy of the model's own class")
     example = None if example_inputs is None else Call.of(example_inputs)
     drawn = None if data is None else _given(data)
-    graph = model
+    graph, configs = model, [made]
     if average_bits is not None:
-        graph, drawn, made = _allocated(model, drawn, made, example, average_bits, processes)
-    stages = run_stages(graph, drawn, made, example, memory=memory, processes=processes)
-    qmodel, info = _finish(*stages)
+        graph, drawn, configs = _allocated(model, drawn, made, example, average_bits, processes)
+    results = [
+        run_stages(graph, drawn, config, example, memory=memory, processes=processes)
+        for config in configs
+    ]
+    qmodel, info = _finish(*max(results, key=_accuracy))
     return (swap_modules(model, qmodel) if into == "model" else qmodel), info
 
 
@@ -259,8 +264,8 @@ def _allocated(
     example: Call | None,
     average_bits: float,
     processes: Processes,
-) -> tuple[GraphModule, list[Call], QuantConfig]:
-    """The traced graph, the drawn data, and the config with the bits that were allocated."""
+) -> tuple[GraphModule, list[Call], list[QuantConfig]]:
+    """The traced graph, the drawn data, and the config with each allocation to compare."""
     if data is None or isinstance(config.bits, Mapping):
         raise OptionError(
             "average_bits",
@@ -297,8 +302,14 @@ def _allocated(
         num_samples=config.num_calibration_samples or DEFAULT_ROWS,
         processes=processes,
     )
-    bits = allocate(report, average_bits=average_bits)
-    return gm, drawn, config.changed(bits=bits)
+    allocations = to_be_compared(report, average_bits)
+    return gm, drawn, [config.changed(bits=bits) for bits in allocations]
+
+
+def _accuracy(result: tuple[GraphModule, QuantizationInfo]) -> float:
+    """The output's SQNR on rows that chose no integer; the least there is where it is not known."""
+    found = result[1].sqnr_db
+    return -math.inf if found is None or math.isnan(found) else found
 
 
 def _finish(qmodel: GraphModule, info: QuantizationInfo) -> tuple[GraphModule, QuantizationInfo]:

@@ -131,6 +131,26 @@ def _allocated(
     return _best_within(report, groups, (average_bits or 0) * elements, _Group.bits)
 
 
+def to_be_compared(report: SensitivityReport, average_bits: float) -> list[Allocation]:
+    """What to quantize with before one is chosen: the best mix of widths, and one width for all.
+
+    Layers that are fitted make up for the errors of those before them, so what a mix is worth shows
+    when it is fitted as a whole, and not by the report's layers, which were fitted one by one.
+
+    Returns:
+        One allocation or two: the mix, and one width for all that can have it.
+
+    Raises:
+        BudgetError: nothing fits the budget.
+    """
+    chosen = allocate(report, average_bits=average_bits)
+    groups = _groups(report, None, keep_together=False)
+    budget = average_bits * sum(group.elements for group in groups)
+    plans = [_describe(report, groups, bits) for bits in _plans(groups, budget, _Group.bits)]
+    uniform = plans[-1]
+    return [*[plan for plan in (chosen, *plans) if plan != uniform][:1], uniform]
+
+
 def pareto(
     report: SensitivityReport,
     averages: Sequence[float] = (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8),

@@ -166,6 +166,20 @@ def test_into_model_gives_the_users_class_and_one_call_allocates():
         fxquant.quantize(fxquant.trace(model), data, into="model")
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_mix_of_widths_is_never_worse_than_one_width_on_rows_held_out(seed):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(64, 64) for _ in range(6)]
+    for number, layer in enumerate(layers):  # each matters more than the one before it
+        nn.init.normal_(layer.weight, std=0.05 * (1 + number))
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))
+    data = [torch.randn(64, 64) for _ in range(3)]
+    options = {"group_size": 32, "skip_param_threshold": 0, "accuracy_warning": "ignore"}
+    _, mixed = fxquant.quantize(model, data, average_bits=4, **options)
+    _, uniform = fxquant.quantize(model, data, bits=4, **options)
+    assert mixed.sqnr_db >= uniform.sqnr_db
+
+
 def test_sensitivity_allocate_and_quantize_share_one_trace(monkeypatch):
     data = [torch.randn(32, 64) for _ in range(3)]
     graph = fxquant.trace(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), data[0])
