@@ -16,8 +16,9 @@ from fxquant.graph.ops import is_own, op_name, op_of
 VIEWS = frozenset(("view", "_unsafe_view"))
 # Ops that read strides, or give a tensor in other memory than their rules tell.
 _READS_STRIDES = frozenset(
-    ("as_strided", "view_as", "view_as_complex", "view_as_real", "real", "imag", "stride",
-     "sym_stride", "is_contiguous", "storage_offset", "unfold", "data_ptr", "untyped_storage")
+    ("as_strided", "strided_view", "view_as", "view_as_complex", "view_as_real", "real", "imag",
+     "stride", "sym_stride", "is_contiguous", "storage_offset", "unfold", "data_ptr",
+     "untyped_storage")
 )  # fmt: skip
 _INQUIRIES = ("shape", "dtype", "device", "ndim")  # attributes that say nothing of strides
 _SPACES = ("torch", "_operator", "math", "builtins", "fxquant")

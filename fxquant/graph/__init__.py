@@ -14,7 +14,7 @@
 | `parameters.py` | every place that uses parameters |
 | `graph_module.py` | the graph module that fxquant makes, which can be pickled |
 | `interpreter.py`, `stepper.py` | a graph run node by node, values freed after use |
-| `structures.py`, `grouped_matmul.py` | functions that graphs call |
+| `structures.py`, `grouped_matmul.py`, `strided_view.py` | functions that graphs call |
 | `loops.py` | `loop`: a Python loop over a size as one node |
 | `shapes.py` | shapes, dtypes and module paths of nodes |
 | `copying.py` | copies of module trees that share or own their tensors |

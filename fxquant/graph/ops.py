@@ -63,7 +63,7 @@ _TABLE: tuple[Op, ...] = (
     *_rows("chunk split unbind split_with_sizes tensor_split", view=True, scale="split"),
     *_rows("expand slice select getitem narrow expand_as", view=True, scale="move"),
     *_rows("repeat_interleave index_select getattr", scale="move"),
-    *_rows("diagonal unfold view_as as_strided real imag view_as_real", view=True),
+    *_rows("diagonal unfold view_as as_strided strided_view real imag view_as_real", view=True),
     # dtype and device only
     *_rows("to float half bfloat16 double type type_as", view=True, cast=True, scale="homogeneous"),
     *_rows("_to_copy", cast=True, scale="homogeneous"),
@@ -101,7 +101,7 @@ _TABLE: tuple[Op, ...] = (
     *_rows("rand randn randint randperm rand_like randn_like randint_like normal normal_ "
            "bernoulli bernoulli_ multinomial poisson uniform_ exponential_ geometric_ cauchy_ "
            "log_normal_ random_ rrelu rrelu_ rrelu_with_noise gumbel_softmax dropout_ "
-           "fractional_max_pool2d fractional_max_pool3d binomial", random=True),
+           "fractional_max_pool2d fractional_max_pool3d binomial seed_random", random=True),
 )  # fmt: skip
 
 

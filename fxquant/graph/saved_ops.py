@@ -72,13 +72,13 @@ TENSOR_OPS = _words(
     "unique_dim histc bincount searchsorted bucketize sum_to_size "
     # indexing
     "index index_select gather take take_along_dim scatter scatter_add scatter_reduce index_add "
-    "index_copy index_fill index_put masked_select masked_scatter nonzero argwhere embedding "
-    "one_hot _unsafe_index _unsafe_index_put _unsafe_masked_index isin "
+    "index_copy index_fill index_put masked_select masked_scatter nonzero nonzero_numpy argwhere "
+    "embedding one_hot _unsafe_index _unsafe_index_put _unsafe_masked_index isin "
     # products
     "linear matmul mm bmm addmm baddbmm addbmm einsum mv addmv dot vdot inner outer ger addr "
     "tensordot kron bilinear chain_matmul multi_dot cross matrix_power conv1d conv2d conv3d "
     "conv_transpose1d conv_transpose2d conv_transpose3d convolution conv_tbc "
-    "scaled_dot_product_attention "
+    "scaled_dot_product_attention lstm gru rnn_tanh rnn_relu "
     # norms, pools, images, sound
     "layer_norm rms_norm group_norm batch_norm instance_norm local_response_norm avg_pool1d "
     "avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d max_pool2d_with_indices "

@@ -147,6 +147,16 @@ def expect_values(holds: object, where: str, code: str) -> None:
         )
 
 
+@graph_function
+def seed_random(number: int) -> None:
+    """Seed the random numbers of the process, as the model does before it draws some.
+
+    Args:
+        number: the seed.
+    """
+    torch.manual_seed(number)
+
+
 def _filled(text: str, values: tuple[object, ...]) -> str:
     """`text` with its `{}` filled in; `str.format` could read any attribute of a value."""
     first, *parts = text.split("{}")

@@ -16,6 +16,7 @@ from fxquant.errors import LoadError, SaveError, near_misses
 from fxquant.graph.grouped_matmul import grouped_matmul
 from fxquant.graph.loops import loop
 from fxquant.graph.saved_ops import saved_functions, saved_methods, saved_overload
+from fxquant.graph.strided_view import strided_view
 from fxquant.graph.structures import (
     dtype_limit,
     expect_constant,
@@ -24,6 +25,7 @@ from fxquant.graph.structures import (
     named_result,
     named_tuple,
     output_dict,
+    seed_random,
 )
 from fxquant.kernels.attention import attention
 from fxquant.kernels.norm import add_and_norm, norm
@@ -43,11 +45,13 @@ FXQUANT_FUNCTIONS: tuple[Callable[..., Any], ...] = (
     expect_constant,
     expect_shape,
     expect_values,
+    seed_random,
     named_result,
     dtype_limit,
     named_tuple,
     output_dict,
     grouped_matmul,
+    strided_view,
     loop,
     merge_attention_masks,
     quantize_activation,
