@@ -22,13 +22,15 @@ from fxquant.tracing.trace_report import REPORT_KEY, TraceReport
 
 
 def bare_layers(gm: GraphModule) -> frozenset[str]:
-    """The layers of a graph whose weight is a parameter that the user's own code multiplies with.
+    """The layers of a graph that may have no other bias than their own.
 
-    That code adds the bias that it has, or none, so the layer may have no other: a swapped copy
-    would lose it.
+    Their weight is a parameter that the user's own code multiplies with: it adds the bias that it
+    has, or none, and a swapped copy would lose another. Or that code asks whether a layer has one.
     """
     report = gm.meta.get(REPORT_KEY)
-    return frozenset(report.bare) if isinstance(report, TraceReport) else frozenset()
+    if not isinstance(report, TraceReport):
+        return frozenset()
+    return frozenset((*report.bare, *report.without_bias))
 
 
 def packed_parameters(

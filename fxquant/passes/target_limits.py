@@ -31,7 +31,7 @@ def bias_in_target(
         own: that of the float layer.
         config: its target may have no place for a new bias; without one, a graph and a quantized
             layer hold any.
-        is_bare: whether the layer's weight is a parameter that the user's own code multiplies with:
+        is_bare: whether the layer may have no other bias than its own (see `bare_layers`):
             that code adds what it always added.
     """
     has_place = config.target is None or TARGETS[config.target].adds_biases

@@ -176,7 +176,8 @@ _trace = record(
         "unreached": _texts,
     },
     {
-        "read_only": _texts, "left_out": _texts, "refused": _texts, "coverage": number,
+        "read_only": _texts, "without_bias": _texts, "left_out": _texts, "refused": _texts,
+        "coverage": number,
         "product_elements": map_of(whole), "traced_elements": map_of(whole),
         "bare": map_of(
             record({"name": text, "is_transposed": flag, "index": optional(whole)})

@@ -23,6 +23,10 @@
 | `einsum.py`, `grouped.py` | products that are layers in another form: an einsum, experts |
 | `bare_parameters.py` | which layers have a parameter of the user's as their whole weight |
 | `oracle.py`, `variations.py` | the user's own model on the example and on other sizes |
+| `other_values.py`, `value_checks.py` | other values of an example, and which branches they turn |
+| `number_tensors.py`, `seeds.py` | what an export would take as fixed, or lose |
+| `views.py` | views of an exported program that hold for more inputs |
+| `asked_biases.py` | layers of which the model's code asks whether they have a bias |
 | `results.py` | what is kept of a result, and how two differ |
 | `needed.py`, `guards.py` | which sizes a graph has to refuse, and the checks that do it |
 | `products.py`, `coverage.py` | which weights are factors of products, and which the graph sees |

@@ -24,6 +24,7 @@ from fxquant.graph.layers import (
 from fxquant.graph.linear_operands import LinearOperands, linear_operands
 from fxquant.graph.ops import is_addition, op_name
 from fxquant.graph.shapes import MODULE_PATH
+from fxquant.graph.strided_view import strided_view
 from fxquant.modules.float_linear import linear_around
 from fxquant.modules.grouped_linear import GroupedLinear
 from fxquant.tracing.assemble import make_graph_module
@@ -65,6 +66,8 @@ def canonicalize(gm: GraphModule, module: nn.Module) -> GraphModule:
         node.type = None  # annotations of the user's code, which a saved graph does not keep
         if _is_linear_by_keyword(gm, node):  # self.fc(input=x)
             node.args, node.kwargs = (next(iter(node.kwargs.values())),), {}
+        if op_name(node) == "as_strided" and len(node.args) == 3 and not node.kwargs:
+            node.op, node.target = "call_function", strided_view
     nodes = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
     restored = {node for node in nodes if _restore_module(gm, names, node)}
     for node in nodes:  # a layer that is made must not take the name of one that is put back

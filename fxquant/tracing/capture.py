@@ -17,6 +17,9 @@ class Capture:
         guards: conditions on the inputs' sizes under which the graph is right.
         fixed: sizes of inputs that it may be right for only.
         left_out: outputs that a graph cannot hold.
+        branches: places where the forward branches on values; the graph goes the example's way and
+            refuses inputs that would go another.
+        compared: whole numbers with which values are compared there.
         was_asked: whether the forward asked if it is being compiled, and was told that it is.
     """
 
@@ -26,6 +29,8 @@ class Capture:
     guards: list[str] = field(default_factory=list)
     fixed: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    branches: list[str] = field(default_factory=list)
+    compared: list[int] = field(default_factory=list)
     was_asked: bool = False
 
 

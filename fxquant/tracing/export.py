@@ -30,13 +30,16 @@ from fxquant.graph.structures import (
     named_fields,
     named_tuple,
     output_dict,
+    seed_random,
 )
 from fxquant.tracing.capture import Capture, describe_error, left_out
 from fxquant.tracing.each_entry import EachEntry
 from fxquant.tracing.export_surroundings import CompilerQuestions, quiet_export
 from fxquant.tracing.known_values import ASSERTION, KnownValues, write_check
 from fxquant.tracing.loop_marks import LoopMarks, ShortLoopError
+from fxquant.tracing.number_tensors import NumberTensors, numbers_in
 from fxquant.tracing.rolling import CannotRollError, roll_loops
+from fxquant.tracing.seeds import RESEED, recorded_seeds
 from fxquant.tracing.signature import (
     Argument,
     call,
@@ -44,6 +47,7 @@ from fxquant.tracing.signature import (
     placeholders,
     unfit_argument,
 )
+from fxquant.tracing.views import write_view
 from fxquant.tracing.vmap import without_vmap
 
 aten = torch.ops.aten
@@ -124,16 +128,19 @@ def _attempt(
         with left_alone(module), quiet_export(), questions.answered(), known:
             program = _export(flat, example, are_sizes_free)
         fault = None if marks is None else marks.fault
-        if fault is None and values is not None:
-            fault = values.fault(program)
         if fault is not None:
             return fault
         with quiet_export():
             program = without_vmap(program)
+        fault = None if values is None else values.fault(program)
+        if fault is not None:
+            return fault
         capture = _capture(program, arguments, flat.output)
         free = DYNAMIC_DIMENSIONS if are_sizes_free else 0
         fixed = _fixed_sizes(arguments, free)
         was_asked = questions.were_asked and not questions.as_in_eager_mode
+        if values is not None:
+            capture = replace(capture, branches=values.branches, compared=values.compared)
         return replace(capture, fixed=fixed, was_asked=was_asked)
     except ShortLoopError:
         return SHORT_LOOPS
@@ -234,12 +241,12 @@ class _Flat(nn.Module):
         super().__init__()
         self.add_module(WRAPPED, module)
         output = self.output = _FlatOutput()
-        inputs = [a for a in arguments if a.is_input]
+        inputs, numbers = [a for a in arguments if a.is_input], numbers_in(module)
 
         def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
             values = dict(zip((a.name for a in inputs), args, strict=False)) | kwargs
             marked = nullcontext() if marks is None else marks.watching(values.values())
-            with EachEntry(), marked:
+            with EachEntry(), NumberTensors(numbers, module), recorded_seeds(), marked:
                 return output.flatten(call(module, arguments, values))
 
         forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -326,6 +333,8 @@ def _copy_nodes(graph: Graph, gm: GraphModule, environment: dict[Node, Any]) -> 
             continue
         elif node.target is ASSERTION:
             write_check(graph, node, environment.get(node.args[0], node.args[0]))
+        elif node.target is RESEED:
+            graph.call_function(seed_random, node.args)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             environment[node] = _inline(graph, node, environment)
         elif node.target is operator.getitem and isinstance(
@@ -337,6 +346,7 @@ def _copy_nodes(graph: Graph, gm: GraphModule, environment: dict[Node, Any]) -> 
         else:
             copied = graph.node_copy(node, lambda n: environment[n])
             copied.target = LIBRARY_OPS.get(str(copied.target), copied.target)
+            write_view(graph, node, copied)
             copied.meta = {MODULE_PATH: innermost_module(node)}
             environment[node] = copied
     return None

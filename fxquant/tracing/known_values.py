@@ -8,11 +8,12 @@ refused in plain words.
 before (from `torch.export`): `_assert_scalar(eq, "Runtime assertion failed for expression ...")`
 after: `expect_values(eq, "line 764 of masking_utils.py", "if mask.any():")`
 
-Only what is right for other inputs too is taken: a check whose other way raises, and a question
-whose answer depends on sizes and weights alone. Where the other way computes something else, a
-graph of one way would refuse inputs that the model takes, so there is none.
+What is right for all inputs is taken: a check whose other way raises, and a question whose answer
+depends on sizes and weights alone. Where the other way computes something else, a graph of one way
+refuses inputs that the model takes; which checks it needs is tried (`value_checks.py`).
 """
 
+import operator
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -29,21 +30,30 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
 from fxquant.graph.effects import is_random
+from fxquant.graph.ops import op_name
 from fxquant.graph.structures import expect_values
 from fxquant.tracing.branches import Place, only_raises, user_place
 
 aten = torch.ops.aten
 ASSERTION = aten._assert_scalar.default
+BRANCH = "fxquant_branch"  # node.meta of a check: the place where another answer goes another way
 _DECIDED = "propagate_real_tensors"  # how torch calls an answer that it took from the values
 _SYMBOL = re.compile(r"\b[a-z]+\d+\b")  # a number whose value is not known: u0, zuf1
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "isin", "sub", "rsub")
 _LINE = re.compile(r'File "(.+)", line (\d+), in .*\n\s*(.*)')
 
 
 class KnownValues:
-    """Lets an export know the values of its example, and notes the branches that they decide."""
+    """Lets an export know the values of its example, and notes the branches that they decide.
+
+    Attributes:
+        branches, compared: see `fault`.
+    """
 
     def __init__(self) -> None:
-        self._branches: list[tuple[Collection[Any], Place]] = []
+        self._decisions: list[tuple[Collection[Any], Place, bool]] = []
+        self.branches: list[str] = []
+        self.compared: list[int] = []
 
     @contextmanager
     def known(self) -> Iterator[None]:
@@ -59,7 +69,7 @@ class KnownValues:
             if text.startswith(_DECIDED):
                 place, is_answer = user_place(), text.endswith(("== True", "== False"))
                 if not (is_answer and only_raises(place)):  # else it is one number of many
-                    self._branches.append((free_unbacked_symbols(condition), place))
+                    self._decisions.append((free_unbacked_symbols(condition), place, is_answer))
             return defer(env, condition, text, *args, **kwargs)
 
         def fill(dst: Tensor, src: Tensor | None) -> None:
@@ -80,8 +90,12 @@ class KnownValues:
             ShapeEnv.guard_or_defer_runtime_assert = defer  # type: ignore
 
     def fault(self, program: ExportedProgram) -> str | None:
-        """The branch that other inputs may take in another way, in words, or None."""
-        if not self._branches:
+        """What makes the program one for the example alone, in words, or None.
+
+        Sets `branches`, the places where other inputs may go another way, which the program checks,
+        and `compared`, the whole numbers with which values are compared there.
+        """
+        if not self._decisions:
             return None
         given = {
             spec.arg.name
@@ -93,12 +107,28 @@ class KnownValues:
             if node.target is ASSERTION:  # its text is the only place that keeps the symbols
                 for symbol in _SYMBOL.findall(str(node.args[1])):
                     asserted.setdefault(symbol, []).append(node)
-        for symbols, place in self._branches:
+        for symbols, place, is_answer in self._decisions:
             for symbol in map(str, symbols):
                 checks = asserted.get(symbol)
                 if checks is None or any(_depends_on_values(node, given) for node in checks):
-                    return f"it branches on values of its inputs at {place}"
+                    if checks is None or not is_answer:
+                        return f"it branches on values of its inputs at {place}"
+                    if str(place) not in self.branches:
+                        self.branches.append(str(place))
+                    for check in checks:
+                        check.meta[BRANCH] = str(place)
+                    numbers = sorted({n for check in checks for n in _compared_with(check)})
+                    self.compared += [n for n in numbers if n not in self.compared]
         return None
+
+
+def _compared_with(node: Node) -> Iterator[int]:
+    """The whole numbers in comparisons of tensors that a number depends on."""
+    waiting = [node]
+    for source in waiting:
+        if op_name(source) in _COMPARISONS and isinstance(source.meta.get("val"), Tensor):
+            yield from (a for a in source.args if type(a) is int)
+        waiting += [n for n in source.all_input_nodes if n not in waiting]
 
 
 def _depends_on_values(node: Node, given: set[str]) -> bool:
@@ -114,6 +144,17 @@ def _depends_on_values(node: Node, given: set[str]) -> bool:
     return False
 
 
+def in_example(number: Any) -> int | None:
+    """What a number of an export is in the example; None where that is not known."""
+    if not isinstance(number, torch.SymInt):
+        return int(number)
+    node = number.node
+    env = node.shape_env
+    known = {**env.backed_var_to_val, **env.real_tensor_prop_unbacked_vals}
+    value = node.expr.xreplace(known)
+    return int(value) if value.is_number else None
+
+
 def write_check(graph: Graph, assertion: Node, condition: Any) -> None:
     """Write into `graph` what an exported assertion demands.
 
@@ -125,8 +166,25 @@ def write_check(graph: Graph, assertion: Node, condition: Any) -> None:
     sources = _numbers_before(assertion)
     if any(n.target is aten.sym_storage_offset.default for n in sources):
         return  # where a tensor lies in memory decides nothing that a graph computes
+    if _is_size_of_none_or_more(assertion.args[0]):
+        return
     where, code = next(filter(None, map(_recorded_at, sources)), ("forward", "a check of values"))
-    graph.call_function(expect_values, (condition, where, code))
+    check = graph.call_function(expect_values, (condition, where, code))
+    if BRANCH in assertion.meta:
+        check.meta[BRANCH] = assertion.meta[BRANCH]
+
+
+def _is_size_of_none_or_more(condition: Any) -> bool:
+    """Whether nothing is asked but that a tensor's size is 0 or more, as all are."""
+    if not isinstance(condition, Node) or condition.target is not operator.ge:
+        return False
+    size, least = condition.args
+    return (
+        isinstance(size, Node)
+        and size.target is aten.sym_size.int
+        and type(least) is int
+        and least == 0
+    )
 
 
 def _numbers_before(node: Node) -> list[Node]:

@@ -127,6 +127,8 @@ class LoopMarks(TorchFunctionMode):
     def _range_class(self, kept: type[range]) -> Any:
         def make(cls: Any, *args: Any) -> Any:
             start, stop, step = {1: (0, *args, 1), 2: (*args, 1)}.get(len(args), args)
+            if _may_change(step) and not _is_torch(sys._getframe(1)) and 0 < stop - start <= step:
+                return iter([start])  # one part of the whole length
             is_known = all(isinstance(a, int) for a in (start, step))
             if not is_known or not _may_change(stop) or step <= 0 or _is_torch(sys._getframe(1)):
                 return kept(*args)
@@ -272,7 +274,7 @@ def _length_of(length: Any) -> Any:
     """
 
     def length_of(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.ndim or not _may_change(value.shape[0]):
+        if not isinstance(value, Tensor) or not value.ndim or not _is_open(value.shape[0]):
             return length(value)
         return length(value) if _is_torch(sys._getframe(1)) else value.shape[0]
 
@@ -281,10 +283,12 @@ def _length_of(length: Any) -> Any:
 
 def _may_change(size: Any) -> bool:
     """Whether it is a size of the inputs, or computed of one, that has a value in the example."""
-    if not isinstance(size, SymInt):
-        return False
-    node: Any = size.node
-    return node.maybe_as_int() is None and node.has_hint()
+    return _is_open(size) and size.node.has_hint()
+
+
+def _is_open(size: Any) -> bool:
+    """Whether it is a size that may be another one in another call, as that of `nonzero`."""
+    return isinstance(size, SymInt) and size.node.maybe_as_int() is None
 
 
 def _hint(size: Any) -> int:

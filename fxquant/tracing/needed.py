@@ -36,9 +36,10 @@ def needed_guards(
 ) -> list[str] | str:
     """The guards without which the graph would compute other values than the model.
 
-    A guard that some call breaks, although the graph and the model agree on it, is not needed.
-    Where no call breaks it, one is looked for. What cannot be written as a check of sizes has to
-    hold.
+    A guard that some call breaks, although the graph and the model agree on it, is not needed;
+    where they agree on others that break it and not on this one, it is not needed if another guard
+    refuses this one. Where no call breaks it, one is looked for. What cannot be written as a check
+    of sizes has to hold.
 
     Args:
         gm: the graph.
@@ -75,7 +76,15 @@ def needed_guards(
                 return f"it assumes {guard}"
             continue
         needed.append(guard)
-    return needed
+    breaking = {
+        g: [a for a in answers if holds(g, probes.arguments(a.call)) is False] for g in needed
+    }
+    sure = [g for g in needed if not any(map(agrees, breaking[g]))]
+    refused = {id(a) for g in sure for a in breaking[g]}
+    return [
+        g for g in needed
+        if g in sure or any(not agrees(a) and id(a) not in refused for a in breaking[g])
+    ]  # fmt: skip
 
 
 class _Probes:

@@ -13,7 +13,8 @@ A loop over a size whose rounds all do the same becomes one node, for any size (
 Another one is unrolled: a graph for one length, which refuses others, can be saved and the model's
 own code cannot. Where other batches would be refused the model's own code stays all the same.
 A check by value (`if x.isnan().any(): raise`) is one of the graph's, too (see `known_values.py`); a
-branch on values is not.
+branch on values is one where no value that is tried goes the other way, or where the graph of one
+way is right for all (`value_checks.py`).
 Without example inputs a graph is taken only where nothing of the forward can have been lost.
 """
 
@@ -35,6 +36,7 @@ from fxquant.graph.left_alone import (
 )
 from fxquant.graph.parameters import IDLE
 from fxquant.graph.shapes import record_shapes
+from fxquant.tracing.asked_biases import asking, names_of
 from fxquant.tracing.assemble import assemble
 from fxquant.tracing.bare_parameters import READ_ONLY, bare_parameters
 from fxquant.tracing.canonical import canonicalize
@@ -54,6 +56,9 @@ from fxquant.tracing.proxies import has_wrapped_functions
 from fxquant.tracing.signature import graph_arguments
 from fxquant.tracing.symbolic import capture_symbolic
 from fxquant.tracing.trace_report import REPORT_KEY, TraceReport
+from fxquant.tracing.value_checks import ValueChecks, layer_without_node
+
+MOST_WAYS = 2  # that a branch may take besides the example's, each of which is exported
 
 
 def trace(model: nn.Module, example_inputs: object = None) -> GraphModule:
@@ -76,7 +81,7 @@ def trace(model: nn.Module, example_inputs: object = None) -> GraphModule:
     model = loaded(model)
     inputs = None if example_inputs is None else Call.of(example_inputs)
     check_initialized(model)
-    with process_left_alone(), structure_left_alone(model):
+    with process_left_alone(), structure_left_alone(model), asking() as asked:
         if inputs is not None:
             graph_arguments(model, inputs)  # inputs that do not fit are named before anything runs
         oracle = None if inputs is None else Oracle(model, inputs)
@@ -96,10 +101,12 @@ def trace(model: nn.Module, example_inputs: object = None) -> GraphModule:
             attempts=chosen.attempts,
             opaque=describe_opaque(gm, chosen.opaque),
             left_out=chosen.left_out,
-            refused=[f"{r.label}: {r.reason}" for r in chosen.verdict.refused],
+            refused=[f"{r.label}: {r.reason}" for r in chosen.verdict.refused]
+            + [f"values that go another way at {place}" for place in chosen.branches],
             unreached=weight.unreached,
             read_only=sorted(set(gm.meta.pop(READ_ONLY, []))),
             bare=bare_parameters(gm, model),
+            without_bias=names_of(asked, model, prepared),
             product_elements=weight.product_elements,
             traced_elements=weight.traced_elements,
         )
@@ -115,6 +122,8 @@ class _Found:
     verdict: Verdict
     left_out: list[str] = field(default_factory=list)
     opaque: dict[str, str] = field(default_factory=dict)
+    branches: list[str] = field(default_factory=list)  # at which it refuses other values
+    turned: list[Call] = field(default_factory=list)  # inputs that go another way at a branch
     attempts: list[str] = field(default_factory=list)
 
     @property
@@ -226,7 +235,7 @@ class _Search:
                 reasons.append(capture)
                 self.attempts.append(f"model: export: {capture}")
                 if "GuardOnDataDependent" in capture:
-                    yield from self._exported_with_known_values(call)
+                    yield from self._exported_with_known_values(oracle, call)
                     return
                 continue
             yield self._judged(capture, "export")
@@ -238,7 +247,7 @@ class _Search:
                     yield self._judged(capture, "export")
                 if self.best is None and not knew_values:
                     knew_values = True
-                    yield from self._exported_with_known_values(call)
+                    yield from self._exported_with_known_values(oracle, call)
         yield from self._exported_at_refused_sizes(oracle)
 
     def _exported_at_refused_sizes(self, oracle: Oracle) -> Iterator[_Found]:
@@ -256,23 +265,37 @@ class _Search:
             if not isinstance(capture, str):
                 yield self._judged(capture, "export")
 
-    def _exported_with_known_values(self, call: Call) -> Iterator[_Found]:
-        capture = capture_export(self.prepared, call, answers=(True,), are_values_known=True)
-        if isinstance(capture, str):
-            self.attempts.append(f"model: export with known values: {capture}")
-            return
-        found = self._judged(capture, "export")
-        refused = found.verdict.refused
-        if found.verdict.wrong is None and refused:  # it would refuse sizes, besides values
-            found = replace(found, verdict=Verdict(f"it refuses {refused[0].label}"))
-        yield found
+    def _exported_with_known_values(self, oracle: Oracle, call: Call) -> Iterator[_Found]:
+        """Graphs of the example's way, then of ways that other values take, each for all inputs."""
+        longer = [c for c, are_sizes_free in export_examples(oracle) if are_sizes_free]
+        examples = [(example, example) for example in dict.fromkeys((call, *longer))]
+        has_turned = False
+        while examples:
+            example, values = examples.pop(0)
+            capture = capture_export(self.prepared, example, answers=(True,), are_values_known=True)
+            if isinstance(capture, str):
+                self.attempts.append(f"model: export with known values: {capture}")
+                if not has_turned:
+                    return
+                continue
+            found = self._judged(capture, "export", values)
+            refused = [r for r in found.verdict.refused if not r.is_minor]
+            if found.verdict.wrong is None and not refused:
+                examples = []
+            elif found.verdict.wrong is None:  # it would refuse sizes, besides values
+                reason = f"it refuses {refused[0].label}: {refused[0].reason}"
+                found = replace(found, verdict=Verdict(reason))
+            elif not has_turned and not (refused and examples):
+                examples, has_turned = [(c, values) for c in found.turned[:MOST_WAYS]], True
+            yield found
 
-    def _judged(self, capture: Capture, way: str) -> _Found:
+    def _judged(self, capture: Capture, way: str, values: Call | None = None) -> _Found:
         opaque = dict(capture.opaque)
         gm = canonicalize(assemble(capture, self.prepared), self.prepared)
         found = _Found(gm, way, Verdict(None), capture.left_out, opaque)
         if self.oracle is None:
             return found
+        checks = ValueChecks(gm) if capture.branches else None
         needed = needed_guards(gm, capture.guards, capture.fixed, self.oracle)
         if isinstance(needed, str):
             return replace(found, verdict=Verdict(needed))
@@ -286,7 +309,18 @@ class _Search:
             gm.recompile()
         if verdict.wrong is None and masks - were_false:
             verdict = Verdict("it loops over the true entries of a mask, and all were true")
-        return replace(found, verdict=verdict)
+        found = replace(found, verdict=verdict)
+        if checks is None or verdict.wrong is not None:
+            return found
+        wrong = checks.try_others(self.oracle, values or self.oracle.example, capture.compared)
+        branches = checks.settle()
+        lost = wrong or layer_without_node(found.gm, self.prepared)
+        if lost is not None:
+            place = capture.branches[0]
+            reason = f"it branches on values of its inputs at {place} ({lost})"
+            turned = [call for _, call in checks.turned]
+            return replace(found, verdict=Verdict(reason, verdict.refused), turned=turned)
+        return replace(found, branches=branches)
 
     def _around(self) -> _Found:
         gm = graph_around(self.prepared, self._example)

@@ -44,8 +44,11 @@ class TraceReport(View):
         unreached: linear layers of the model that the graph does not call.
         read_only: layers whose weight other code than their own multiplies with.
         bare: those of them whose weight is one parameter as it is, by the layer's name.
+        without_bias: layers without a bias of which the model's code asks whether they have one, so
+            that a quantized one gets none.
         left_out: outputs that a graph cannot hold.
-        refused: sizes that the model takes and the graph refuses, with the reason.
+        refused: sizes that the model takes and the graph refuses, with the reason, and the places
+            where other values than any that were tried would go a way that the graph refuses.
         product_elements: elements of all parameters that are factors of a product, by kind; tied
             ones count once.
         traced_elements: those of them that the graph can see, by kind.
@@ -58,6 +61,7 @@ class TraceReport(View):
     unreached: list[str] = field(default_factory=list)
     read_only: list[str] = field(default_factory=list)
     bare: dict[str, BareParameter] = field(default_factory=dict)
+    without_bias: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     product_elements: dict[str, int] = field(default_factory=dict)

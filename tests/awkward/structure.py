@@ -120,6 +120,19 @@ class ReadsNoneFields(nn.Module):
         return h if self.a.scale is None else h * self.a.scale
 
 
+@awkward()
+class AsksForABias(nn.Module):
+    """Code beside a layer goes another way where the layer has a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(W, W, bias=False), nn.Linear(W, W)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.second(torch.relu(h) if self.first.bias is None else h)
+
+
 @awkward(layers=("0", "2"))
 class LayersInAPlainList(nn.Module):
     """A Python list, whose layers are registered under other names."""
