@@ -72,7 +72,7 @@ TENSOR_OPS = _words(
     "unique_dim histc bincount searchsorted bucketize sum_to_size "
     # indexing
     "index index_select gather take take_along_dim scatter scatter_add scatter_reduce index_add "
-    "index_copy index_fill index_put masked_select masked_scatter nonzero nonzero_numpy argwhere "
+    "index_copy index_fill index_put masked_select masked_scatter nonzero argwhere "
     "embedding one_hot _unsafe_index _unsafe_index_put _unsafe_masked_index isin "
     # products
     "linear matmul mm bmm addmm baddbmm addbmm einsum mv addmv dot vdot inner outer ger addr "

@@ -3,6 +3,7 @@
 before: `x.as_strided(size, stride)`; after: `strided_view(x, size, stride, order)`, as in files
 before: `x[:, :-n]`; after: `x[:, : x.shape[1] - n]`, also for n = 0
 before: `x.view(count, -1)`; after: `x.view(count, 64)`, also for a count of 0
+before: `nonzero_numpy(x)`; after: `nonzero(x, as_tuple=True)`, as in files
 """
 
 import operator
@@ -20,7 +21,7 @@ _VIEWS = (aten.view.default, aten.reshape.default)
 
 
 def write_view(graph: Graph, node: Node, copied: Node) -> None:
-    """Change the copy of an op that is a view.
+    """Change the copy of an op that is a view, or makes indices of one.
 
     Args:
         graph: has the copy.
@@ -33,6 +34,8 @@ def write_view(graph: Graph, node: Node, copied: Node) -> None:
             copied.target, copied.args = strided_view, (*copied.args, order)
     elif copied.target is aten.slice.Tensor:
         _count_from_the_start(graph, node, copied)
+    elif copied.target is aten.nonzero_numpy.default:
+        copied.target, copied.kwargs = torch.nonzero, {"as_tuple": True}
     elif copied.target in _VIEWS:
         copied.args = (copied.args[0], _view_of_any_count(node, copied.args[1]))
 
