@@ -78,7 +78,7 @@ TENSOR_OPS = _words(
     "linear matmul mm bmm addmm baddbmm addbmm einsum mv addmv dot vdot inner outer ger addr "
     "tensordot kron bilinear chain_matmul multi_dot cross matrix_power conv1d conv2d conv3d "
     "conv_transpose1d conv_transpose2d conv_transpose3d convolution conv_tbc "
-    "scaled_dot_product_attention lstm gru rnn_tanh rnn_relu "
+    "scaled_dot_product_attention "
     # norms, pools, images, sound
     "layer_norm rms_norm group_norm batch_norm instance_norm local_response_norm avg_pool1d "
     "avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d max_pool2d_with_indices "

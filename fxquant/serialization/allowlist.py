@@ -25,7 +25,6 @@ from fxquant.graph.structures import (
     named_result,
     named_tuple,
     output_dict,
-    seed_random,
 )
 from fxquant.kernels.attention import attention
 from fxquant.kernels.norm import add_and_norm, norm
@@ -45,7 +44,6 @@ FXQUANT_FUNCTIONS: tuple[Callable[..., Any], ...] = (
     expect_constant,
     expect_shape,
     expect_values,
-    seed_random,
     named_result,
     dtype_limit,
     named_tuple,

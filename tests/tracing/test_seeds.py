@@ -22,19 +22,17 @@ class HashesBySeed(nn.Module):
         return h * ((h @ rotation) > 0).sum(-1, keepdim=True)
 
 
-def test_the_graph_seeds_as_the_model_does(tmp_path):
+def test_the_graph_seeds_as_the_model_does():
     torch.manual_seed(0)
     model = HashesBySeed().eval()
     gm = fxquant.trace(model, torch.randn(2, 5, W))
     assert not fxquant.trace_report(gm).opaque
-    fxquant.save_model(gm, tmp_path / "model.fxq")
-    loaded = fxquant.load_model(tmp_path / "model.fxq")
     x = torch.randn(3, 7, W)
     for seed in (0, 1):
         torch.manual_seed(seed)
         expected, after = model(x), torch.randn(1)
         torch.manual_seed(seed + 10)
-        torch.testing.assert_close(loaded(x), expected)
+        torch.testing.assert_close(gm(x), expected)
         assert torch.equal(torch.randn(1), after)
 
 
