@@ -29,6 +29,7 @@ import fxquant
 from fxquant.algorithms.rtn import round_to_nearest
 from fxquant.kernels.choose import BACKENDS
 from fxquant.kernels.interface import LinearSpec
+from fxquant.numerics.code_books import CODE_BITS, CODE_BOOKS
 
 SHAPES = ("4096x4096", "11008x4096", "384x1536", "768x3072", "256x256")
 ROWS = (1, 4, 16, 128)
@@ -56,11 +57,11 @@ def float_layers(dtype: torch.dtype, weights: list[Tensor]) -> Run:
 
 def quantized_layers(name: str, spec: LinearSpec, weights: list[Tensor]) -> Run:
     """A backend of fxquant."""
-    backend, bits = BACKENDS[name], spec.bits
-    packed = [
-        backend.pack(round_to_nearest(weight, bits=bits, group_size=spec.group_size), spec)
-        for weight in weights
-    ]
+    backend = BACKENDS[name]
+    form: dict[str, Any] = {
+        "bits": spec.bits, "group_size": spec.group_size, "code_book": spec.code_book,
+    }  # fmt: skip
+    packed = [backend.pack(round_to_nearest(weight, **form), spec) for weight in weights]
 
     def run(x: Tensor) -> None:
         for tensors in packed:
@@ -70,7 +71,7 @@ def quantized_layers(name: str, spec: LinearSpec, weights: list[Tensor]) -> Run:
 
 
 def candidates(
-    shape: tuple[int, int], group_size: int, widths: list[int]
+    shape: tuple[int, int], group_size: int, widths: list[int], books: list[str]
 ) -> dict[str, tuple[Run, int]]:
     """By name: what runs its layers, and how many they are."""
     runs: dict[str, tuple[Run, int]] = {}
@@ -85,9 +86,11 @@ def candidates(
         add(name, dtype.itemsize, lambda weights, dtype=dtype: float_layers(dtype, weights))
     for name, make in installed_peers().items():
         add(name, 0.5, lambda weights, make=make: make(weights, group_size))
-    for bits, (name, activation) in itertools.product(widths, OURS):
-        spec = LinearSpec(*shape, group_size, True, activation, bits)
-        label = f"{OURS[name, activation]} W{bits}A{8 if activation == 'int8' else 16}"
+    forms = [(bits, None) for bits in widths] + [(CODE_BITS, book) for book in books]
+    for (bits, book), (name, activation) in itertools.product(forms, OURS):
+        spec = LinearSpec(*shape, group_size, True, activation, bits, book)
+        label = f"{OURS[name, activation]} {book or f'W{bits}'}"
+        label += "A8" if activation == "int8" else "A16"
         if BACKENDS[name].unsupported(spec, torch.device("cpu")) is None:
             add(label, bits / 8, lambda w, n=name, s=spec: quantized_layers(n, s, w))
     return runs
@@ -123,12 +126,12 @@ def ratios(times: dict[str, float]) -> dict[str, float]:
 
 def product_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Milliseconds a layer, and ratios, for each shape and number of rows."""
-    statistic = min if arguments.minimum else statistics.median
+    statistic, books = min if arguments.minimum else statistics.median, arguments.code_book
     table = []
     for text in arguments.shape:
         out_features, in_features = map(int, text.split("x"))
         with torch.inference_mode():
-            runs = candidates((out_features, in_features), arguments.group, arguments.bits)
+            runs = candidates((out_features, in_features), arguments.group, arguments.bits, books)
             for rows in arguments.rows:
                 x = torch.randn(rows, in_features)
                 times = milliseconds(runs, x, arguments.rounds, statistic)
@@ -169,6 +172,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", type=int, default=ROWS)
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--bits", nargs="*", type=int, default=[4], help="of fxquant's weights")
+    parser.add_argument("--code-book", nargs="*", choices=CODE_BOOKS, default=[])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--minimum", action="store_true", help="instead of medians: a busy machine")
     parser.add_argument("--json", type=Path)

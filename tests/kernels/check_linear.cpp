@@ -49,7 +49,7 @@ struct Values {
 
 struct Case {
   int out, in, rows, group_size, bits;
-  const uint8_t* book;
+  const CodeBook* book;
   bool symmetric, int8, has_bias, has_bad;
   Float x_type, bias_type;
 };
@@ -62,7 +62,7 @@ Case random_case() {
   if (pick(0, 2) == 0) c.out = NR * pick(1, 3);
   c.bits = pick(0, 1) ? 4 : widths[pick(0, 5)];
   do c.group_size = sizes[pick(0, 5)]; while (c.group_size % unit_of(c.bits) != 0);
-  c.book = c.bits == kBookBits && pick(0, 2) == 0 ? kCodeBooks[0] : nullptr;
+  c.book = c.bits == kBookBits && pick(0, 2) == 0 ? &kCodeBooks[0] : nullptr;
   c.symmetric = c.book || pick(0, 1), c.int8 = pick(0, 1), c.has_bias = pick(0, 1);
   c.has_bad = pick(0, 3) == 0;
   c.x_type = static_cast<Float>(pick(0, 2)), c.bias_type = static_cast<Float>(pick(0, 2));
@@ -200,7 +200,7 @@ bool is_right(const Case& c, const InstructionSet& set) {
           const int64_t row = b * NR + n, column = g * c.group_size + k;
           if (row >= c.out || column >= c.in) continue;
           const double zero = c.symmetric ? middle : from_f16(zero_point);
-          const int code = code_of(codes, c.bits, k, n), q = c.book ? c.book[code] : code;
+          const int code = code_of(codes, c.bits, k, n), q = c.book ? c.book->levels[code] : code;
           w[row * c.in + column] = from_bf16(scale) * (q - zero);
         }
       }

@@ -53,7 +53,7 @@ std::vector<double> errors(const Rounding& call, const Result& result) {
         const int64_t at = k * call.bits + bit;
         code |= (result.packed[row * call.row_bytes() + at / 8] >> (at % 8) & 1) << bit;
       }
-      if (call.book) code = call.book[code];
+      if (call.book) code = call.book->levels[code];
       float x;
       load_floats(call.weight, call.type, row * call.columns + k, 1, &x);
       const double value = result.scales[group] * (code - double(result.zero_points[group]));
@@ -69,7 +69,7 @@ bool is_right() {
   call.rows = pick(1, 20), call.columns = pick(1, 400);
   call.group_size = std::min<int64_t>(sizes[pick(0, 8)], call.columns);
   call.bits = pick(2, 8), call.symmetric = pick(0, 1), call.whole = pick(0, 1), call.refits = pick(0, 8);
-  if (pick(0, 3) == 0) call.bits = kBookBits, call.symmetric = true, call.book = kCodeBooks[0];
+  if (pick(0, 3) == 0) call.bits = kBookBits, call.symmetric = true, call.book = &kCodeBooks[0];
   call.type = static_cast<Float>(pick(0, 2));
   const size_t count = call.rows * call.columns;
   std::vector<uint8_t> weight(count * (call.type == Float::f32 ? 4 : 2));

@@ -55,7 +55,7 @@ constexpr int kChunkCodes = kUnitRows * kWord;
 //   dot<V>()               adds the products with a vector of outputs to tile V
 //   add(...)               adds the product of a group to 16 outputs of a row
 //   unpack_nibbles(...)    makes of nibbles what the unit multiplies
-//   unpack_others(weight)  what does so with other codes
+//   unpack_wider(bits)     what does so with codes of other widths
 template <class Product>
 struct MatrixUnit : Product {
   using Value = typename Product::Value;
@@ -73,8 +73,8 @@ struct MatrixUnit : Product {
 
   // For one tile, nibbles are unpacked where they are used; for several, once for all of them.
   static UnpackBytes unpacking(const Weight& weight, int tiles) {
-    if (has_nibbles(weight)) return tiles == 1 ? nullptr : Product::unpack_nibbles;
-    return Product::unpack_others(weight);
+    if (weight.bits == 4) return tiles == 1 ? nullptr : Product::unpack_nibbles;
+    return Product::unpack_wider(weight);
   }
 
   template <int R, bool Bytes>
@@ -82,7 +82,7 @@ struct MatrixUnit : Product {
     // Two, so that sums of one group are added up while the unit multiplies the next.
     alignas(64) Sum sums[2][kUnitRows * NR];
     for (int i = 0; i < span.groups; ++i) {
-      multiply_group<Bytes>(span.tile(i).values, span.group(i).codes, span.steps);
+      multiply_group<Bytes>(span.tile(i).values, span.group(i).codes, span);
       if (i > 0) add<R>(span, i - 1, sums[(i - 1) % 2], outputs);
       store(sums[i % 2]);
     }
@@ -90,8 +90,8 @@ struct MatrixUnit : Product {
   }
 
   template <bool Bytes>
-  static void multiply_group(const uint8_t* x, const uint8_t* codes, int steps) {
-    const int row_bytes = steps * KR * static_cast<int>(sizeof(Value));
+  static void multiply_group(const uint8_t* x, const uint8_t* codes, const Span& span) {
+    const int row_bytes = span.steps * KR * static_cast<int>(sizeof(Value));
     const int chunk = chunk_of(row_bytes), inputs = chunk / static_cast<int>(sizeof(Value));
     alignas(64) uint8_t unpacked[2][kChunkCodes];
     _tile_zero(0);
@@ -103,7 +103,7 @@ struct MatrixUnit : Product {
       if (Bytes) {
         codes += chunk / kFour * kWord;
       } else {
-        Product::unpack_nibbles(codes, inputs, nullptr, unpacked[turn]);
+        Product::unpack_nibbles(codes, inputs, span.book, unpacked[turn]);
         from = unpacked[turn], codes += inputs / KR * kWord;
       }
       asm volatile("" ::: "memory");  // GCC 12 does not know that loading a tile reads memory
@@ -176,12 +176,7 @@ struct Bf16Product : Bf16Pairs {
     return _mm512_fmadd_ps(product, scales, total);
   }
 
-  // bfloat16 pairs, as `unpack_pairs` gives them of wider codes.
-  static void unpack_nibbles(const uint8_t* codes, int inputs, const uint8_t*, uint8_t* pairs) {
-    unpack_by_table(codes, inputs, values(), pairs);
-  }
-
-  static UnpackBytes unpack_others(const Weight& weight) { return unpacking(weight, 1); }
+  static UnpackBytes unpack_wider(const Weight& weight) { return unpacking(weight, 1); }
 };
 
 struct Int8Product {
@@ -216,13 +211,13 @@ struct Int8Product {
     return _mm512_add_ps(total, _mm512_mul_ps(product, scales));
   }
 
-  static void unpack_nibbles(const uint8_t* codes, int inputs, const uint8_t* book,
+  static void unpack_nibbles(const uint8_t* codes, int inputs, const CodeBook* book,
                              uint8_t* bytes) {
-    unpack_integers<4>(codes, inputs, book, bytes);
+    const auto unpack = book ? unpack_signed<unpack_book, kBookMiddle> : unpack_integers<4>;
+    unpack(codes, inputs, book, bytes);
   }
 
-  static UnpackBytes unpack_others(const Weight& weight) {
-    if (weight.book) return unpack_signed<unpack_book, kBookMiddle>;
+  static UnpackBytes unpack_wider(const Weight& weight) {
     switch (weight.bits) {
       case 2: return unpack_integers<2>;
       case 3: return unpack_integers<3>;
@@ -233,14 +228,14 @@ struct Int8Product {
   }
 
   template <int Bits>
-  static void unpack_integers(const uint8_t* codes, int inputs, const uint8_t* book,
+  static void unpack_integers(const uint8_t* codes, int inputs, const CodeBook* book,
                               uint8_t* bytes) {
     unpack_signed<unpack_bytes_of<Bits>, 1 << (Bits - 1)>(codes, inputs, book, bytes);
   }
 
   // Signed bytes [inputs / 4][64][4] of q − middle.
   template <UnpackBytes Unpack, int Middle>
-  static void unpack_signed(const uint8_t* codes, int inputs, const uint8_t* book, uint8_t* bytes) {
+  static void unpack_signed(const uint8_t* codes, int inputs, const CodeBook* book, uint8_t* bytes) {
     const __m512i middles = _mm512_set1_epi8(static_cast<char>(Middle));
     Unpack(codes, inputs, book, bytes);
     for (int at = 0; at < inputs * NR; at += 64) {

@@ -38,11 +38,12 @@ struct FloatMode : Bf16Pairs, OneByOne {
       });
       const uint8_t* x = tile.values;
       const uint8_t* codes = group.codes;
+      const __m512i table = table_of(span.book);
       for (int step = 0; step < span.steps; ++step, x += 2 * KR * R) {
         unrolled<4>([&](auto pair) {
           __m512i q[kVectors];
           unrolled<kVectors>([&](auto v) {
-            q[v] = Bytes ? load(codes + kWord * pair + 64 * v) : pairs_at(codes + 64 * v, pair);
+            q[v] = Bytes ? load(codes + kWord * pair + 64 * v) : pairs_at(codes + 64 * v, pair, table);
           });
           unrolled<R>([&](auto r) {
             const __m512i value = broadcast(x + 2 * KR * r + 4 * pair);

@@ -19,6 +19,11 @@ namespace fxquant {
 namespace {
 
 struct FloatMode : ByteCodes {
+  // Null for 4 bits, whose nibbles are looked up where they are used.
+  static UnpackBytes unpacking(const Weight& weight, int) {
+    return weight.bits == 4 ? nullptr : unpacking_of(weight);
+  }
+
   using Value = float;
   static constexpr int MR = 6, speed = 120;
   static constexpr bool sums_may_cancel = true;
@@ -27,16 +32,21 @@ struct FloatMode : ByteCodes {
     prepare_float32(x, size, to, stride, sum);
   }
 
-  // q − middle of one input of a step, for 16 outputs.
+  // The values of nibbles.
+  static __m512 table_of(const CodeBook* book) {
+    if (book) return _mm512_load_ps(book->values);
+    return _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  }
+
+  // q − middle of one input of a step, for 16 outputs; that of nibbles is in the table.
   template <bool Bytes>
-  static __m512 weights_at(const uint8_t* codes, int vector, int k, int middle) {
+  static __m512 weights_at(const uint8_t* codes, int vector, int k, int middle, __m512 table) {
     if (Bytes) {
       const __m512i lanes = load(codes + k / kFour * kWord + 64 * vector);
       const __m512i q = _mm512_sub_epi8(lanes, _mm512_set1_epi8(static_cast<char>(middle)));
       return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(q, 24 - 8 * (k % kFour)), 24));
     }
     // Of an index, only the low four bits count.
-    const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
     const __m512i lanes = load(codes + 64 * vector);
     return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, 8 * (k % kFour) + 4 * (k / kFour)), table);
   }
@@ -51,11 +61,12 @@ struct FloatMode : ByteCodes {
       });
       const auto* x = reinterpret_cast<const float*>(tile.values);
       const uint8_t* codes = group.codes;
+      const __m512 table = table_of(span.book);
       for (int step = 0; step < span.steps; ++step, x += KR * R) {
         unrolled<KR>([&](auto k) {
           __m512 w[kVectors];
           unrolled<kVectors>(
-              [&](auto v) { w[v] = weights_at<Bytes>(codes, v, k, group.middle); });
+              [&](auto v) { w[v] = weights_at<Bytes>(codes, v, k, group.middle, table); });
           unrolled<R>([&](auto r) {
             const __m512 value = _mm512_set1_ps(x[KR * r + k]);
             unrolled<kVectors>([&](auto v) { sums[r][v] = fma(w[v], value, sums[r][v]); });

@@ -46,35 +46,26 @@ struct Bf16Pairs {
     if (sum) *sum = _mm512_reduce_add_ps(total);
   }
 
-  // Two bfloat16 (q − 8) for each output: the low nibbles of both 16-bit halves after a shift. They
+  // Two bfloat16 of a table for each output, q − 8 or the values of a code book: the low nibbles of both 16-bit halves after a shift. They
   // are the inputs (k, k + 2), (k + 4, k + 6), (k + 1, k + 3) and (k + 5, k + 7).
-  static __m512i pairs_at(const uint8_t* codes, int pair) {
-    return pairs_at(codes, pair, _mm512_broadcast_i64x4(values()));
-  }
-
-  // The same with the bfloat16 of another table, twice, in the place of q − 8.
   static __m512i pairs_at(const uint8_t* codes, int pair, __m512i table) {
     return _mm512_permutexvar_epi16(_mm512_srli_epi16(load(codes), 4 * pair), table);
   }
 
-  static __m256i values() {
+  // The table of nibbles, twice. Levels have 8 bits, which bfloat16 holds exactly.
+  static __m512i table_of(const CodeBook* book) {
     alignas(32) static constexpr uint16_t bits[16] = {
         0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,   // -8 .. -1
         0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};  // 0 .. 7
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(bits));
-  }
-
-  // The levels of a book less its middle, which bfloat16 holds exactly: the upper halves of float32.
-  static __m256i values_of(const uint8_t* book) {
-    const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(book));
-    const __m512i q = _mm512_sub_epi32(_mm512_cvtepu8_epi32(levels), _mm512_set1_epi32(kBookMiddle));
-    const __m512i floats = _mm512_castps_si512(_mm512_cvtepi32_ps(q));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(floats, 16));
+    __m256i values = _mm256_load_si256(reinterpret_cast<const __m256i*>(bits));
+    if (book) values = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_load_ps(book->values)));
+    return _mm512_broadcast_i64x4(values);
   }
 
   // Pairs of nibbles, in the order of `pairs_at`.
-  static void unpack_by_table(const uint8_t* codes, int inputs, __m256i values, uint8_t* pairs) {
-    const __m512i table = _mm512_broadcast_i64x4(values);
+  static void unpack_nibbles(const uint8_t* codes, int inputs, const CodeBook* book,
+                             uint8_t* pairs) {
+    const __m512i table = table_of(book);
     for (int k = 0; k < inputs; k += KR, codes += kWord, pairs += 4 * kWord) {
       prefetch(codes + kAhead);
       unrolled<4>([&](auto pair) {
@@ -85,14 +76,8 @@ struct Bf16Pairs {
     }
   }
 
-  static void unpack_book_pairs(const uint8_t* codes, int inputs, const uint8_t* book,
-                                uint8_t* pairs) {
-    unpack_by_table(codes, inputs, values_of(book), pairs);
-  }
-
-  // Null for integers of 4 bits, whose nibbles can be looked up where they are used.
+  // Null for 4 bits, whose nibbles can be looked up where they are used.
   static UnpackBytes unpacking(const Weight& weight, int) {
-    if (weight.book) return unpack_book_pairs;
     switch (weight.bits) {
       case 2: return unpack_pairs<2>;
       case 3: return unpack_pairs<3>;
@@ -105,7 +90,7 @@ struct Bf16Pairs {
 
   // bfloat16 pairs [inputs / 8][4][64] of q − middle, in the order of `pairs_at`.
   template <int Bits>
-  static void unpack_pairs(const uint8_t* codes, int inputs, const uint8_t*, uint8_t* pairs) {
+  static void unpack_pairs(const uint8_t* codes, int inputs, const CodeBook*, uint8_t* pairs) {
     constexpr int kUnit = unit_of(Bits), kUnitBytes = kUnit * NR * Bits / 8;
     alignas(64) uint8_t bytes[kUnit * NR];
     for (int done = 0; done < inputs; done += kUnit, codes += kUnitBytes) {

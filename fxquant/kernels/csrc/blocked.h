@@ -53,7 +53,8 @@ struct TileGroup {
 struct Span {
   int groups;
   int steps;   // of a group
-  int middle;  // of the codes
+  int middle;  // of the integers
+  const CodeBook* book;  // of nibbles that the mode looks up where it uses them
   bool symmetric;
   int ahead;   // bytes from codes in use to those that memory should bring
   const uint8_t* grid;
@@ -243,6 +244,7 @@ Span span_of(const Weight& weight, int64_t block, int64_t group, int groups, Unp
              uint8_t* buffer) {
   Span span{};
   span.groups = groups, span.steps = weight.steps(), span.middle = weight.middle();
+  span.book = weight.book;
   span.grid = weight.data + (block * weight.groups() + group) * weight.group_bytes();
   span.grid_stride = weight.group_bytes();
   span.codes = span.grid + weight.grid_bytes(), span.code_stride = span.grid_stride;

@@ -69,7 +69,7 @@ inline void unpack_unit(const uint8_t* codes, uint8_t* bytes) {
 constexpr int kAhead = 8192;
 
 template <int Bits>
-void unpack_bytes_of(const uint8_t* codes, int inputs, const uint8_t*, uint8_t* bytes) {
+void unpack_bytes_of(const uint8_t* codes, int inputs, const CodeBook*, uint8_t* bytes) {
   constexpr int kUnit = unit_of(Bits), kUnitBytes = kUnit * NR * Bits / 8;
   for (int done = 0; done < inputs; done += kUnit, codes += kUnitBytes, bytes += kUnit * NR) {
     for (int line = 0; line < kUnitBytes; line += 64) __builtin_prefetch(codes + kAhead + line);
@@ -78,9 +78,9 @@ void unpack_bytes_of(const uint8_t* codes, int inputs, const uint8_t*, uint8_t* 
 }
 
 // The levels of a word of nibbles: two words of bytes.
-inline void look_up(const uint8_t* codes, const uint8_t* book, uint8_t* bytes) {
+inline void look_up(const uint8_t* codes, const CodeBook* book, uint8_t* bytes) {
 #if defined(FXQUANT_AVX512)
-  const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(book));
+  const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(book->levels));
   const __m512i table = _mm512_broadcast_i32x4(levels), low = _mm512_set1_epi8(0xf);
   for (int at = 0; at < kWord; at += 64) {
     const __m512i q = _mm512_loadu_si512(codes + at);
@@ -89,7 +89,7 @@ inline void look_up(const uint8_t* codes, const uint8_t* book, uint8_t* bytes) {
     _mm512_storeu_si512(bytes + kWord + at, _mm512_shuffle_epi8(table, upper));
   }
 #elif defined(FXQUANT_AVX2)
-  const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(book));
+  const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(book->levels));
   const __m256i table = _mm256_broadcastsi128_si256(levels), low = _mm256_set1_epi8(0xf);
   for (int at = 0; at < kWord; at += 32) {
     const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + at));
@@ -99,7 +99,7 @@ inline void look_up(const uint8_t* codes, const uint8_t* book, uint8_t* bytes) {
     _mm256_storeu_si256(to + kWord / 32, _mm256_shuffle_epi8(table, upper));
   }
 #elif defined(FXQUANT_NEON)
-  const uint8x16_t table = vld1q_u8(book), low = vdupq_n_u8(0xf);
+  const uint8x16_t table = vld1q_u8(book->levels), low = vdupq_n_u8(0xf);
   for (int at = 0; at < kWord; at += 16) {
     const uint8x16_t q = vld1q_u8(codes + at);
     vst1q_u8(bytes + at, vqtbl1q_u8(table, vandq_u8(q, low)));
@@ -107,12 +107,12 @@ inline void look_up(const uint8_t* codes, const uint8_t* book, uint8_t* bytes) {
   }
 #else
   for (int i = 0; i < kWord; ++i) {
-    bytes[i] = book[codes[i] & 0xf], bytes[kWord + i] = book[codes[i] >> 4];
+    bytes[i] = book->levels[codes[i] & 0xf], bytes[kWord + i] = book->levels[codes[i] >> 4];
   }
 #endif
 }
 
-inline void unpack_book(const uint8_t* codes, int inputs, const uint8_t* book, uint8_t* bytes) {
+inline void unpack_book(const uint8_t* codes, int inputs, const CodeBook* book, uint8_t* bytes) {
   constexpr int kUnit = unit_of(kBookBits);
   for (int done = 0; done < inputs; done += kUnit, codes += kWord, bytes += kUnit * NR) {
     for (int line = 0; line < kWord; line += 64) __builtin_prefetch(codes + kAhead + line);
@@ -120,7 +120,7 @@ inline void unpack_book(const uint8_t* codes, int inputs, const uint8_t* book, u
   }
 }
 
-using UnpackBytes = void (*)(const uint8_t* codes, int inputs, const uint8_t* book, uint8_t* bytes);
+using UnpackBytes = void (*)(const uint8_t* codes, int inputs, const CodeBook* book, uint8_t* bytes);
 
 // Whether codes are integers of 4 bits: nibbles that are multiplied as they are.
 inline bool has_nibbles(const Weight& weight) { return weight.bits == 4 && !weight.book; }

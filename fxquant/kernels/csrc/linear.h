@@ -32,7 +32,7 @@ struct Weight {
   int group_size;
   bool symmetric;
   int bits;  // of a code: 2, 3, 4, 5, 6 or 8
-  const uint8_t* book = nullptr;  // what codes stand for; null where they are the integers themselves
+  const CodeBook* book = nullptr;  // what codes stand for; null where they are the integers themselves
 
   int middle() const { return book ? kBookMiddle : 1 << (bits - 1); }
   int64_t groups() const { return (in_features + group_size - 1) / group_size; }

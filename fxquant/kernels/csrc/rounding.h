@@ -16,7 +16,7 @@ struct Rounding {
   int64_t columns;
   int64_t group_size;       // up to `columns`; the last group may be short
   int bits;                 // of a code
-  const uint8_t* book;      // the levels that codes stand for; null where they are 0 .. `highest()`
+  const CodeBook* book;     // the levels that codes stand for; null where they are 0 .. `highest()`
   bool symmetric;           // whether every zero point is `middle()`
   bool whole;               // whether the others are levels, too
   const float* importance;  // [columns], or null where all count alike
@@ -29,7 +29,7 @@ struct Rounding {
 
   float highest() const { return static_cast<float>((1 << bits) - 1); }
   float middle() const { return static_cast<float>(book ? kBookMiddle : 1 << (bits - 1)); }
-  float lowest() const { return book ? book[0] : 0; }
+  float lowest() const { return book ? book->levels[0] : 0; }
   int64_t row_bytes() const { return (columns * bits + 7) / 8; }
   int64_t groups() const { return (columns + group_size - 1) / group_size; }
 };

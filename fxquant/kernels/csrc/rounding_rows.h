@@ -62,11 +62,11 @@ struct BookLevels {
   float middles[kBookLevels - 1], gaps[kBookLevels - 1];  // between one and the next
   uint8_t codes[256] = {};
 
-  explicit BookLevels(const Rounding& call) : first(call.book[0]) {
+  explicit BookLevels(const Rounding& call) : first(call.book->levels[0]) {
     for (int i = 0; i < kBookLevels; ++i) {
-      codes[call.book[i]] = static_cast<uint8_t>(i);
+      codes[call.book->levels[i]] = static_cast<uint8_t>(i);
       if (i == 0) continue;
-      const float last = call.book[i - 1], next = call.book[i];
+      const float last = call.book->levels[i - 1], next = call.book->levels[i];
       middles[i - 1] = (last + next) / 2, gaps[i - 1] = next - last;
     }
   }
