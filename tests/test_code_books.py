@@ -7,12 +7,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import fxquant
 from fxquant.errors import OptionError
+from fxquant.integrations.transformers import FxquantConfig
 from fxquant.modules.linear_int4 import QuantizedLinearInt4
 from fxquant.modules.linear_of import linear_of
 from fxquant.numerics.weights import quantize_weight
+from tests.exporters.conftest import SMALL
 from tests.exporters.layers import quantized_layers
 
 NF4 = {"code_book": "nf4", "group_size": 32, "accuracy_warning": "ignore"}
@@ -62,8 +65,7 @@ def test_layers_of_4_bits_have_the_book_and_take_the_bytes_of_integers(model, q)
     for name, layer in quantized_layers(q).items():
         assert layer.saved_bytes == quantized_layers(plain)[name].saved_bytes
     assert "nf4" in repr(q.up)
-    diff = fxquant.diff(plain, q)
-    assert diff is not None
+    assert "group_size=32, nf4" in str(fxquant.diff(plain, q))
 
 
 @pytest.mark.parametrize("method", ["rtn", "hqq", "awq", "gptq", "best"])
@@ -100,8 +102,7 @@ def test_a_file_loads_in_another_process_and_names_the_book(model, q, tmp_path):
     subprocess.run([sys.executable, "-c", LOADS, path, data], check=True)
     with safe_open(path, "pt") as file:
         assert '"code_book"' in " ".join(file.metadata().values())
-    copy = fxquant.load_into(Several(), path) if hasattr(fxquant, "load_into") else None
-    for swapped in filter(None, (fxquant.swap_modules(model, q), copy)):
+    for swapped in (fxquant.swap_modules(model, q), fxquant.load_into(Several(), path)):
         assert torch.equal(swapped(X), q(X))
     state, made = q.up.state_dict(), fxquant.load_model(path).up
     made.load_state_dict({**state, "_scales": state["_scales"] * 2})
@@ -126,6 +127,23 @@ def test_a_damaged_description_is_refused(damage):
         damaged = {**tensors, name: tensors[name].to(dtype)}
         with pytest.raises(OptionError, match="damaged"):
             QuantizedLinearInt4.rebuild(layer.describe(), damaged)
+
+
+def test_transformers_saves_and_loads_it_and_rounds_to_it_while_loading(tmp_path):
+    tokens = torch.arange(6)[None]
+    model = LlamaForCausalLM(SMALL).eval()
+    made, _ = fxquant.quantize(model, [{"input_ids": tokens}], **NF4)
+    swapped = fxquant.swap_modules(model, made)
+    swapped.save_pretrained(tmp_path / "swapped")
+    model.save_pretrained(tmp_path / "float")
+    config = FxquantConfig(code_book="nf4", group_size=32)
+    loaded = [
+        LlamaForCausalLM.from_pretrained(tmp_path / "swapped").eval(),
+        LlamaForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config).eval(),
+    ]
+    assert {m.model.layers[0].mlp.up_proj.code_book for m in loaded} == {"nf4"}
+    assert torch.equal(loaded[0](tokens).logits, swapped(tokens).logits)
+    assert fxquant.sqnr_db(model(tokens).logits, loaded[1](tokens).logits) > 10
 
 
 @pytest.mark.parametrize("format", ["onnx", "gptq", "awq", "compressed-tensors", "gguf"])
