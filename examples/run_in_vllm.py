@@ -7,9 +7,9 @@ The model is the byte-level language model that fxquant ships, with 4 bits. Each
 folder, vLLM loads it, and its greedy tokens are compared with those of the quantized model in
 transformers.
 
-vLLM's product with 4-bit weights on CPUs needs AVX-512. On others this script lets torch multiply
-by the values that vLLM unpacked, so that what is tried there is the reading of the folder: names,
-joined layers, scales, zero points, the order of packed integers.
+vLLM's product with 4-bit weights on CPUs needs AVX-512, and knows bfloat16 alone. On other CPUs
+this script lets torch multiply by the values that vLLM unpacked, so that what is tried there is the
+reading of the folder: names, joined layers, scales, zero points, the order of packed integers.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from vllm.platforms import current_platform
 import fxquant
 
 PROMPT = "In the beginning "
-FORMATS = (  # the format, whether weights are symmetric, vLLM's dtype: it has no float32 for two
+FORMATS = (  # the format, whether weights are symmetric, the dtype where torch multiplies
     ("compressed-tensors", True, "float32"),
     ("compressed-tensors", False, "float32"),
     ("gptq", True, "bfloat16"),
@@ -110,12 +110,14 @@ def main() -> None:
         model = embedded_llama()
         model.save_pretrained(base)
         chosen = [row for row in FORMATS if row[0] in (arguments.format or row[:1])]
+        is_unpacked = current_platform.is_cpu() and not torch.cpu._is_avx512_supported()
         expected = {}
-        for kind, symmetric, dtype in chosen:
+        for kind, symmetric, unpacked_dtype in chosen:
+            dtype = unpacked_dtype if is_unpacked else "bfloat16"
             folder = Path(temporary, f"{kind}-{symmetric}")
             swapped = exported(model, base, folder, kind, symmetric)
             expected[folder, dtype] = written_by_torch(swapped, prompt, arguments.tokens)
-        if current_platform.is_cpu() and not torch.cpu._is_avx512_supported():
+        if is_unpacked:
             print("No AVX-512 here: torch multiplies by the values that vLLM unpacked.")
             multiply_by_values()
         for (folder, dtype), tokens in expected.items():

@@ -28,6 +28,7 @@ from fxquant.graph.stepper import HeldBytes, Stepper, last_used_at
 from fxquant.measure.output_metric import Metric, OutputError
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.passes.calibrate import run_call
+from fxquant.passes.padding import padding_mask
 from fxquant.passes.rewrite import QuantizeLayer
 
 Errors = dict[str, dict[int, float]]
@@ -103,13 +104,14 @@ class _Measuring:
 
     def _measure_whole(self, index: int, call: Call) -> None:
         """Run the whole graph for each candidate."""
+        mask = padding_mask(call)
         reference = self.select(run_call(self.gm, call, index))
         for candidate in (c for run in self.runs for c in run):
             for width in self.bits:
                 made = self.quantize_layer(candidate.name, candidate.layer, width)
                 with candidate.replaced_by(made):
                     found = self.select(run_call(self.gm, call, index))
-                self.meters[candidate.name][width].add(reference, found)
+                self.meters[candidate.name][width].add(reference, found, mask)
             self.advance()
 
     def _measure_suffixes(self, index: int, call: Call) -> None:
@@ -121,13 +123,14 @@ class _Measuring:
         reference = self.select(values[stepper.nodes[-1]])
         repeated = repeated_values(stepper, values, len(self.bits))
         for run in self.runs:
-            self._measure_run(run, stepper, values, reference, repeated)
+            self._measure_run(run, stepper, values, call, reference, repeated)
 
     def _measure_run(
         self,
         run: Sequence[Candidate],
         stepper: Stepper,
         values: dict[Node, Any],
+        call: Call,
         reference: Tensor,
         repeated: RepeatedValues | None,
     ) -> None:
@@ -144,7 +147,8 @@ class _Measuring:
                 else:  # some node mixes the rows of the runs
                     repeated, results = None, plain
             for width, result in zip(self.bits, results, strict=True):
-                self.meters[candidate.name][width].add(reference, self.select(result))
+                found = self.select(result)
+                self.meters[candidate.name][width].add(reference, found, padding_mask(call))
             self.peak = max(self.peak, held)
             self.advance()
 

@@ -26,6 +26,7 @@ from fxquant.measure.output_metric import Metric, probe
 from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.weight_forms import with_weight
 from fxquant.numerics.metrics import squared_sum
+from fxquant.passes.padding import fitting_mask, padding_mask, without_padding
 from fxquant.passes.rewrite import QuantizeLayer
 
 SQUARES = 96  # that an estimate is the mean of, at least: off by about 0.6 dB
@@ -65,8 +66,12 @@ def measure_gradient(
             output = select(gm(*own.args, **own.kwargs))
             outputs = [y for pairs in seen.values() for _, y in pairs]
             drawn = []
+            mask = padding_mask(call)
+            counted = fitting_mask(mask, output)
             for number in range(probes):
                 direction = probe(output.detach(), metric, generator)
+                if counted is not None:
+                    direction[~counted] = 0
                 drawn.append(
                     torch.autograd.grad(
                         output,
@@ -76,7 +81,8 @@ def measure_gradient(
                         retain_graph=number < probes - 1,
                     )
                 )
-        weight += _batch_weight(output.detach(), metric)
+        (power_of,) = without_padding(mask, output.detach())
+        weight += _batch_weight(power_of, metric)
         by_output = {id(y): found for y, *found in zip(outputs, *drawn, strict=True)}
         for candidate in candidates:
             for width in bits:

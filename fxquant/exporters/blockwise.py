@@ -32,6 +32,7 @@ from fxquant.modules.layer import QuantizedLayer
 from fxquant.numerics.metrics import SqnrMeter
 from fxquant.passes.calibration_data import check_batches
 from fxquant.passes.decide import Decision
+from fxquant.passes.padding import padding_mask, without_padding
 from fxquant.passes.rounded_layers import RoundedLayers
 from fxquant.passes.token_noise import noisy_copies
 from fxquant.report.progress import steps
@@ -198,7 +199,8 @@ class Blockwise:
             for rows in _parts(call, len(clean)):
                 part = call.rows(rows.start, rows.stop)
                 expected = main_output(waiting.finish(part, clean[rows], self.weights.read))
-                meter.add(expected, main_output(waiting.finish(part, noisy[rows], read)))
+                found = main_output(waiting.finish(part, noisy[rows], read))
+                meter.add(*without_padding(padding_mask(part), expected, found))
         return meter.db_or_none
 
 

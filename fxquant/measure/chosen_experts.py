@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fxquant.passes.padding import without_padding
+
 
 @dataclass
 class ChosenExperts:
@@ -17,11 +19,18 @@ class ChosenExperts:
     tokens: int = 0
     changed: int = 0
 
-    def add(self, expected: Any, found: Any) -> None:
-        """Compare what the choice gave in both models: numbers of experts, in any order."""
+    def add(self, expected: Any, found: Any, mask: Tensor | None = None) -> None:
+        """Compare what the choice gave in both models: numbers of experts, in any order.
+
+        Args:
+            expected: by the float model.
+            found: by the quantized one.
+            mask: of the tokens that are no padding, or None.
+        """
         one, other = _numbers(expected), _numbers(found)
         if one is None or other is None or one.shape != other.shape:
             return
+        one, other = without_padding(mask, one, other)
         is_other = (one.sort(-1).values != other.sort(-1).values).any(-1)
         self.tokens += is_other.numel()
         self.changed += int(is_other.sum())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxquant.errors import CalibrationError, OptionError
 from fxquant.numerics.metrics import squared_sum
+from fxquant.passes.padding import without_padding
 
 Metric = str | Callable[[Tensor, Tensor], float]
 
@@ -33,8 +34,14 @@ class OutputError:
         self.metric = metric
         self._sum = self._weight = 0.0
 
-    def add(self, reference: Tensor, found: Tensor) -> None:
+    def add(self, reference: Tensor, found: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch.
+
+        Args:
+            reference: the float model's output.
+            found: the quantized model's.
+            mask: of the tokens that are no padding, from `padding_mask`. A callable metric gets the
+                whole outputs.
 
         Raises:
             CalibrationError: the two have different shapes, and the metric compares elements.
@@ -51,7 +58,9 @@ class OutputError:
         if callable(self.metric):
             self._sum += float(self.metric(reference, found))
             self._weight += 1
-        elif self.metric == "kl":
+            return
+        reference, found = without_padding(mask, reference, found)
+        if self.metric == "kl":
             p, q = (F.log_softmax(x.float(), dim=-1).flatten(0, -2) for x in (reference, found))
             self._sum += F.kl_div(q, p, log_target=True, reduction="sum").item()
             self._weight += len(p)

@@ -5,6 +5,8 @@ model, the error at its output splits into two parts:
 
     F_q(x_q) − F(x)  =  [F_q(x_q) − F(x_q)]  +  [F(x_q) − F(x)]
         cumulative          introduced             arrived
+
+Tokens that an attention mask calls padding are in no figure.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +35,7 @@ from fxquant.modules.layer import QuantizedLayer
 from fxquant.modules.weight_forms import form_of
 from fxquant.numerics.metrics import SqnrMeter
 from fxquant.passes.calibrate import naming_batch, run_call
+from fxquant.passes.padding import padding_mask, without_padding
 from fxquant.report.progress import steps
 
 C = TypeVar("C")
@@ -117,10 +120,11 @@ def run_paired(
         chosen = {n: run.experts.setdefault(name, ChosenExperts()) for n, name in choices.items()}
         for call in part:
             results: dict[str, list[Tensor]] = {name: [] for name in names}
+            mask = padding_mask(call)
             hooks: list[tuple[nn.Module, Any]] = []
             for name, layer, quantized in pairs:
                 hooks.append((layer, _record(results[name])))
-                hooks.append((quantized, _compare(layer, results[name], run.layers[name])))
+                hooks.append((quantized, _compare(layer, results[name], run.layers[name], mask)))
             with (
                 naming_batch(float_gm, lambda call=call: call),  # type: ignore[misc]
                 _hooks(hooks),
@@ -128,7 +132,8 @@ def run_paired(
                 graph_left_alone(quantized_gm),
             ):
                 clean, noisy = Stepper(float_gm, call), Stepper(quantized_gm, call)
-                run.output.add(*map(select, _run_side_by_side(clean, noisy, compared, chosen)))
+                both = _run_side_by_side(clean, noisy, mask, compared, chosen)
+                run.output.add(*without_padding(mask, *map(select, both)))
         return run
 
     total = PairedRun.of(names)
@@ -159,6 +164,7 @@ def _lone_sites(gm: GraphModule, run: PairedRun) -> list[Site]:
 def _run_side_by_side(
     clean: Stepper,
     noisy: Stepper,
+    mask: Tensor | None,
     compared: "_Compared | None",
     chosen: Mapping[Node, ChosenExperts],
 ) -> tuple[Any, Any]:
@@ -178,9 +184,9 @@ def _run_side_by_side(
             if node.op == "output":
                 return expected, found
             if compared is not None:
-                compared.add(node, expected, found)
+                compared.add(node, expected, found, mask)
             if node in chosen:
-                chosen[node].add(expected, found)
+                chosen[node].add(expected, found, mask)
             clean.free(clean_values, done)
         noisy.free(noisy_values, index + 1)
     raise AssertionError("a graph without an output")
@@ -193,7 +199,7 @@ class _Compared:
         self.nodes = run.nodes
         self._shared = {s.node: run.layers[s.name].cumulative for s in _lone_sites(gm, run)}
 
-    def add(self, node: Node, expected: Any, found: Any) -> None:
+    def add(self, node: Node, expected: Any, found: Any, mask: Tensor | None) -> None:
         """Add to the meter of `node`; what only moves elements has the meter of its input."""
         if node in self._shared:
             self.nodes[node] = self._shared[node]
@@ -204,7 +210,8 @@ class _Compared:
         if is_rearrangement(node) and isinstance(source, Node) and source in self.nodes:
             self.nodes[node] = self.nodes[source]
             return
-        self.nodes.setdefault(node, SqnrMeter()).add(expected, found)
+        meter = self.nodes.setdefault(node, SqnrMeter())
+        meter.add(*without_padding(mask, expected, found))
 
 
 def _layer_pairs(
@@ -225,15 +232,18 @@ def _record(results: list[Tensor]) -> Callable[..., None]:
     return hook
 
 
-def _compare(layer: nn.Module, expected: list[Tensor], errors: LayerErrors) -> Any:
+def _compare(
+    layer: nn.Module, expected: list[Tensor], errors: LayerErrors, mask: Tensor | None
+) -> Any:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         output = unbatched(output)
         shifted = layer.forward(*layer_arguments(args, kwargs))  # F(x_q), past all hooks
-        errors.introduced.add(shifted, output)
+        errors.introduced.add(*without_padding(mask, shifted, output))
         if not expected:  # control flow may have taken another way
             return
         clean = expected.pop(0)  # F(x)
         if clean.shape == output.shape:
+            clean, shifted, output = without_padding(mask, clean, shifted, output)
             errors.arrived.add(clean, shifted)
             errors.cumulative.add(clean, output)
 
@@ -273,7 +283,8 @@ def output_sqnr(
     def over(part: Sequence[tuple[int, Call]]) -> SqnrMeter:
         meter = SqnrMeter()
         for index, call in part:
-            meter.add(*_pair(float_gm, quantized_gm, call, index, select))
+            both = _pair(float_gm, quantized_gm, call, index, select)
+            meter.add(*without_padding(padding_mask(call), *both))
         return meter
 
     total = SqnrMeter()
@@ -292,7 +303,7 @@ def output_error(
     """The same in a metric of `OutputError`: smaller is better."""
     meter = OutputError(metric)
     for index, call in enumerate(row_parts(float_gm, calls)):
-        meter.add(*_pair(float_gm, quantized_gm, call, index, select))
+        meter.add(*_pair(float_gm, quantized_gm, call, index, select), padding_mask(call))
     return meter.value
 
 
