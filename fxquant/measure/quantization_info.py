@@ -54,7 +54,7 @@ class QuantizationInfo(View):
         calibration_samples_used: rows of the first dimension; 0 without data.
         heldout_samples: how many of these rows chose nothing and were only measured on.
         sqnr_db: output SQNR, float against quantized, on the rows that were held out (on all where
-            there are too few to hold any out); None without data.
+            there are too few to hold any out), padding's tokens left out; None without data.
         fitted_sqnr_db: the same on as many of the rows that chose the integers.
         original_size_mb: true bytes of the traced float model in 10⁶, tied tensors counted once.
         quantized_size_mb: the same of the quantized model.

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
@@ -42,7 +43,8 @@ def as_call(item: object, model: nn.Module | None = None) -> Call:
         return Call.of(item)
     if isinstance(item, tuple | list):
         is_pair = len(item) == 2 and model is not None and _has_one_input(model)
-        return Call.of(item[:1] if is_pair else item)
+        call = Call.of(item[:1] if is_pair else item)
+        return call if model is None else replace(call, padding=_positional_mask(call, model))
     raise CalibrationError(
         "calibration data",
         found=f"an item of type {type(item).__name__}",
@@ -138,6 +140,13 @@ def _items(data: Iterable[object]) -> Iterator[object]:
 
 def _parameters(model: nn.Module) -> list[inspect.Parameter]:
     return list(inspect.signature(model.forward).parameters.values())
+
+
+def _positional_mask(call: Call, model: nn.Module) -> Tensor | None:
+    """What says which tokens are padding, where it is given by its position."""
+    names = [p.name for p in _parameters(model) if p.kind in POSITIONAL]
+    named = dict(zip(names, call.args, strict=False))
+    return padding_mask(Call((), named))
 
 
 def _has_one_input(model: nn.Module) -> bool:

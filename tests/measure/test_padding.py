@@ -62,6 +62,14 @@ def test_the_record_is_that_of_batches_without_padding(method):
     assert info.sqnr_db == pytest.approx(fxquant.sqnr_db(expected, found), abs=0.01)
 
 
+def test_a_mask_may_be_given_by_its_position():
+    data = batches()
+    _, named = fxquant.quantize(made(), data, method="gptq", **OPTIONS)
+    in_order = [tuple(batch.values()) for batch in data]
+    _, positional = fxquant.quantize(made(), in_order, method="gptq", **OPTIONS)
+    assert positional.sqnr_db == named.sqnr_db
+
+
 @pytest.mark.parametrize("method", ["local", "exact", "gradient"])
 @pytest.mark.parametrize("rounding", ["rtn", "gptq"])
 def test_sensitivity_is_that_of_batches_without_padding(method, rounding):
