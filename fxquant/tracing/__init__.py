@@ -25,6 +25,7 @@
 | `oracle.py`, `variations.py` | the user's own model on the example and on other sizes |
 | `other_values.py`, `value_checks.py` | other values of an example, and which branches they turn |
 | `number_tensors.py`, `seeds.py` | what an export would take as fixed, or lose |
+| `recurrent.py` | recurrent modules, put back from the functions of an export |
 | `views.py` | views of an exported program that hold for more inputs |
 | `asked_biases.py` | layers of which the model's code asks whether they have a bias |
 | `results.py` | what is kept of a result, and how two differ |

@@ -33,6 +33,7 @@ from fxquant.tracing.constants import Constant, Constants
 from fxquant.tracing.einsum import linear_form
 from fxquant.tracing.export import innermost_module
 from fxquant.tracing.grouped import call_grouped, grouped_product
+from fxquant.tracing.recurrent import recurrent_owner, restore_recurrent
 
 aten = torch.ops.aten
 
@@ -70,6 +71,7 @@ def canonicalize(gm: GraphModule, module: nn.Module) -> GraphModule:
             node.op, node.target = "call_function", strided_view
     nodes = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
     restored = {node for node in nodes if _restore_module(gm, names, node)}
+    restored |= {node for node in nodes if node not in restored and _restored(gm, names, node)}
     for node in nodes:  # a layer that is made must not take the name of one that is put back
         if node not in restored:
             _ = _make_linear(gm, names, constants, node) or _make_grouped(
@@ -145,6 +147,18 @@ def _restore_module(gm: GraphModule, names: "_Names", node: Node) -> bool:
     names.taken.add(path)
     source = node.args[1 if node.target is aten.embedding.default else 0]
     _replace_by_call(gm.graph, node, target, source)
+    return True
+
+
+def _restored(gm: GraphModule, names: "_Names", node: Node) -> bool:
+    """Put a recurrent module back that made this call."""
+    path = recurrent_owner(gm, names.module, node)
+    if path is None:
+        return False
+    target = names.target(path)
+    names.made[target] = names.module.get_submodule(path)
+    names.taken.add(path)
+    restore_recurrent(gm, node, target)
     return True
 
 

@@ -39,7 +39,7 @@ from fxquant.tracing.known_values import ASSERTION, KnownValues, write_check
 from fxquant.tracing.loop_marks import LoopMarks, ShortLoopError
 from fxquant.tracing.number_tensors import NumberTensors, numbers_in
 from fxquant.tracing.rolling import CannotRollError, roll_loops
-from fxquant.tracing.seeds import RESEED, recorded_seeds
+from fxquant.tracing.seeds import RESEED, fold_seeded_draws, recorded_seeds
 from fxquant.tracing.signature import (
     Argument,
     call,
@@ -300,6 +300,7 @@ def _capture(program: ExportedProgram, arguments: list[Any], output: _FlatOutput
             if found is not written:
                 graph.call_function(aten.copy_.default, (written, found))
     graph.output(_build_output(graph, output.template, tensors))
+    fold_seeded_draws(graph, constants)
     roll_loops(graph)
     graph.lint()
     return Capture(graph, constants, guards=list(program._guards_code), left_out=output.dropped)

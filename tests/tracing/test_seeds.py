@@ -22,9 +22,30 @@ class HashesBySeed(nn.Module):
         return h * ((h @ rotation) > 0).sum(-1, keepdim=True)
 
 
-def test_the_graph_seeds_as_the_model_does():
+class ScalesBySeed(HashesBySeed):
+    """There are as many numbers as tokens."""
+
+    def forward(self, x):
+        torch.manual_seed(self.seed)
+        return self.fc(x) * torch.rand(x.shape[1], 1)
+
+
+def test_what_is_drawn_from_a_seed_is_a_constant_that_can_be_saved(tmp_path):
     torch.manual_seed(0)
     model = HashesBySeed().eval()
+    gm = fxquant.trace(model, torch.randn(2, 5, W))
+    assert not fxquant.trace_report(gm).opaque
+    fxquant.save_model(gm, tmp_path / "model.fxq")
+    loaded, x = fxquant.load_model(tmp_path / "model.fxq"), torch.randn(3, 7, W)
+    state = torch.get_rng_state()
+    found = loaded(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(found, model(x))
+
+
+def test_the_graph_seeds_as_the_model_does():
+    torch.manual_seed(0)
+    model = ScalesBySeed().eval()
     gm = fxquant.trace(model, torch.randn(2, 5, W))
     assert not fxquant.trace_report(gm).opaque
     x = torch.randn(3, 7, W)
