@@ -274,10 +274,22 @@ def may_become(original: nn.Module, quantized: QuantizedLayer) -> bool:
         return isinstance(original, FloatParameter) and (
             quantized.weight_shape == original.weight.shape
         )
-    form = form_of(original)
+    form = form_of(_with_weight(original))
     if form is None or not isinstance(original, type(quantized).replaces):
         return False
     return form.matrix(original).shape == quantized.quantized_weight.shape
+
+
+def _with_weight(original: nn.Module) -> nn.Module:
+    """The layer, or one like it whose weight is a parameter where the layer's is computed."""
+    if not parametrize.is_parametrized(original, "weight"):
+        return original
+    weight: Any = original.weight
+    kind: Any = type(original).__bases__[0]
+    plain: nn.Module = kind.__new__(kind)
+    vars(plain).update(vars(original))
+    plain._parameters = {**original._parameters, "weight": nn.Parameter(weight.detach())}
+    return plain
 
 
 def _fits(original: nn.Module, quantized: QuantizedLinear) -> bool:

@@ -128,3 +128,18 @@ def test_a_sample_is_rounded_to_255_levels_of_its_own(layer):
     rounded = ((x / scale + zero).round().clamp(0, 254) - zero) * scale
     torch.testing.assert_close(q(x), q.get_submodule("0").to_float()(rounded), rtol=1e-4, atol=1e-2)
     assert fxquant.sqnr_db(model(rounded), q(x)) > 40
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv1d(64, 64, 3), nn.Conv1d(64, 64, 3, stride=2, bias=False)]
+)
+def test_a_convolution_whose_weight_is_computed_is_swapped(layer):
+    torch.manual_seed(0)
+    normed = torch.nn.utils.parametrizations.weight_norm(layer)
+    model, x = nn.Sequential(normed, nn.ReLU(), nn.Conv1d(64, 64, 3)).eval(), torch.randn(4, 64, 20)
+    q, _ = fxquant.static_quantize(model, [x, x], method="rtn", accuracy_warning="ignore")
+    swapped = fxquant.swap_modules(model, q)
+    assert swapped.fxquant_left_float == []
+    with torch.no_grad():
+        assert torch.equal(swapped(x), q(x))
+    assert torch.nn.utils.parametrize.is_parametrized(model[0], "weight")
