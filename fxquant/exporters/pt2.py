@@ -43,7 +43,7 @@ class StandardLinear(nn.Module):
 
     def __init__(self, layer: QuantizedLinearIntN) -> None:
         super().__init__()
-        self.spec = layer.spec
+        self.spec, self.activation = layer.spec, layer.activation
         saved = REFERENCE.pack(layer.quantized_weight, self.spec)
         for name, tensor in zip(("packed", "scales", "zero_points"), saved, strict=True):
             self.register_buffer(name, tensor.contiguous())
@@ -53,6 +53,11 @@ class StandardLinear(nn.Module):
         """Map [..., in] to [..., out], in the dtype of `x`."""
         saved = self.packed, self.scales, self.zero_points
         return REFERENCE.matmul(x, saved, self.spec, self.bias)
+
+    def dequantize(self) -> Tensor:
+        """The float32 weight [out, in], which a convolution of several places multiplies by."""
+        saved = self.packed, self.scales, self.zero_points
+        return REFERENCE.unpack(saved, self.spec).values()
 
 
 @dataclass(frozen=True)

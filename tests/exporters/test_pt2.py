@@ -203,3 +203,26 @@ def test_a_program_that_reads_back_differently_is_not_put_in_place(tmp_path, mon
     with pytest.raises(fxquant.SaveError, match="other values in the exported program"):
         fxquant.export(quantized(), tmp_path / "m.pt2", format="pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("float32_products")
+@pytest.mark.parametrize("options", [{}, {"activation_bits": 8, "observer": "dynamic"}])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(8, 16, 3),
+        nn.Conv2d(8, 16, 1),
+        nn.Conv2d(8, 16, 3, groups=2),
+        nn.ConvTranspose2d(8, 16, 3),
+    ],
+    ids=["places", "one place", "groups", "transposed"],
+)
+def test_convolutions_are_in_a_standard_program(layer, options, tmp_path):
+    model, x = nn.Sequential(layer, nn.ReLU()).eval(), torch.randn(2, 8, 8, 8)
+    sizes = {"group_size": 8, "skip_param_threshold": 0, "accuracy_warning": "ignore"}
+    graph, _ = fxquant.quantize(model, [x], **sizes, **options)
+    path = tmp_path / "m.pt2"
+    fxquant.export(graph, path, format="pt2", standard=True, example_inputs=x)
+    (found,) = torch.export.load(path).module()(x)
+    with torch.no_grad():
+        assert fxquant.sqnr_db(graph(x), found) > 110
