@@ -65,6 +65,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 BOTH: dict[str, dict[str, Any]] = {
     "book and built-in text: gptq, asymmetric": {"method": "gptq", "symmetric": False},
     "book and built-in text: best, asymmetric": {"method": "best", "symmetric": False},
+    "book and built-in text: best, nf4": {"method": "best", "code_book": "nf4"},
 }
 # The text that fxquant ships, without the languages that are measured on.
 OTHER_LANGUAGES: dict[str, dict[str, Any]] = {
