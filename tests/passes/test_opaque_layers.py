@@ -82,7 +82,7 @@ class Deep(nn.Module):
 
     def forward(self, x):
         for layer in self.layers:
-            x = layer(x) if x.sum() > -1e9 else x
+            x = layer(x if x.sum() > 0 else -x)
         return x
 
 
