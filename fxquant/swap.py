@@ -34,7 +34,7 @@ from fxquant.passes.rewrite import share_tables
 from fxquant.pretrained import guard_saving
 from fxquant.serialization.files import load_model
 from fxquant.tracing.offload import loaded
-from fxquant.tracing.prepare import COMPUTING_HOOKS, unwrap
+from fxquant.tracing.prepare import COMPUTING_HOOKS, computes_tensors, prepared_alone, unwrap
 from fxquant.tracing.product_only import is_product_only
 from fxquant.tracing.trace_report import REPORT_KEY, TraceReport
 
@@ -274,22 +274,12 @@ def may_become(original: nn.Module, quantized: QuantizedLayer) -> bool:
         return isinstance(original, FloatParameter) and (
             quantized.weight_shape == original.weight.shape
         )
-    form = form_of(_with_weight(original))
+    if computes_tensors(original):  # by weight norm, say
+        original = prepared_alone(original)
+    form = form_of(original)
     if form is None or not isinstance(original, type(quantized).replaces):
         return False
     return form.matrix(original).shape == quantized.quantized_weight.shape
-
-
-def _with_weight(original: nn.Module) -> nn.Module:
-    """The layer, or one like it whose weight is a parameter where the layer's is computed."""
-    if not parametrize.is_parametrized(original, "weight"):
-        return original
-    weight: Any = original.weight
-    kind: Any = type(original).__bases__[0]
-    plain: nn.Module = kind.__new__(kind)
-    vars(plain).update(vars(original))
-    plain._parameters = {**original._parameters, "weight": nn.Parameter(weight.detach())}
-    return plain
 
 
 def _fits(original: nn.Module, quantized: QuantizedLinear) -> bool:

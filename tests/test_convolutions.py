@@ -143,3 +143,17 @@ def test_a_convolution_whose_weight_is_computed_is_swapped(layer):
     with torch.no_grad():
         assert torch.equal(swapped(x), q(x))
     assert torch.nn.utils.parametrize.is_parametrized(model[0], "weight")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("how", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+def test_so_is_one_whose_weight_a_hook_computes(how):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(how(nn.Conv1d(64, 64, 3)), nn.ReLU()).eval(), torch.randn(4, 64, 20)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    q, _ = fxquant.static_quantize(model, [x, x], method="rtn", accuracy_warning="ignore")
+    swapped = fxquant.swap_modules(model, q)
+    assert swapped.fxquant_left_float == []
+    with torch.no_grad():
+        assert torch.equal(swapped(x), q(x))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -15,6 +15,7 @@ from fxquant.exporters.folder_reader import ShardReader
 from fxquant.exporters.integer_layer import integer_weight
 from fxquant.exporters.model_weights import ModelWeights
 from fxquant.exporters.source import Source
+from fxquant.exporters.stored_names import WEIGHT
 from fxquant.exporters.unfinished import UnfinishedFolder
 from fxquant.exporters.verify import verify_weights
 from fxquant.graph.layers import is_plain_linear
@@ -28,8 +29,6 @@ from fxquant.numerics.quantized_weight import (
 )
 from fxquant.passes.decide import Decision
 from fxquant.passes.rounded_layers import RoundedLayers
-
-WEIGHT = ".weight"
 
 
 class FolderWriter:

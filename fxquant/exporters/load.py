@@ -23,7 +23,7 @@ from fxquant.exporters.placing import (
     warn_of_rounded,
 )
 from fxquant.exporters.stored_layer import StoredLayer
-from fxquant.exporters.stored_names import stored_parameters
+from fxquant.exporters.stored_names import WEIGHT, stored_parameters
 from fxquant.graph.copying import copy_sharing_tensors
 from fxquant.modules.linear import QuantizedLinear
 from fxquant.modules.packed_parameter import child_name
@@ -36,7 +36,6 @@ CHECKPOINT_FORMATS: dict[str, type[CheckpointFormat]] = {
     "awq": Awq,
 }
 QUANTIZATION = "quantization_config"
-WEIGHT = ".weight"
 
 
 def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fxquant.errors import OptionError
 from fxquant.exporters.folder_reader import FolderReader, ShardReader
-from fxquant.exporters.stored_names import Rows, StoredParameter, stored_parameters
+from fxquant.exporters.stored_names import WEIGHT, Rows, StoredParameter, stored_parameters
 
 
 class ModelWeights:
@@ -35,6 +35,7 @@ class ModelWeights:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._names[id(parameter)].append(name)
         self.stored = stored_parameters(base.files, model)
+        self._rows: dict[str, Rows | None] = {}  # what was asked for: a conversion takes time
         self.parameter_of = {
             tensor: name for name, stored in self.stored.items() for tensor in stored.tensors
         }
@@ -110,8 +111,10 @@ class ModelWeights:
         Returns:
             None where the folder has no such weight, or has it as no matrices called `.weight`.
         """
-        stored = self.stored.get(f"{name}.weight", self.stored.get(name))
-        return None if stored is None else stored.rows(self.base.shape)
+        if name not in self._rows:
+            stored = self.stored.get(name + WEIGHT, self.stored.get(name))
+            self._rows[name] = None if stored is None else stored.rows(self.base.shape)
+        return self._rows[name]
 
     def _stored(self, parameter: nn.Parameter) -> StoredParameter:
         """What makes up a parameter."""

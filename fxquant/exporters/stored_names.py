@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fxquant.errors import OptionError
 
+WEIGHT = ".weight"  # how the name of a layer's weight ends
 FEW_COLUMNS = 4  # that tell where a row of a matrix went
 Rows = dict[str, Tensor]
 
@@ -73,7 +74,7 @@ class StoredParameter:
             or is not made up of whole rows of this parameter.
         """
         shapes = {name: shape_of(name) for name in self.tensors}
-        if any(len(s) != 2 or not name.endswith(".weight") for name, s in shapes.items()):
+        if any(len(s) != 2 or not name.endswith(WEIGHT) for name, s in shapes.items()):
             return None
         if self.conversion is None:
             return {name: torch.arange(shape[0]) for name, shape in shapes.items()}

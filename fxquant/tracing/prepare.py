@@ -10,7 +10,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from fxquant.errors import OptionError, TraceError, check_type
 from fxquant.graph.copying import copy_sharing_tensors
-from fxquant.graph.left_alone import WrittenMemory
+from fxquant.graph.left_alone import WrittenMemory, evaluate, left_alone, process_left_alone
 from fxquant.tracing.replacements import replace_untraceable_layers
 
 COMPUTING_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
@@ -58,6 +58,20 @@ def prepare(model: nn.Module, memory: WrittenMemory) -> nn.Module:
                 # A weight that was cut or replaced: the forward looks at it alone.
                 module.out_features, module.in_features = module.weight.shape
     return replace_untraceable_layers(prepared)
+
+
+def prepared_alone(module: nn.Module) -> nn.Module:
+    """The working copy of one module, in evaluation mode; the module is left as it was."""
+    with process_left_alone(), left_alone(module) as memory:
+        evaluate(module)
+        return prepare(module, memory)
+
+
+def computes_tensors(layer: nn.Module) -> bool:
+    """Whether a parametrization or a hook of torch's makes one of its tensors for each call."""
+    hooks = layer._forward_pre_hooks.values()
+    is_parametrized = bool(parametrize.is_parametrized(layer))
+    return is_parametrized or any(isinstance(hook, COMPUTING_HOOKS) for hook in hooks)
 
 
 def check_initialized(model: nn.Module) -> None:

@@ -6,11 +6,10 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.layers import is_plain_linear
-from fxquant.graph.left_alone import evaluate, left_alone, process_left_alone
 from fxquant.graph.ops import op_of
 from fxquant.tracing.assemble import assemble
 from fxquant.tracing.canonical import canonicalize
-from fxquant.tracing.prepare import prepare
+from fxquant.tracing.prepare import prepared_alone
 from fxquant.tracing.symbolic import capture_symbolic
 
 
@@ -28,9 +27,7 @@ def is_product_only(module: nn.Module) -> bool:
     parameters = list(inspect.signature(module.forward).parameters.values())
     if len(parameters) != 1 or parameters[0].kind is not parameters[0].POSITIONAL_OR_KEYWORD:
         return False
-    with process_left_alone(), left_alone(module) as memory:
-        evaluate(module)
-        prepared = prepare(module, memory)
+    prepared = prepared_alone(module)
     capture = capture_symbolic(prepared, None)
     if isinstance(capture, str) or capture.opaque:
         return False
